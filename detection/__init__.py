@@ -1,0 +1,1 @@
+"""R-CNN detectors on compressed backbones: data, training, evaluation, video."""
