@@ -15,6 +15,11 @@ def picture(height: int = 200, width: int = 300, value: int = 90) -> np.ndarray:
     return np.full((height, width, 3), value, np.uint8)
 
 
+def shows(pixel: np.ndarray, color: tuple[int, int, int]) -> bool:
+    """Equal up to what anti-aliasing of a one-pixel line takes."""
+    return bool(np.abs(pixel.astype(int) - color).max() <= 20)
+
+
 def one(**extra) -> dict[str, torch.Tensor]:
     return {
         'boxes': torch.tensor([[60.0, 80.0, 160.0, 180.0]]),
@@ -28,8 +33,8 @@ def test_box_edge_has_the_class_colour_in_rgb_and_the_input_is_untouched():
     image = picture()
     drawn = draw_detections(image, one(), NAMES)
     assert (image == 90).all()
-    assert tuple(drawn[130, 60]) == color_of(1)  # left edge
-    assert tuple(drawn[180, 110]) == color_of(1)  # lower edge
+    assert shows(drawn[130, 60], color_of(1))  # left edge
+    assert shows(drawn[180, 110], color_of(1))  # lower edge
     assert tuple(drawn[130, 110]) == (90, 90, 90)  # inside
     assert tuple(drawn[195, 290]) == (90, 90, 90)  # outside
 
@@ -52,7 +57,7 @@ def test_mask_is_blended_only_where_it_is_above_half():
 def test_keypoints_and_limbs_are_drawn_only_where_both_ends_are_visible():
     points = torch.tensor([[[80.0, 100.0, 1.0], [140.0, 100.0, 1.0], [80.0, 160.0, 0.0]]])
     drawn = draw_detections(picture(), one(keypoints=points), NAMES, skeleton=[(0, 1), (0, 2)])
-    assert tuple(drawn[100, 110]) == color_of(1)
+    assert shows(drawn[100, 110], color_of(1))
     assert tuple(drawn[130, 80]) == (90, 90, 90)
     assert tuple(drawn[160, 80]) == (90, 90, 90)
 
@@ -65,7 +70,7 @@ def test_seventeen_keypoints_get_the_coco_skeleton():
 
 def test_colour_follows_the_track_when_there_is_one():
     drawn = draw_detections(picture(), one(track_ids=torch.tensor([42])), NAMES)
-    assert tuple(drawn[130, 60]) == color_of(42) != color_of(1)
+    assert shows(drawn[130, 60], color_of(42)) and not shows(drawn[130, 60], color_of(1))
 
 
 def test_a_target_without_scores_and_with_plain_masks_can_be_drawn():
