@@ -78,7 +78,7 @@ def draw_detections(
         if len(values) != count:
             raise ValueError(f'{name} has {len(values)} entries for {count} boxes')
     canvas = image.copy()
-    finite = np.isfinite(boxes).all(axis=1)
+    finite = np.asarray(np.isfinite(boxes).all(axis=1))
     order = [int(i) for i in np.argsort(scores, kind='stable') if scores[i] >= score and finite[i]]
     if not order:
         return canvas
