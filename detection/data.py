@@ -1,0 +1,254 @@
+"""COCO-format data sets for the three tasks, as torchvision's R-CNNs take them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from detection.annotations import (
+    class_map,
+    decode_mask,
+    find_annotations,
+    keypoint_layout,
+    load_coco,
+    mirror_indices,
+)
+from detection.sample import ensure_sample
+from detection.transforms import Transform, check_task
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """Where data come from: the folder, and a name to print."""
+
+    root: Path
+    name: str
+
+
+def find_data(path: str | os.PathLike[str] | None = None) -> DataSource:
+    """The data set to use: ``path``; without one ``data/coco`` if it is there, else the built-in sample set.
+
+    The sample set is drawn into ``data/sample`` on first use.
+
+    Raises:
+        ValueError: If ``path`` is no folder or holds no annotation files.
+    """
+    if path is not None:
+        root = Path(path)
+        if not root.is_dir():
+            raise ValueError(f'data folder {root} does not exist; expected a folder in COCO layout')
+        if not _has_annotations(root):
+            raise ValueError(
+                f'{root} holds no annotations/*.json; expected e.g. {root}/annotations/instances_train2017.json'
+            )
+        return DataSource(root, f'COCO-format data in {root}')
+    root = Path('data/coco')
+    if _has_annotations(root):
+        return DataSource(root, f'COCO-format data in {root}')
+    return DataSource(ensure_sample('data/sample'), 'built-in sample set in data/sample')
+
+
+class CocoDataset(Dataset):
+    """One split of a COCO-format data set.
+
+    An item is ``(image, target)``: the image float ``(3, H, W)``, RGB in 0..1; the target a dict with ``boxes (N, 4)``
+    xyxy in pixels, ``labels (N,)``, ``area (N,)``, ``iscrowd (N,)``, ``image_id`` (int) and, by task, ``masks
+    (N, H, W)`` uint8 or ``keypoints (N, K, 3)``. Crowd regions, boxes without area and objects without what the task
+    needs are left out of targets; the evaluator reads the annotations themselves (``coco``). Images without objects
+    stay, as N = 0.
+
+    Args:
+        root: Folder with ``annotations/{instances,person_keypoints}_{split}*.json`` and the images.
+        split: 'train' or 'val', or any other split that has an annotation file.
+        task: 'box', 'mask' or 'keypoint'.
+        transforms: What ``build_transforms`` returns.
+        min_keypoints: In the keypoint task, objects with fewer labelled keypoints are left out; by default 1 in
+            the training split, so that every person teaches the keypoint head, else 0.
+        flip_pairs: Names or indices of keypoints that trade places in a mirror; by default those whose names differ
+            in left / right only.
+        annotations: Annotation file, if its name or place is not the usual one.
+        images: Image folder, likewise.
+        seed: Makes augmentation a function of seed, epoch (``set_epoch``) and index alone, whatever the number of
+            workers; None draws from torch's generator.
+
+    Attributes:
+        coco: ``pycocotools.coco.COCO`` of the annotations.
+        num_classes: Classes including the background.
+        class_names: Name of every label; label 0 is the background, gaps are 'N/A'.
+        label_to_category: Category id of every label. Labels are COCO's own category ids for COCO's 80 classes (91
+            with the background, as in torchvision's weights), otherwise 1..N.
+        num_keypoints: K, 0 in the other tasks.
+        keypoint_names: Their names.
+        skeleton: Edges between keypoints, counted from 0.
+        flip_indices: For each keypoint the one it trades places with in a mirror.
+
+    Raises:
+        ValueError: On an unknown task or split, a missing or malformed annotation file; an item raises it on an
+            image that cannot be read or has another size than the annotations say.
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        split: str,
+        task: str,
+        transforms: Transform | None = None,
+        *,
+        min_keypoints: int | None = None,
+        flip_pairs: Sequence[tuple[str | int, str | int]] | None = None,
+        annotations: str | os.PathLike[str] | None = None,
+        images: str | os.PathLike[str] | None = None,
+        seed: int | None = None,
+    ) -> None:
+        check_task(task)
+        self.root, self.split, self.task, self.transforms, self.seed = Path(root), split, task, transforms, seed
+        self.annotation_file = Path(annotations) if annotations else find_annotations(self.root, split, task)
+        self.coco = load_coco(self.annotation_file)
+        self.image_folder = Path(images) if images else _find_images(self.root, split, self.annotation_file)
+        self.image_ids: list[int] = sorted(self.coco.imgs)
+        if not self.image_ids:
+            raise ValueError(f'{self.annotation_file} lists no images; expected at least one')
+        self.label_to_category, self.class_names = class_map(self.coco, task, self.annotation_file)
+        self.num_classes = len(self.class_names)
+        self._labels = {category: label for label, category in self.label_to_category.items()}
+        self.keypoint_names, self.skeleton = keypoint_layout(self.coco, self.label_to_category, self.annotation_file)
+        if task != 'keypoint':
+            self.keypoint_names, self.skeleton = (), ()
+        self.num_keypoints = len(self.keypoint_names)
+        self.flip_indices = mirror_indices(self.keypoint_names, flip_pairs)
+        self.min_keypoints = min_keypoints if min_keypoints is not None else int(split.startswith('train'))
+        # shared, so that persistent workers see it change
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose random augmentation comes next; only matters with a ``seed``."""
+        self._epoch.fill_(epoch)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, dict[str, Any]]:
+        image, target = self.load(index)
+        if self.transforms is not None:
+            image, target = self.transforms(image, target, self.flip_indices, self._item_seed(index))
+        tensors = {k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in target.items()}
+        return to_tensor(image), tensors
+
+    def load(self, index: int) -> tuple[np.ndarray, dict[str, Any]]:
+        """Item ``index`` as it is on disk: RGB uint8 ``(H, W, 3)`` and the target in NumPy arrays."""
+        image_id = self.image_ids[index]
+        image = self.read_image(image_id)
+        return image, self._target(image_id, *image.shape[:2])
+
+    def read_image(self, image_id: int) -> np.ndarray:
+        """RGB uint8 image ``(H, W, 3)``, without its EXIF rotation, which COCO's annotations do not know of."""
+        record = self.coco.imgs[image_id]
+        image = read_rgb(self.image_folder / record['file_name'])
+        expected = (record['height'], record['width'])
+        if image.shape[:2] != expected:
+            path = self.image_folder / record['file_name']
+            raise ValueError(
+                f'{path} is {image.shape[1]}x{image.shape[0]} pixels; '
+                f'{self.annotation_file.name} says {expected[1]}x{expected[0]}'
+            )
+        return image
+
+    def height_and_width(self, index: int) -> tuple[int, int]:
+        """Size of an image in pixels, from the annotations, without reading it."""
+        record = self.coco.imgs[self.image_ids[index]]
+        return int(record['height']), int(record['width'])
+
+    def labels_of(self, index: int) -> list[int]:
+        """Labels of the objects of an item before augmentation, without reading the image."""
+        image_id = self.image_ids[index]
+        return [self._labels[a['category_id']] for a, _ in self._objects(image_id, *self.height_and_width(index))]
+
+    def _item_seed(self, index: int) -> int:
+        if self.seed is None:
+            return int(torch.randint(2**62, ()))
+        return int(np.random.SeedSequence([self.seed, int(self._epoch), index]).generate_state(1, np.uint64)[0] >> 2)
+
+    def _objects(self, image_id: int, height: int, width: int) -> list[tuple[dict[str, Any], tuple[float, ...]]]:
+        """Annotations to train on, each with its box clipped to the image (xyxy)."""
+        found = []
+        for record in self.coco.imgToAnns.get(image_id, ()):
+            if record['iscrowd'] or record['category_id'] not in self._labels:
+                continue
+            x, y, w, h = record['bbox']
+            box = (max(0.0, x), max(0.0, y), min(float(width), x + w), min(float(height), y + h))
+            # float32 must still tell the two sides apart
+            if not (box[2] - box[0] > 1e-3 and box[3] - box[1] > 1e-3):
+                continue
+            if self.task == 'keypoint' and record['num_keypoints'] < self.min_keypoints:
+                continue
+            if self.task == 'mask' and not record.get('segmentation'):
+                continue
+            found.append((record, box))
+        return found
+
+    def _target(self, image_id: int, height: int, width: int) -> dict[str, Any]:
+        objects = self._objects(image_id, height, width)
+        masks = [decode_mask(record, height, width) for record, _ in objects] if self.task == 'mask' else []
+        if self.task == 'mask':
+            filled = [i for i, mask in enumerate(masks) if mask.any()]
+            objects, masks = [objects[i] for i in filled], [masks[i] for i in filled]
+        target: dict[str, Any] = {
+            'boxes': np.array([box for _, box in objects], np.float32).reshape(-1, 4),
+            'labels': np.array([self._labels[r['category_id']] for r, _ in objects], np.int64),
+            'image_id': image_id,
+            'area': np.array([r['area'] for r, _ in objects], np.float32),
+            'iscrowd': np.zeros(len(objects), np.int64),
+        }
+        if self.task == 'mask':
+            target['masks'] = np.stack(masks) if masks else np.zeros((0, height, width), np.uint8)
+        if self.task == 'keypoint':
+            flat = [r['keypoints'] for r, _ in objects]
+            target['keypoints'] = np.array(flat, np.float32).reshape(len(flat), self.num_keypoints, 3)
+        return target
+
+
+def collate(batch: list[tuple[torch.Tensor, dict[str, Any]]]) -> tuple[list[torch.Tensor], list[dict[str, Any]]]:
+    """Items to a list of images and a list of targets: sizes differ, so nothing is stacked."""
+    return [item[0] for item in batch], [item[1] for item in batch]
+
+
+def to_tensor(image: np.ndarray) -> torch.Tensor:
+    """RGB uint8 ``(H, W, 3)`` to float ``(3, H, W)`` in 0..1."""
+    return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))).float().div_(255)
+
+
+def read_rgb(path: Path) -> np.ndarray:
+    """An image file as RGB uint8 ``(H, W, 3)``.
+
+    Raises:
+        ValueError: If it is missing or no image.
+    """
+    try:
+        data = np.fromfile(path, np.uint8)
+    except OSError as error:
+        raise ValueError(f'cannot read image {path}: {error.strerror or error}') from None
+    image = cv2.imdecode(data, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION) if data.size else None
+    if image is None:
+        raise ValueError(f'cannot read image {path}: {data.size} bytes that are no JPEG, PNG or other known format')
+    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+
+
+def _has_annotations(root: Path) -> bool:
+    return any((root / 'annotations').glob('*.json'))
+
+
+def _find_images(root: Path, split: str, annotation_file: Path) -> Path:
+    full = annotation_file.stem.split('_')[-1]
+    choices = [root / full, root / 'images' / full, root / split, root / 'images' / split, root / 'images']
+    for folder in choices:
+        if folder.is_dir():
+            return folder
+    raise ValueError(f'no image folder for {annotation_file.name}; expected {choices[0]} or {choices[1]}')
