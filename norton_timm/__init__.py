@@ -1,3 +1,31 @@
-"""NORTON and CORING: filter-wise compression of convolutional networks, for timm."""
+"""NORTON and CORING: filter-wise compression of convolutional networks, for timm.
+
+``import norton_timm`` registers the compressed networks with timm.
+"""
+
+from norton_timm.complexity import Complexity, count
+from norton_timm.compress import compress, reshape
+from norton_timm.cp import CPFactors, cp_decompose
+from norton_timm.hosvd import hosvd
+from norton_timm.layers import CPDConv2d, set_form
+from norton_timm.report import CompressionReport
+from norton_timm.saliency import filter_distance, select_filters
+from norton_timm.spec import CompressionSpec
 
 __version__ = '0.1.0'
+
+__all__ = [
+    'CPDConv2d',
+    'CPFactors',
+    'CompressionReport',
+    'CompressionSpec',
+    'Complexity',
+    'compress',
+    'count',
+    'cp_decompose',
+    'filter_distance',
+    'hosvd',
+    'reshape',
+    'select_filters',
+    'set_form',
+]

@@ -1,0 +1,85 @@
+"""MACs and parameters, by one counter for dense and compressed networks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from norton_timm.layers import CPDConv2d, use_form
+
+# convolutions and linear layers; attention products and pointwise work are not counted
+_COUNTED = ('convolution', '_convolution', 'addmm', 'mm', 'linear')
+
+
+class Complexity(NamedTuple):
+    """Cost of one forward pass: multiply-accumulates of convolutions and linear layers, and parameters."""
+
+    macs: int
+    params: int
+
+
+def make_input(model: nn.Module, input_size: int | Sequence[int] | Tensor | list[Tensor]) -> Any:
+    """An input on the model's device: 224, (C, H, W), (N, C, H, W), or tensors, which pass unchanged."""
+    if isinstance(input_size, Tensor):
+        return input_size
+    if isinstance(input_size, list) and input_size and isinstance(input_size[0], Tensor):
+        return input_size
+    parameter = next(iter(model.parameters()), torch.empty(0))
+    size = (3, input_size, input_size) if isinstance(input_size, int) else tuple(input_size)
+    if len(size) not in (3, 4) or any(not isinstance(s, int) or s < 1 for s in size):
+        raise ValueError(f'got input size {input_size!r}, expected an integer, (C, H, W) or (N, C, H, W)')
+    size = size if len(size) == 4 else (1, *size)
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(size, generator=generator).to(parameter.device, parameter.dtype)
+
+
+def layer_macs(model: nn.Module, example_input: Any) -> dict[str, int]:
+    """MACs of every module, by name ('' is the whole model), of one forward pass in evaluation mode.
+
+    A CPDConv2d counts as its three factors whatever form it runs in.
+    """
+    was_training = {m: m.training for m in model.modules()}
+    model.eval()
+    counter = FlopCounterMode(display=False)
+    try:
+        with torch.no_grad(), use_form(model, 'factored'), counter:
+            model(example_input)
+    finally:
+        for module, training in was_training.items():
+            module.training = training
+    root = type(model).__name__
+    macs: dict[str, int] = {'': 0}
+    for name, ops in counter.get_flop_counts().items():
+        total = sum(int(f) for op, f in ops.items() if str(op).removeprefix('aten.').split('.')[0] in _COUNTED)
+        if name == 'Global':
+            macs[''] = total // 2
+        elif name.startswith(root + '.'):
+            macs[name[len(root) + 1 :]] = total // 2
+    return macs
+
+
+def count_params(module: nn.Module) -> int:
+    """Number of parameters: weights, biases and normalisation's affine parameters."""
+    return sum(p.numel() for p in module.parameters())
+
+
+def count(model: nn.Module, input_size: int | Sequence[int] | Tensor | list[Tensor] = 224) -> Complexity:
+    """Convolution + linear multiply-accumulates and parameters.
+
+    Args:
+        model: any network, dense or compressed; a detector takes a list of images.
+        input_size: 224, (C, H, W), (N, C, H, W), or the input itself.
+
+    Raises:
+        ValueError: an input size that is not one of these.
+    """
+    return Complexity(layer_macs(model, make_input(model, input_size))[''], count_params(model))
+
+
+def is_counted(module: nn.Module) -> bool:
+    """Whether the module is a layer whose MACs are counted: a convolution, a CPDConv2d or a linear layer."""
+    return isinstance(module, (nn.modules.conv._ConvNd, nn.Linear, CPDConv2d))

@@ -1,0 +1,165 @@
+"""From a spec to decisions: the rank of each layer, and the number of channels each coupled group keeps."""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Mapping
+
+from torch import nn
+
+from norton_timm.groups import ChannelGraph, ChannelGroup
+from norton_timm.layers import CPDConv2d, conv_padding
+from norton_timm.layouts import layout_of, widths_of
+from norton_timm.spec import CompressionSpec
+from norton_timm.trace import Slot
+
+
+def plan_ranks(model: nn.Module, spec: CompressionSpec) -> tuple[dict[str, int], dict[str, str]]:
+    """CPD rank of every layer to decompose, and for every other convolution the reason why it stays dense.
+
+    Raises:
+        ValueError: a rank pattern that matches no layer.
+    """
+    ranks: dict[str, int] = {}
+    reasons: dict[str, str] = {}
+    convs = {name: m for name, m in model.named_modules() if isinstance(m, (nn.modules.conv._ConvNd, CPDConv2d))}
+    if spec.method == 'coring':
+        return {}, dict.fromkeys(convs, 'coring keeps convolutions dense')
+    if isinstance(spec.rank, Mapping):
+        _check_patterns('rank', spec.rank, list(convs))
+    for number, (name, conv) in enumerate(convs.items()):
+        rank = spec.rank_of(name)
+        why = _why_dense(conv, rank, uniform=not isinstance(spec.rank, Mapping))
+        if not spec.touches(name):
+            why = 'excluded by the spec'
+        elif number == 0 and 'first' in spec.protect and not isinstance(spec.rank, Mapping):
+            why = 'protected: first layer'
+        if why:
+            reasons[name] = why
+        else:
+            ranks[name] = rank
+    return ranks, reasons
+
+
+def _why_dense(conv: nn.Module, rank: int, uniform: bool) -> str | None:
+    if isinstance(conv, CPDConv2d):
+        return 'decomposed already'
+    if rank == 0:
+        return 'rank 0'
+    if type(conv) is not nn.Conv2d:
+        return f'{type(conv).__name__} is not a plain nn.Conv2d'
+    kh, kw = conv.kernel_size
+    if kh * kw == 1:
+        return '1x1 kernel, nothing to decompose'
+    if conv.padding_mode != 'zeros':
+        return f'padding mode {conv.padding_mode}'
+    try:
+        conv_padding(conv)
+    except ValueError:
+        return 'padding that is not symmetric'
+    fan_in = conv.in_channels // conv.groups
+    if uniform and rank * (fan_in + kh + kw) >= fan_in * kh * kw:
+        return f'rank {rank} would not make it smaller'
+    return None
+
+
+def plan_pruning(model: nn.Module, graph: ChannelGraph, spec: CompressionSpec) -> list[tuple[ChannelGroup, int, str]]:
+    """For every coupled group, the number of channel classes to keep and, where none goes, the reason.
+
+    Raises:
+        ValueError: rates that do not fit the network, naming the layers and what is expected.
+    """
+    widths = _widths(model, graph, spec)
+    plan = []
+    for group in graph.groups:
+        n = len(group.classes)
+        keep, why = _group_width(group, widths, spec)
+        if keep < n and group.why_frozen:
+            keep, why = n, group.why_frozen
+        elif keep < n:
+            keep = math.ceil(keep / spec.round_to) * spec.round_to
+            keep = min(n, max(keep, len(group.frozen), 1))
+            why = '' if keep < n else 'too few channels may go to keep a multiple of round_to'
+        plan.append((group, keep, why))
+    return plan
+
+
+def _widths(model: nn.Module, graph: ChannelGraph, spec: CompressionSpec) -> dict[str, tuple[int, str]]:
+    """Filters that each layer should keep, with the reason where all of them stay by rule."""
+    layers = {slot.name: slot.module for group in graph.groups for slot in group.members}
+    full = {slot.name: len(slot.labels) for group in graph.groups for slot in group.members}
+    if isinstance(spec.rates, Mapping):
+        _check_patterns('rates', spec.rates, list(layers))
+        rate_of = {}
+        for name in layers:
+            hit = next((r for p, r in spec.rates.items() if fnmatch.fnmatchcase(name, p)), None)
+            if hit is not None:
+                rate_of[name] = hit
+        return {name: (_keep(full[name], rate), 'rate 0') for name, rate in rate_of.items()}
+    rates = spec.rate_list()
+    if rates is not None:
+        return _listed_widths(model, graph, rates, full)
+    assert isinstance(spec.rates, float)
+    convs = [name for name, m in layers.items() if not isinstance(m, nn.Linear)]
+    widths = {name: (_keep(full[name], spec.rates), 'rate 0') for name in convs}
+    ends = {'first': convs[:1], 'last': convs[-1:]}
+    for end in spec.protect:
+        widths.update((name, (full[name], f'protected: {end} layer')) for name in ends[end])
+    return widths
+
+
+def _keep(filters: int, rate: float) -> int:
+    return max(1, int(filters * (1 - rate)))
+
+
+def _listed_widths(
+    model: nn.Module, graph: ChannelGraph, rates: list[float], full: dict[str, int]
+) -> dict[str, tuple[int, str]]:
+    layout = layout_of(model)
+    known = layout is not None
+    if layout is None:  # an architecture without a published order: one entry for each group that can be pruned
+        free = [g for g in graph.groups if not g.why_frozen]
+        layout = [g.names for g in free if any(not isinstance(s.module, nn.Linear) for s in g.members)]
+    # the authors' lists may leave out the last entry, which is then 0
+    if not len(layout) - 1 <= len(rates) <= len(layout):
+        raise ValueError(f'rates: got {len(rates)} entries, expected {len(layout)} for this network')
+    if known:
+        keep = {name: width for name, width in widths_of(model, rates).items() if name in full}
+    else:
+        keep = {name: _keep(full[name], rate) for names, rate in zip(layout, rates) for name in names}
+    return {name: (width, 'rate 0') for name, width in keep.items()}
+
+
+def _group_width(group: ChannelGroup, widths: Mapping[str, tuple[int, str]], spec: CompressionSpec) -> tuple[int, str]:
+    """Channel classes that the group should keep; its layers must agree."""
+    n = len(group.classes)
+    excluded = [name for name in group.names if not spec.touches(name)]
+    if excluded:
+        return n, f'excluded by the spec ({excluded[0]})'
+    wanted = {}
+    for slot in group.members:
+        if slot.name in widths:
+            keep, why = widths[slot.name]
+            if why.startswith('protected'):  # one protected layer protects all that share its channels
+                return n, why
+            wanted[slot.name] = max(1, n - len(slot.labels) // _repeats(slot) + keep // _repeats(slot))
+    if not wanted:
+        return n, 'no rate given'
+    if len(set(wanted.values())) > 1:
+        told = ', '.join(f'{name} {keep} of {n}' for name, keep in wanted.items())
+        raise ValueError(f'rates: layers that share channels must keep equally many, got {told}')
+    return next(iter(wanted.values())), 'rate 0'
+
+
+def _repeats(slot: Slot) -> int:
+    """How many filters of the layer belong to one channel class: the groups of a grouped convolution."""
+    return max(1, len(slot.labels) // max(1, len(set(slot.labels.tolist()))))
+
+
+def _check_patterns(field: str, patterns: Mapping[str, float], names: list[str]) -> None:
+    for pattern in patterns:
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+            raise ValueError(
+                f'{field}: pattern {pattern!r} matches no layer, expected names such as {", ".join(names[:3])}'
+            )
