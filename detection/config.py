@@ -1,0 +1,323 @@
+"""The configuration of a training run: typed sections, YAML files that inherit, checks before any work.
+
+A file names its parent with `base: other.yaml` (relative to itself) and holds only what differs. Every problem of a
+configuration is reported in one `ConfigError`: unknown keys with the nearest valid one, wrong types, values out of
+range, missing files.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import timm
+import yaml
+
+from detection.backbone import NORMS
+from detection.rcnn import RECIPES, TASKS
+
+AMP = ('none', 'bf16', 'fp16')
+OPTIMIZERS = ('sgd', 'adamw')
+SCHEDULES = ('multistep', 'cosine')
+
+
+class ConfigError(ValueError):
+    """All problems of a configuration, on one line, separated by semicolons."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        self.problems = list(problems)
+        super().__init__('; '.join(problems))
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is read, and how."""
+
+    root: str | None = None  # COCO folder; None: data/coco if it is there, else the sample set
+    batch_size: int = 2  # images of one process
+    workers: int = 4  # loading processes
+    flip: float = 0.5  # probability of a horizontal flip
+    sample_train: int = 400  # images of the sample set, if that is used
+    sample_val: int = 60
+    sample_size: tuple[int, ...] = (192, 160)  # width, height
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Arguments of `detection.rcnn.build_detector`, see there."""
+
+    backbone: str = 'norton_resnet50.r078'
+    recipe: str = 'backbone'
+    pretrained: bool = False
+    weights: str | None = None
+    norm: str | None = None
+    frozen_stages: int = 0
+    min_size: tuple[int, ...] | None = None
+    max_size: int = 1333
+    fpn_channels: int = 256
+    box_head: int = 1024
+    mask_layers: tuple[int, ...] = (256, 256, 256, 256)
+    keypoint_layers: tuple[int, ...] = (512,) * 8
+    anchor_sizes: tuple[int, ...] = (32, 64, 128, 256, 512)
+    # further arguments of torchvision's R-CNN classes, e.g. rpn_post_nms_top_n_train
+    rcnn: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Optimiser and learning rate."""
+
+    name: str = 'sgd'
+    lr: float = 0.02
+    lr_batch: int | None = 16  # images a step for which lr is meant; lr scales linearly with the real number
+    momentum: float = 0.9  # SGD only
+    weight_decay: float = 1e-4
+    schedule: str = 'multistep'
+    epochs: float = 26
+    iterations: int | None = None  # instead of epochs; steps keep their place relative to the end
+    steps: tuple[int, ...] = (16, 22)  # epochs at which lr falls to a tenth (multistep)
+    warmup: int = 1000  # iterations of linear warm-up
+    clip: float | None = None  # bound on the norm of the gradient
+    accumulate: int = 1  # batches whose gradients make one step
+    amp: str = 'none'
+    ema: float | None = None  # decay of the moving average of the weights that is evaluated
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One training run."""
+
+    task: str = 'box'
+    seed: int = 0
+    device: str = 'auto'  # auto, cpu, cuda, cuda:1, ...
+    channels_last: bool = True
+    log_every: int = 20  # iterations
+    eval_every: float | None = None  # epochs; None: at the end only
+    save_every: float = 1  # epochs
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types only, as YAML and checkpoints take them."""
+        return _plain(dataclasses.asdict(self))
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+
+def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a YAML file with its bases, apply `key=value` overrides such as `optim.lr=0.01`, check everything.
+
+    Raises:
+        ConfigError: with all problems found.
+        FileNotFoundError: the file or a base is missing.
+    """
+    problems: list[str] = []
+    tree = read_yaml(Path(path)) if path is not None else {}
+    for text in overrides:
+        key, equals, value = text.partition('=')
+        if not equals or not key.strip():
+            problems.append(f'override {text!r} is not of the form key=value')
+            continue
+        try:
+            _merge(tree, _nested(key.strip().split('.'), _parse(value)))
+        except yaml.YAMLError:
+            problems.append(f'override {text!r}: the value is not YAML')
+    return config_from_dict(tree, problems)
+
+
+def config_from_dict(tree: dict[str, Any], problems: list[str] | None = None) -> RunConfig:
+    """A checked configuration from nested plain types; `problems` found before are reported with its own."""
+    problems = [] if problems is None else problems
+    config = _build(RunConfig, tree, '', problems)
+    problems += _check(config)
+    if problems:
+        raise ConfigError(problems)
+    return config
+
+
+def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A YAML mapping merged over those that its `base` names."""
+    path = path.resolve()
+    if path in seen:
+        raise ConfigError([f'{path.name} is its own base'])
+    if not path.is_file():
+        raise FileNotFoundError(f'no configuration file {path}')
+    try:
+        tree = _numbers(yaml.safe_load(path.read_text(encoding='utf-8')) or {})
+    except yaml.YAMLError as error:
+        raise ConfigError([f'{path.name} is not YAML: {" ".join(str(error).split())}']) from error
+    if not isinstance(tree, dict):
+        raise ConfigError([f'{path.name} holds a {type(tree).__name__}, expected a mapping of keys'])
+    base = tree.pop('base', None)
+    if base is None:
+        return tree
+    merged = read_yaml(path.parent / str(base), (*seen, path))
+    _merge(merged, tree)
+    return merged
+
+
+def _merge(into: dict[str, Any], tree: dict[str, Any]) -> None:
+    for key, value in tree.items():
+        if isinstance(value, dict) and isinstance(into.get(key), dict):
+            _merge(into[key], value)
+        else:
+            into[key] = value
+
+
+def _nested(keys: list[str], value: Any) -> dict[str, Any]:
+    return {keys[0]: value if len(keys) == 1 else _nested(keys[1:], value)}
+
+
+def _parse(text: str) -> Any:
+    return _numbers(yaml.safe_load(text))
+
+
+def _numbers(value: Any) -> Any:
+    """YAML 1.1 reads 1e-3 as text; people mean the number."""
+    if isinstance(value, dict):
+        return {key: _numbers(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_numbers(item) for item in value]
+    if isinstance(value, str) and value[:1] in '0123456789.+-' and 'e' in value.lower():
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _build(cls: type, tree: Any, where: str, problems: list[str]) -> Any:
+    """An instance of a dataclass; what does not fit is noted and left at its default."""
+    hints = typing.get_type_hints(cls)
+    if not isinstance(tree, dict):
+        problems.append(f'{where.rstrip(".") or "configuration"} is {tree!r}, expected keys: {", ".join(hints)}')
+        return cls()
+    values = {}
+    for key, value in tree.items():
+        if key not in hints:
+            near = get_close_matches(str(key), list(hints), n=1, cutoff=0.5)
+            hint = f'did you mean {where}{near[0]}?' if near else f'expected one of {", ".join(hints)}'
+            problems.append(f'unknown key {where}{key}: {hint}')
+        elif dataclasses.is_dataclass(hints[key]):
+            values[key] = _build(typing.cast(type, hints[key]), value, f'{where}{key}.', problems)
+        else:
+            try:
+                values[key] = _convert(value, hints[key])
+            except TypeError as error:
+                problems.append(f'{where}{key} is {value!r}, expected {error}')
+    return cls(**values)
+
+
+def _convert(value: Any, hint: Any) -> Any:
+    """The value as the annotated type; TypeError names what was expected."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        options = [option for option in typing.get_args(hint) if option is not type(None)]
+        if value is None:
+            return None
+        return _convert(value, options[0])
+    if typing.get_origin(hint) is tuple:
+        items = value if isinstance(value, (list, tuple)) else [value]
+        kind = typing.get_args(hint)[0]
+        try:
+            return tuple(_convert(item, kind) for item in items)
+        except TypeError:
+            raise TypeError(f'a list of {kind.__name__}') from None
+    if typing.get_origin(hint) is dict:
+        if not isinstance(value, dict):
+            raise TypeError('a mapping of keys')
+        return dict(value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise TypeError(
+            {'int': 'a whole number', 'float': 'a number', 'str': 'text', 'bool': 'true or false'}[hint.__name__]
+        )
+    return value
+
+
+def _check(config: RunConfig) -> list[str]:
+    """Values out of range, unknown choices, missing files."""
+    data, model, optim = config.data, config.model, config.optim
+    choices: list[tuple[str, Any, Sequence[Any]]] = [
+        ('task', config.task, TASKS),
+        ('model.recipe', model.recipe, RECIPES),
+        ('model.norm', model.norm, (None, *NORMS)),
+        ('optim.name', optim.name, OPTIMIZERS),
+        ('optim.schedule', optim.schedule, SCHEDULES),
+        ('optim.amp', optim.amp, AMP),
+    ]
+    problems = [
+        f'{key} is {value!r}, expected one of {", ".join(str(c) for c in allowed if c is not None)}'
+        for key, value, allowed in choices
+        if value not in allowed
+    ]
+    positive: dict[str, float | None] = {
+        'data.batch_size': data.batch_size,
+        'data.sample_train': data.sample_train,
+        'data.sample_val': data.sample_val,
+        'model.max_size': model.max_size,
+        'model.fpn_channels': model.fpn_channels,
+        'model.box_head': model.box_head,
+        'optim.lr': optim.lr,
+        'optim.lr_batch': optim.lr_batch,
+        'optim.epochs': optim.epochs,
+        'optim.iterations': optim.iterations,
+        'optim.clip': optim.clip,
+        'optim.accumulate': optim.accumulate,
+        'log_every': config.log_every,
+        'eval_every': config.eval_every,
+        'save_every': config.save_every,
+    }
+    problems += [f'{key} is {v}, expected more than 0' for key, v in positive.items() if v is not None and not v > 0]
+    not_negative: dict[str, float] = {
+        'seed': config.seed,
+        'data.workers': data.workers,
+        'optim.warmup': optim.warmup,
+        'optim.weight_decay': optim.weight_decay,
+        'optim.momentum': optim.momentum,
+    }
+    problems += [f'{key} is {v}, expected 0 or more' for key, v in not_negative.items() if not v >= 0]
+    if not 0 <= data.flip <= 1:
+        problems.append(f'data.flip is {data.flip}, expected a probability, 0 to 1')
+    if optim.ema is not None and not 0 < optim.ema < 1:
+        problems.append(f'optim.ema is {optim.ema}, expected a decay between 0 and 1')
+    if len(data.sample_size) != 2 or min(data.sample_size) < 64:
+        problems.append(f'data.sample_size is {list(data.sample_size)}, expected [width, height], 64 or more each')
+    if not 0 <= model.frozen_stages <= 4:
+        problems.append(f'model.frozen_stages is {model.frozen_stages}, expected 0 to 4')
+    if len(model.anchor_sizes) != 5 or min(model.anchor_sizes) <= 0:
+        problems.append(f'model.anchor_sizes is {list(model.anchor_sizes)}, expected five sizes in pixels')
+    for key, layers in (('mask_layers', model.mask_layers), ('keypoint_layers', model.keypoint_layers)):
+        if not layers or min(layers) < 1:
+            problems.append(f'model.{key} is {list(layers)}, expected one width or more, each at least 1')
+    if model.min_size is not None and (not model.min_size or min(model.min_size) < 1):
+        problems.append(f'model.min_size is {list(model.min_size)}, expected pixels, at least 1')
+    if not timm.is_model(model.backbone.split('.')[0]):
+        near = get_close_matches(model.backbone.split('.')[0], timm.list_models(), n=1)
+        hint = f'did you mean {near[0]}?' if near else 'expected a timm model name such as norton_resnet50.r078'
+        problems.append(f'model.backbone {model.backbone!r} is unknown: {hint}')
+    if model.weights is not None and not Path(model.weights).is_file():
+        problems.append(f'model.weights: no file {model.weights}')
+    if model.norm == 'frozen' and not model.pretrained and model.weights is None:
+        problems.append(
+            "model.norm 'frozen' needs model.pretrained or model.weights: random statistics must be trained"
+        )
+    if data.root is not None and not Path(data.root).is_dir():
+        problems.append(f'data.root: no folder {data.root}')
+    return problems

@@ -1,0 +1,137 @@
+"""Faster, Mask and Keypoint R-CNN of torchvision on any timm backbone."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import Tensor, nn
+from torchvision.models.detection import FasterRCNN, KeypointRCNN, MaskRCNN
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
+from torchvision.models.detection.keypoint_rcnn import KeypointRCNNHeads, KeypointRCNNPredictor
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+
+from detection.backbone import build_backbone, normalisation
+
+log = logging.getLogger(__name__)
+
+TASKS = ('box', 'mask', 'keypoint')
+RECIPES = ('backbone',)
+DEFAULT_CLASSES = {'box': 91, 'mask': 91, 'keypoint': 2}
+# torchvision's: keypoint detectors are trained at several scales and tested at the last
+DEFAULT_MIN_SIZE: dict[str, tuple[int, ...]] = {
+    'box': (800,),
+    'mask': (800,),
+    'keypoint': (640, 672, 704, 736, 768, 800),
+}
+ROI_SIZE = 7
+
+
+class _KeypointPredictor(KeypointRCNNPredictor):
+    """Heatmaps in the plain memory layout: torchvision's loss calls `.view`, which fails on channels_last maps."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).contiguous()
+
+
+def build_detector(
+    task: str,
+    backbone: str | nn.Module = 'norton_resnet50.r078',
+    num_classes: int | None = None,
+    *,
+    recipe: str = 'backbone',
+    pretrained: bool = False,
+    weights: str | Path | None = None,
+    norm: str | None = None,
+    frozen_stages: int = 0,
+    min_size: int | Sequence[int] | None = None,
+    max_size: int = 1333,
+    num_keypoints: int = 17,
+    fpn_channels: int = 256,
+    box_head: int = 1024,
+    mask_layers: Sequence[int] = (256, 256, 256, 256),
+    keypoint_layers: Sequence[int] = (512,) * 8,
+    anchor_sizes: Sequence[int] = (32, 64, 128, 256, 512),
+    **rcnn: object,
+) -> GeneralizedRCNN:
+    """A torchvision R-CNN with FPN (He et al., 2017, arXiv:1703.06870) on a timm backbone.
+
+    The result has torchvision's inputs, losses and outputs: images are float RGB `(3, H, W)` in 0..1, of any size;
+    boxes are xyxy in pixels of the image given.
+
+    Args:
+        task: `'box'` (Faster R-CNN), `'mask'` (Mask R-CNN) or `'keypoint'` (Keypoint R-CNN).
+        backbone: a timm name (see `detection.backbone.create_features`) or a `features_only` module.
+        num_classes: with background; by default COCO's 91, or 2 for keypoints (background, person).
+        recipe: what is compressed; `'backbone'` leaves FPN, RPN and heads dense.
+        pretrained: backbone weights that timm knows for this name; else the start is random.
+        weights: a file with backbone weights, instead of those.
+        norm: `'train'`, `'frozen'` or `'sync'` batch norm in the backbone; by default frozen if there are backbone
+            weights, as in torchvision, else trained.
+        frozen_stages: 0 to 4, pyramid levels of the backbone (with all layers before) whose weights stay.
+        min_size: length in pixels to which the shorter side of an image is resized; several = one at random in
+            training, the last in evaluation.
+        max_size: bound in pixels on the longer side after that.
+        num_keypoints: keypoints of a person.
+        fpn_channels: width of the FPN.
+        box_head: width of the two fully connected layers of the box head.
+        mask_layers: widths of the convolutions of the mask head.
+        keypoint_layers: widths of the convolutions of the keypoint head.
+        anchor_sizes: in pixels of the resized image, one for each of the five pyramid levels.
+        **rcnn: further arguments of torchvision's classes, e.g. `box_score_thresh`, `rpn_post_nms_top_n_test`.
+
+    Raises:
+        ValueError: an argument is not one of the choices; the message lists them.
+    """
+    if task not in TASKS:
+        raise ValueError(f'task is {task!r}, expected one of {", ".join(TASKS)}')
+    if recipe not in RECIPES:
+        raise ValueError(f'recipe is {recipe!r}, expected one of {", ".join(RECIPES)}')
+    if num_classes is None:
+        num_classes = DEFAULT_CLASSES[task]
+    if num_classes < 2:
+        raise ValueError(f'num_classes is {num_classes}, expected 2 or more (the background is one)')
+    if len(anchor_sizes) != 5:
+        raise ValueError(f'anchor_sizes has {len(anchor_sizes)} entries, expected 5 (one for each pyramid level)')
+    if norm is None:
+        norm = 'frozen' if pretrained or weights is not None else 'train'
+    if norm == 'frozen' and isinstance(backbone, str) and not pretrained and weights is None:
+        raise ValueError("norm='frozen' needs backbone weights: frozen statistics of a random network are meaningless")
+
+    fpn = build_backbone(
+        backbone,
+        pretrained=pretrained,
+        weights=weights,
+        norm=norm,
+        frozen_stages=frozen_stages,
+        out_channels=fpn_channels,
+    )
+    mean, std = normalisation(fpn.body)
+    common: dict = {
+        'min_size': DEFAULT_MIN_SIZE[task] if min_size is None else min_size,
+        'max_size': max_size,
+        'image_mean': mean,
+        'image_std': std,
+        'rpn_anchor_generator': AnchorGenerator(tuple((s,) for s in anchor_sizes), ((0.5, 1.0, 2.0),) * 5),
+        'box_head': TwoMLPHead(fpn_channels * ROI_SIZE**2, box_head),
+        'box_predictor': FastRCNNPredictor(box_head, num_classes),
+        **rcnn,
+    }
+    if task == 'box':
+        return FasterRCNN(fpn, **common)
+    if task == 'mask':
+        return MaskRCNN(
+            fpn,
+            mask_head=MaskRCNNHeads(fpn_channels, tuple(mask_layers), 1),
+            mask_predictor=MaskRCNNPredictor(mask_layers[-1], mask_layers[-1], num_classes),
+            **common,
+        )
+    return KeypointRCNN(
+        fpn,
+        keypoint_head=KeypointRCNNHeads(fpn_channels, tuple(keypoint_layers)),
+        keypoint_predictor=_KeypointPredictor(keypoint_layers[-1], num_keypoints),
+        **common,
+    )
