@@ -6,6 +6,7 @@
 from norton_timm.complexity import Complexity, count
 from norton_timm.compress import compress, reshape
 from norton_timm.cp import CPFactors, cp_decompose
+from norton_timm.forms import tune_forms
 from norton_timm.hosvd import hosvd
 from norton_timm.layers import CPDConv2d, set_form
 from norton_timm.report import CompressionReport
@@ -28,4 +29,5 @@ __all__ = [
     'reshape',
     'select_filters',
     'set_form',
+    'tune_forms',
 ]
