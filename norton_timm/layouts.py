@@ -1,0 +1,199 @@
+"""How a published list of pruning rates maps on the layers of a network, family by family.
+
+The authors number their rates per architecture (stem, stages, inner widths). Coupled layers share an entry; two
+families also size some layers after what those receive, which `widths_of` adds.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from timm.models.resnet import BasicBlock as TimmBasicBlock
+from timm.models.resnet import Bottleneck, ResNet
+from torch import nn
+
+Layout = list[list[str]]
+
+
+def layout_of(model: nn.Module) -> Layout | None:
+    """For entry k of an authors' list of rates, the names of the layers whose output channels it sets.
+
+    An entry without layers is one that the authors' lists have and that prunes nothing. Layers in no entry keep all
+    their channels, but for the ones that `widths_of` derives.
+
+    Returns:
+        One list of module names per entry, or None for a network of which no list is known.
+    """
+    from norton_timm.models.densenet_cifar import DenseNetCifar
+    from norton_timm.models.googlenet_cifar import GoogLeNetCifar
+    from norton_timm.models.mobilenetv2_cifar import MobileNetV2Cifar
+    from norton_timm.models.resnet_cifar import ResNetCifar
+    from norton_timm.models.vgg_cifar import VGGCifar
+
+    families = (
+        (ResNet, _resnet),
+        (VGGCifar, _vgg_cifar),
+        (ResNetCifar, _resnet_cifar),
+        (DenseNetCifar, _densenet_cifar),
+        (GoogLeNetCifar, _googlenet_cifar),
+        (MobileNetV2Cifar, _mobilenetv2_cifar),
+    )
+    for family, layout in families:
+        if isinstance(model, family):
+            return layout(model)
+    return None
+
+
+def widths_of(model: nn.Module, rates: Sequence[float]) -> dict[str, int]:
+    """Output channels that a list of rates gives each layer of the dense `model`: `int(full * (1 - rate))`.
+
+    In DenseNet a transition keeps that share of the channels that reach it (also when its own rate is 0), in
+    MobileNetV2 an expansion stays a multiple of what enters its block; both follow the pruning before them.
+
+    Args:
+        model: The uncompressed network.
+        rates: One rate in [0, 1) per entry of `layout_of(model)`; missing ones at the end are 0.
+
+    Returns:
+        Module name -> output channels, for every layer that an entry or one of those two rules sets.
+
+    Raises:
+        ValueError: No layout is known for the network, or there are more rates than entries.
+    """
+    layout = layout_of(model)
+    if layout is None:
+        raise ValueError(f'a list of rates was given, but no layout of {type(model).__name__} is known: give one rate')
+    if len(rates) > len(layout):
+        raise ValueError(f'{len(rates)} rates given, expected at most {len(layout)} for {type(model).__name__}')
+    modules = dict(model.named_modules())
+    widths: dict[str, int] = {}
+    for names, rate in zip(layout, [*rates, *[0.0] * (len(layout) - len(rates))]):
+        for name in names:
+            widths[name] = int(_out_channels(modules[name]) * (1 - rate))
+    _follow_dense(model, widths, rates)
+    _follow_expansion(model, widths)
+    return widths
+
+
+def exact_rates(model: nn.Module, rates: Sequence[float]) -> dict[str, float]:
+    """`widths_of` as one rate per layer name, each such that `int(full * (1 - rate))` is the width."""
+    modules = dict(model.named_modules())
+    found: dict[str, float] = {}
+    for name, width in widths_of(model, rates).items():
+        full = _out_channels(modules[name])
+        found[name] = 0.0 if width == full else 1 - (width + 0.5) / full
+    return found
+
+
+def _out_channels(module: nn.Module) -> int:
+    return int(module.out_channels)  # type: ignore[arg-type]
+
+
+def _is_plain(block: nn.Module) -> bool:
+    """True for a residual block without grouped convolutions, whose inner widths are free."""
+    return all(m.groups == 1 for m in block.modules() if isinstance(m, nn.Conv2d))
+
+
+def _resnet(model: ResNet) -> Layout | None:
+    """Stem; outputs of stages 1 to 3 (the last is never pruned); inner width of every block.
+
+    Where the first block of a stage has no projection (ResNet-18 and 34: stage 1), its output channels are the
+    stem's, and the two share the first entry.
+    """
+    stages = [getattr(model, f'layer{i}') for i in (1, 2, 3, 4)]
+    blocks = [(f'layer{i}.{j}', b) for i, stage in enumerate(stages, 1) for j, b in enumerate(stage)]
+    if not all(isinstance(b, (Bottleneck, TimmBasicBlock)) and _is_plain(b) for _, b in blocks):
+        return None
+    stem = [n for n, m in model.named_modules() if re.match(r'conv1(\.|$)', n) and isinstance(m, nn.Conv2d)]
+    entries: Layout = [stem]
+    for i, stage in enumerate(stages[:3], 1):
+        last = 'conv3' if isinstance(stage[0], Bottleneck) else 'conv2'
+        names = [f'layer{i}.{j}.{last}' for j in range(len(stage))]
+        down = stage[0].downsample
+        if down is None:
+            entries[-1] = entries[-1] + names
+            continue
+        projection = next(n for n, m in down.named_modules() if isinstance(m, nn.Conv2d))
+        entries.append([*names, f'layer{i}.0.downsample.{projection}'])
+    for name, block in blocks:
+        inner = ('conv1', 'conv2') if isinstance(block, Bottleneck) else ('conv1',)
+        entries.append([f'{name}.{conv}' for conv in inner])
+    return entries
+
+
+def _vgg_cifar(model: nn.Module) -> Layout:
+    """One entry per convolution, in order."""
+    return [[f'features.{name}'] for name, _ in model.features.named_children() if name.startswith('conv')]
+
+
+def _resnet_cifar(model: nn.Module) -> Layout:
+    """Stem; outputs of stages 1 and 2 (the last is never pruned); inner width of every block."""
+    counts = [len(getattr(model, f'layer{i}')) for i in (1, 2, 3)]
+    outputs = [[f'layer{i}.{j}.conv2' for j in range(counts[i - 1])] for i in (1, 2)]
+    inner = [[f'layer{i}.{j}.conv1'] for i, n in enumerate(counts, 1) for j in range(n)]
+    return [['conv1'], *outputs, *inner]
+
+
+def _densenet_cifar(model: nn.Module) -> Layout:
+    """Stem (never pruned), the layers of block 1, transition 1, block 2, transition 2, block 3."""
+    entries: Layout = [[]]
+    for stage in (1, 2, 3):
+        entries += [[f'dense{stage}.{j}.conv1'] for j in range(len(getattr(model, f'dense{stage}')))]
+        if stage < 3:
+            entries.append([f'trans{stage}.conv1'])
+    return entries
+
+
+def _googlenet_cifar(model: nn.Module) -> Layout:
+    """Stem (never pruned); per inception block its 3x3 convolutions, in the last one only the inner one."""
+    from norton_timm.models.googlenet_cifar import BLOCKS
+
+    inner = ('branch3x3.3', 'branch5x5.3', 'branch5x5.6')
+    entries = [[f'{name}.{conv}' for conv in inner] for name in BLOCKS]
+    entries[-1] = [f'{list(BLOCKS)[-1]}.branch5x5.3']
+    return [[], *entries]
+
+
+def _mobilenetv2_cifar(model: nn.Module) -> Layout:
+    """Stem (never pruned); per stage the outputs of its blocks."""
+    from norton_timm.models.mobilenetv2_cifar import STAGES
+
+    entries: Layout = [[]]
+    first = 1
+    for _, _, blocks, _ in STAGES:
+        entries.append([f'features.{i}.conv.{len(model.features[i].conv) - 2}' for i in range(first, first + blocks)])
+        first += blocks
+    return entries
+
+
+def _follow_dense(model: nn.Module, widths: dict[str, int], rates: Sequence[float]) -> None:
+    """Transitions of a DenseNet keep a share of what reaches them."""
+    if 'trans1.conv1' not in widths:
+        return
+    chs = model.conv1.out_channels
+    entry = 1
+    for stage in (1, 2, 3):
+        for j in range(len(getattr(model, f'dense{stage}'))):
+            chs += widths[f'dense{stage}.{j}.conv1']
+            entry += 1
+        if stage < 3:
+            rate = rates[entry] if entry < len(rates) else 0.0
+            chs = widths[f'trans{stage}.conv1'] = int(chs * (1 - rate))
+            entry += 1
+
+
+def _follow_expansion(model: nn.Module, widths: dict[str, int]) -> None:
+    """The expansion of an inverted residual is a multiple of its block's input."""
+    from norton_timm.models.mobilenetv2_cifar import STAGES, MobileNetV2Cifar
+
+    if not isinstance(model, MobileNetV2Cifar):
+        return
+    index, chs = 1, model.features[0][0].out_channels
+    for expansion, _, blocks, _ in STAGES:
+        for _ in range(blocks):
+            layers = model.features[index].conv
+            if expansion != 1:
+                widths[f'features.{index}.conv.0'] = chs * expansion
+            chs = widths[f'features.{index}.conv.{len(layers) - 2}']
+            index += 1
