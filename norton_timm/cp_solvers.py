@@ -1,0 +1,309 @@
+"""Solvers behind `cp_decompose`: A and B of every filter; C follows from them by least squares."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+_NEARLY_LOW_RANK = 0.02  # squared relative error below which ALS crawls and Gauss-Newton does not
+_HAND_OVER = 25  # sweeps before such a filter leaves ALS
+
+
+def compress_input_mode(x: Tensor, kh: int, kw: int) -> Tensor:
+    """Tensor `(n, k, Kh, Kw)` with the Gram matrix of `x (n, I, Kh*Kw)`; all that A and B depend on."""
+    n, i, k = x.shape
+    if i > k:
+        values, vectors = torch.linalg.eigh(x.mT @ x)
+        x = values.clamp_min(0).sqrt()[:, :, None] * vectors.mT
+    return x.reshape(n, -1, kh, kw)
+
+
+def khatri_rao(a: Tensor, b: Tensor) -> Tensor:
+    """Column-wise Kronecker product, `(n, Kh, R)` and `(n, Kw, R)` -> `(n, Kh*Kw, R)`."""
+    return (a[:, :, None, :] * b[:, None, :, :]).flatten(1, 2)
+
+
+def solve_exact(x: Tensor, kh: int, kw: int, rank: int) -> tuple[Tensor, Tensor]:
+    """A and B at a rank that represents anything: unit vectors for the two smallest modes, fibres for the third."""
+    n, i, _ = x.shape
+    r = torch.arange(rank, device=x.device)
+    rows, cols = torch.eye(kh, dtype=x.dtype, device=x.device), torch.eye(kw, dtype=x.dtype, device=x.device)
+    fibres = x.reshape(n, i, kh, kw)
+    if rank >= kh * kw:
+        r = r % (kh * kw)
+        return rows[:, r // kw].expand(n, -1, -1), cols[:, r % kw].expand(n, -1, -1)
+    if rank >= i * kh:
+        r = r % (i * kh)
+        return rows[:, r % kh].expand(n, -1, -1), _unit(fibres[:, r // kh, r % kh].mT)
+    r = r % (i * kw)
+    return _unit(fibres[:, r // kw, :, r % kw].permute(1, 2, 0)), cols[:, r % kw].expand(n, -1, -1)
+
+
+def solve_matrix(core: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Best A and B of filters with one mode of size 1, by the SVD (Eckart and Young)."""
+    n, k, kh, kw = core.shape
+    u, _, vh = torch.linalg.svd(core.reshape(n, kh, kw) if k == 1 else core.flatten(2), full_matrices=False)
+    ones = core.new_ones(n, 1, rank)
+    if k == 1:
+        return u[:, :, :rank], vh[:, :rank].mT
+    right = vh[:, :rank].mT
+    return (right, ones) if kw == 1 else (ones, right)
+
+
+def solve_iteratively(core: Tensor, rank: int, noise: Tensor, n_iter: int, tol: float) -> tuple[Tensor, Tensor]:
+    """Best A `(n, Kh, R)` and B `(n, Kw, R)` over all starts, columns of unit norm.
+
+    Args:
+        core: `(n, k, Kh, Kw)` from `compress_input_mode`.
+        rank: R, below the rank at which every filter is exact.
+        noise: `(restarts, n, Kh + Kw, R)` random starts; the HOSVD gives one more.
+        n_iter: bound on the sweeps.
+        tol: relative fall of the error in a sweep below which a start has converged.
+    """
+    kh, kw = core.shape[2:]
+    x = core.flatten(2)
+    energy = x.square().sum((1, 2), keepdim=True)
+    x = x / energy.where(energy > 0, 1).sqrt()
+    if kh * kw - rank < max(kh, kw):
+        a, b, solved = _solve_high_rank(x, kh, kw, rank)
+    else:
+        a, b = x.new_zeros(len(x), kh, rank), x.new_zeros(len(x), kw, rank)
+        solved = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+    if solved.all():
+        return a, b
+    rest = ~solved
+    x, noise = x[rest], noise[:, rest]
+    a0, b0 = _hosvd_start(x.unflatten(2, (kh, kw)), rank)
+    starts_a, starts_b = torch.cat([a0, *_unit(noise[:, :, :kh])]), torch.cat([b0, *_unit(noise[:, :, kh:])])
+    repeated = x.repeat(len(noise) + 1, 1, 1)
+    starts_a, starts_b, error = _search(repeated, starts_a, starts_b, n_iter, tol)
+    best = error.reshape(-1, len(x)).argmin(0) * len(x) + torch.arange(len(x), device=x.device)
+    a[rest], b[rest], error = starts_a[best], starts_b[best], error[best]
+    _rescue(x, a, b, error, rest, n_iter, tol)
+    return a, b
+
+
+def _search(x: Tensor, a: Tensor, b: Tensor, n_iter: int, tol: float) -> tuple[Tensor, Tensor, Tensor]:
+    """ALS, then Levenberg-Marquardt for what ALS has not left unfinished."""
+    a, b, error, finished = _als(x, a, b, n_iter, tol)
+    todo = torch.nonzero(finished & (error < _NEARLY_LOW_RANK) & (error > 1e-15))[:, 0]
+    if len(todo) and a.shape[2] * (a.shape[1] + b.shape[1]) <= 96:
+        a[todo], b[todo], error[todo] = _polish(x[todo], a[todo], b[todo], error[todo])
+    return a, b, error
+
+
+def _rescue(x: Tensor, a: Tensor, b: Tensor, error: Tensor, rows: Tensor, n_iter: int, tol: float) -> None:
+    """More random starts, in place, for filters whose unfolding has rank R although no start was exact.
+
+    Such a filter very likely has a CPD of rank R (at random a filter's unfolding has full rank), so a start that stays
+    above zero error sits in a local minimum.
+    """
+    kh, kw, rank = a.shape[1], b.shape[1], a.shape[2]
+    if n_iter < _HAND_OVER or x.shape[1] <= rank:
+        return
+    leading = torch.linalg.eigvalsh(x @ x.mT)[:, -rank:].sum(1)
+    todo = torch.nonzero((1 - leading < 1e-10) & (error > 1e-11))[:, 0]
+    rows = torch.nonzero(rows)[:, 0]
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(10):
+        if len(todo) == 0:
+            return
+        noise = torch.randn(3 * len(todo), kh + kw, rank, generator=generator, dtype=x.dtype).to(x.device)
+        found = _search(x[todo].repeat(3, 1, 1), _unit(noise[:, :kh]), _unit(noise[:, kh:]), n_iter, tol)
+        best = found[2].reshape(3, -1).argmin(0) * len(todo) + torch.arange(len(todo), device=x.device)
+        new_a, new_b, new_error = (f[best] for f in found)
+        better = new_error < error[todo]
+        at = todo[better]
+        a[rows[at]], b[rows[at]], error[at] = new_a[better], new_b[better], new_error[better]
+        todo = todo[error[todo] > 1e-11]
+
+
+def _als(x: Tensor, a: Tensor, b: Tensor, n_iter: int, tol: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Proximal ALS with extrapolation on tensors `x (n, k, Kh*Kw)` of unit energy.
+
+    Returns A, B, the squared error of each, and whether it converged (or is nearly of low rank and better left to
+    `_polish`) rather than ran out of sweeps.
+
+    Each sweep starts beyond the last step and is undone where the error did not fall (as in Ang et al., 2019), so the
+    error of what is kept never rises, and swamps are crossed two to four times faster.
+    """
+    kh = a.shape[1]
+    found_a, found_b, found_error = a.clone(), b.clone(), x.new_full((len(x),), math.inf)
+    todo = torch.arange(len(x), device=x.device)
+    c = x.new_zeros(len(x), x.shape[1], a.shape[2])
+    error = previous = found_error.clone()
+    best_a, best_b, kept_a, kept_b, kept_c = a, b, a, b, c
+    step = x.new_full((len(x), 1, 1), 0.5)
+    for sweep in range(n_iter + 1):
+        # C, and with it the error, at the extrapolated point
+        gram = _gram(a, b)
+        product = x @ khatri_rao(a, b)
+        c = _solve(gram, product, c)
+        now = 1 + (c * (c @ gram - 2 * product)).sum((1, 2))
+        better = now <= error
+        error = torch.where(better, now, error)
+        better = better[:, None, None]
+        best_a, best_b = torch.where(better, a, best_a), torch.where(better, b, best_b)
+        if sweep == n_iter:
+            break
+        if sweep % 5 == 4:
+            going = (previous - error > 5 * tol * error) & (error > 1e-15)
+            if sweep + 1 >= _HAND_OVER:
+                going &= error > _NEARLY_LOW_RANK
+            previous = error
+            if not going.all():
+                done = todo[~going]
+                found_a[done], found_b[done], found_error[done] = best_a[~going], best_b[~going], error[~going]
+                state = (x, a, b, c, best_a, best_b, kept_a, kept_b, kept_c, error, previous, step, better, todo)
+                x, a, b, c, best_a, best_b, kept_a, kept_b, kept_c, error, previous, step, better, todo = (
+                    v[going] for v in state
+                )
+                if len(todo) == 0:
+                    break
+        a, b, c = torch.where(better, a, kept_a), torch.where(better, b, kept_b), torch.where(better, c, kept_c)
+        step = step * torch.where(better, 1.1, 0.5)
+        slices = (c.mT @ x).unflatten(2, (kh, -1))
+        new_a = _solve(_gram(c, b), (slices @ b.mT[:, :, :, None])[..., 0].mT, a)
+        new_a, norm = _split_norm(new_a)
+        c, slices = c * norm, slices * norm.mT[..., None]
+        new_b = _solve(_gram(c, new_a), (new_a.mT[:, :, None, :] @ slices)[:, :, 0].mT, b)
+        new_b, norm = _split_norm(new_b)
+        kept_a, kept_b, kept_c = new_a, new_b, c * norm
+        a, b = _unit(new_a + step * (new_a - a)), _unit(new_b + step * (new_b - b))
+    found_a[todo], found_b[todo], found_error[todo] = best_a, best_b, error
+    finished = torch.ones_like(found_error, dtype=torch.bool)
+    finished[todo] = False
+    return found_a, found_b, found_error, finished
+
+
+def _polish(x: Tensor, a: Tensor, b: Tensor, error: Tensor, n_iter: int = 60) -> tuple[Tensor, Tensor, Tensor]:
+    """Levenberg-Marquardt on A and B with C eliminated, for filters that are nearly of low rank.
+
+    ALS crawls where the residual is small and components are nearly collinear; there Gauss-Newton converges in a few
+    steps (variable projection with Kaufman's Jacobian). Steps that do not lower the error are not taken.
+    """
+    kh, kw, rank = a.shape[1], b.shape[1], a.shape[2]
+    todo = torch.arange(len(x), device=x.device)
+    one_h, one_w = torch.eye(kh, dtype=x.dtype, device=x.device), torch.eye(kw, dtype=x.dtype, device=x.device)
+    component = torch.cat([torch.arange(rank).repeat_interleave(k) for k in (kh, kw)]).to(x.device)
+    damping = x.new_full((len(todo), 1), 1e-3)
+    small = 1e-12 * torch.eye(rank, dtype=x.dtype, device=x.device)
+    for _ in range(n_iter):
+        xs, a0, b0 = x[todo], a[todo], b[todo]
+        n = len(todo)
+        q, r = torch.linalg.qr(khatri_rao(a0, b0))
+        seen = xs @ q
+        c = torch.linalg.solve_triangular(r.mT + small, seen, upper=False, left=False)
+        rest = xs - seen @ q.mT
+        # column (r, m) of `change`: how component r of the design moves with entry m of A, then of B
+        by_a = (one_h[:, None, None, :] * b0[:, None, :, :, None]).flatten(3).flatten(1, 2)
+        by_b = (a0[:, :, None, :, None] * one_w[:, None, :]).flatten(3).flatten(1, 2)
+        change = torch.cat([by_a, by_b], 2)
+        outside = change - q @ (q.mT @ change)
+        hessian = (outside.mT @ outside) * (c.mT @ c)[:, component][:, :, component]
+        slope = ((c.mT @ rest)[:, component] * outside.mT).sum(2)
+        ridge = damping * hessian.diagonal(dim1=1, dim2=2).amax(1, keepdim=True) + 1e-300
+        move = torch.linalg.solve_ex(hessian + torch.diag_embed(ridge.expand_as(slope)), slope[:, :, None])[0][..., 0]
+        new_a = _unit(a0 + move[:, : rank * kh].reshape(n, rank, kh).mT)
+        new_b = _unit(b0 + move[:, rank * kh :].reshape(n, rank, kw).mT)
+        new_error = _projection_error(xs, new_a, new_b)
+        better = new_error < error[todo]
+        fell = torch.where(better, error[todo] - new_error, 0)
+        taken = todo[better]
+        a[taken], b[taken], error[taken] = new_a[better], new_b[better], new_error[better]
+        damping = (damping * torch.where(better, 0.3, 4.0)[:, None]).clamp(1e-12, 1e6)
+        going = (error[todo] > 1e-24) & ((fell > 1e-3 * error[todo]) | (~better & (damping[:, 0] < 1e3)))
+        todo, damping = todo[going], damping[going]
+        if len(todo) == 0:
+            break
+    return a, b, error
+
+
+def _projection_error(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Squared error left by the best C, from the residual itself."""
+    q, _ = torch.linalg.qr(khatri_rao(a, b))
+    return (x - (x @ q) @ q.mT).square().sum((1, 2))
+
+
+def _solve_high_rank(x: Tensor, kh: int, kw: int, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Closed form for `Kh*Kw - R < max(Kh, Kw)`, for 3x3 kernels ranks 7 and 8: A, B, and where they are optimal.
+
+    No rank-R approximation beats projecting the unfolding on its R leading right singular vectors. Its error is reached
+    by R independent products a (x) b orthogonal to the other singular vectors, read as matrices N_1, N_2, ...: any `a`
+    leaves fewer linear conditions N_k^T a on `b` than b has entries. Of many such pairs the best conditioned are taken.
+    """
+    if kw < kh:
+        swapped = x.unflatten(2, (kh, kw)).mT.flatten(2)
+        b, a, solved = _solve_high_rank(swapped, kw, kh, rank)
+        return a, b, solved
+    n = len(x)
+    values, vectors = torch.linalg.eigh(x.mT @ x)
+    free = kh * kw - rank
+    null = vectors[:, :, :free].unflatten(1, (kh, kw))
+    candidates = 6 * rank
+    noise = torch.randn(kh + kw, candidates, generator=torch.Generator().manual_seed(0), dtype=x.dtype).to(x.device)
+    a = _unit(noise[:kh]).expand(n, -1, -1)
+    b = noise[kh:].expand(n, -1, -1)
+    conditions = torch.einsum('nhwf,nhm->fnwm', null, a).clone()
+    for k in range(free):  # Gram-Schmidt, one condition after the other
+        conditions[k] = _unit(conditions[k])
+        for later in (*conditions[k + 1 :], *conditions[k + 1 :], b := b.clone(), b):
+            later -= conditions[k] * (conditions[k] * later).sum(1, keepdim=True)
+    b = _unit(b)
+    pick = _independent_columns(khatri_rao(a, b), rank)[:, None, :]
+    a, b = a.gather(2, pick.expand(-1, kh, -1)), b.gather(2, pick.expand(-1, kw, -1))
+    bound = values[:, :free].clamp_min(0).sum(1)
+    return a, b, _projection_error(x, a, b) <= bound + 1e-12
+
+
+def _independent_columns(columns: Tensor, count: int) -> Tensor:
+    """Indices `(n, count)` of well-conditioned columns of `(n, d, m)`, by pivoted Gram-Schmidt."""
+    rest, picked = columns.clone(), []
+    for _ in range(count):
+        best = torch.linalg.vector_norm(rest, dim=1).argmax(1)
+        picked.append(best)
+        direction = _unit(rest.gather(2, best[:, None, None].expand(-1, rest.shape[1], 1)))
+        rest = rest - direction * (direction.mT @ rest)
+    return torch.stack(picked, 1)
+
+
+def _hosvd_start(core: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Pairs of left singular vectors of the two spatial modes, those with the most energy first."""
+    kh, kw = core.shape[2:]
+    rows = torch.linalg.eigh(torch.einsum('nkhw,nkgw->nhg', core, core))[1]
+    cols = torch.linalg.eigh(torch.einsum('nkhw,nkhg->nwg', core, core))[1]
+    energy = (rows.mT[:, None] @ core @ cols[:, None]).square().sum(1).flatten(1)
+    pair = energy.sort(dim=1, descending=True, stable=True).indices[:, None, :rank]
+    return rows.gather(2, (pair // kw).expand(-1, kh, -1)), cols.gather(2, (pair % kw).expand(-1, kw, -1))
+
+
+def _gram(a: Tensor, b: Tensor) -> Tensor:
+    return (a.mT @ a) * (b.mT @ b)
+
+
+def _solve(gram: Tensor, product: Tensor, old: Tensor) -> Tensor:
+    """Least squares with a pull towards `old`: solvable for collinear factors, and the error still cannot rise."""
+    pull = 1e-9 * gram.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] + 1e-300
+    right = product + pull * old
+    if gram.shape[1] == 1:
+        return right / (gram + pull)
+    gram = gram + pull * torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
+    return torch.linalg.solve_ex(gram, right, left=False)[0]
+
+
+def _unit(x: Tensor) -> Tensor:
+    """Columns scaled to unit norm; a zero column becomes the first unit vector."""
+    return _split_norm(x)[0]
+
+
+def _split_norm(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Columns scaled to unit norm, and their norms."""
+    norm = (x * x).sum(-2, keepdim=True).sqrt_()
+    tiny = norm < 1e-150
+    unit = x / norm.where(~tiny, 1)
+    if tiny.any():
+        unit = unit.masked_fill(tiny, 0)
+        unit[..., :1, :].masked_fill_(tiny, 1)
+    return unit, norm
