@@ -5,17 +5,18 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-# In the order in which a frame passes through them.
-STAGES = ('read', 'preprocess', 'network', 'postprocess', 'draw', 'write')
+# In the order in which a frame passes through them; total is what the model took, pre- to post-process.
+STAGES = ('read', 'preprocess', 'network', 'postprocess', 'total', 'draw', 'write')
 
 
 def synchronize(device: torch.device | str | None) -> None:
@@ -117,7 +118,8 @@ class LatencyRecorder:
     def recent(self, name: str) -> Summary | None:
         """Summary of the newest ``window`` frames, for a live display; ``None`` before the first."""
         with self._lock:
-            values = list(self._times.get(name, ()))[-self.window :]
+            newest = islice(reversed(self._times.get(name, deque())), self.window)
+            values = list(newest)
         return summarize(values) if values else None
 
 
@@ -159,7 +161,7 @@ class RateMeter:
         return (len(self._recent) - 1) / (self._recent[-1] - self._recent[0])
 
 
-def plot_histogram(series: dict[str, Sequence[float]], path: str | Path, *, title: str = 'Network latency') -> None:
+def plot_histogram(series: Mapping[str, Sequence[float]], path: str | Path, *, title: str = 'Network latency') -> None:
     """Write a PNG with one latency histogram per model, p50 and p95 marked.
 
     Args:

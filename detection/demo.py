@@ -1,0 +1,219 @@
+"""What the video demo puts around the pipeline: which models, which outputs, which report files."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import cv2
+import torch
+from torch import nn
+from torchvision.models import get_model
+from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights, KeypointRCNN_ResNet50_FPN_Weights
+
+from detection.draw import Image
+from detection.latency import plot_histogram
+from detection.pipeline import Report, real_time_repeats
+from detection.predictor import ModelFacts
+from detection.rcnn import TASKS, build_detector
+from detection.video import Frame, FrameSource, fit
+from detection.video_writer import VideoWriter
+
+DENSE = 'resnet50'
+TORCHVISION_TASKS = {
+    'fasterrcnn_resnet50_fpn': 'box',
+    'fasterrcnn_resnet50_fpn_v2': 'box',
+    'fasterrcnn_mobilenet_v3_large_fpn': 'box',
+    'fasterrcnn_mobilenet_v3_large_320_fpn': 'box',
+    'maskrcnn_resnet50_fpn': 'mask',
+    'maskrcnn_resnet50_fpn_v2': 'mask',
+    'keypointrcnn_resnet50_fpn': 'keypoint',
+}
+
+
+def coco_names(task: str) -> list[str]:
+    """Names by label of COCO's detectors in torchvision: 91 with gaps, or background and person."""
+    weights = KeypointRCNN_ResNet50_FPN_Weights if task == 'keypoint' else FasterRCNN_ResNet50_FPN_Weights
+    return list(weights.COCO_V1.meta['categories'])
+
+
+def load_model(weights: str) -> tuple[nn.Module, ModelFacts]:
+    """A detector from a checkpoint of ``tools/train_det.py``, or torchvision's pretrained one of that name.
+
+    Raises:
+        FileNotFoundError: neither a file nor a name that torchvision knows.
+        ValueError: the file is no such checkpoint, or the download failed.
+    """
+    if weights in TORCHVISION_TASKS and not Path(weights).exists():
+        try:
+            model = get_model(weights, weights='DEFAULT')
+        except OSError as error:
+            raise ValueError(f'torchvision weights of {weights} cannot be downloaded: {error}') from error
+        task = TORCHVISION_TASKS[weights]
+        return model, ModelFacts(weights, task, coco_names(task), params=count_parameters(model))
+    if not Path(weights).is_file():
+        raise FileNotFoundError(
+            f'no weights {weights}: expected a checkpoint of train_det.py or one of {", ".join(TORCHVISION_TASKS)}'
+        )
+    from detection.engine import load_detector
+
+    model, meta = load_detector(weights)
+    facts = ModelFacts(
+        name=Path(weights).stem,
+        task=meta['task'],
+        class_names=meta['class_names'],
+        skeleton=meta.get('skeleton') or None,
+        params=count_parameters(model),
+    )
+    return model, facts
+
+
+def random_model(task: str, backbone: str) -> tuple[nn.Module, ModelFacts]:
+    """A detector with random weights, for timing; its facts say so, and so will every picture.
+
+    At most 10 detections a frame: random scores would let all of torchvision's 100 through to the keypoint head.
+    """
+    if task not in TASKS:
+        raise ValueError(f'task is {task!r}, expected one of {", ".join(TASKS)}')
+    model = build_detector(task, backbone, box_detections_per_img=10)
+    facts = ModelFacts(backbone, task, coco_names(task), params=count_parameters(model), random=True)
+    return model, facts
+
+
+def choose_models(
+    weights: Sequence[str], *, random_weights: bool, compare: bool, task: str, backbone: str
+) -> list[tuple[nn.Module, ModelFacts]]:
+    """The models the user asked for: one, or with ``compare`` the dense and the compressed one.
+
+    Raises:
+        ValueError: nothing to load and random weights not allowed, or the wrong number of weights.
+    """
+    if weights and random_weights:
+        raise ValueError('--weights and --random-weights exclude each other')
+    if random_weights:
+        return [random_model(task, name) for name in ([DENSE, backbone] if compare else [backbone])]
+    if not weights:
+        raise ValueError(
+            'no weights: give --weights CHECKPOINT (of train_det.py, or a torchvision name such as '
+            'fasterrcnn_resnet50_fpn), or --random-weights to measure time only'
+        )
+    if len(weights) != 1 + compare:
+        want = 'two with --compare: dense, then compressed' if compare else 'one (two need --compare)'
+        raise ValueError(f'{len(weights)} weights, expected {want}')
+    models = [load_model(w) for w in weights]
+    if compare and models[0][1].name == models[1][1].name:  # runs often differ in the folder only
+        models = [
+            (m, ModelFacts(**{**vars(f), 'name': '/'.join(Path(w).with_suffix('').parts[-2:])}))
+            for w, (m, f) in zip(weights, models)
+        ]
+    return models
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Number of parameters, buffers not counted."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def window_problem() -> str | None:
+    """Why no window can be opened here; ``None`` when one can."""
+    gui = next((line for line in cv2.getBuildInformation().splitlines() if line.strip().startswith('GUI:')), '')
+    if 'NONE' in gui:
+        return 'this OpenCV has no windows (opencv-python-headless)'
+    if sys.platform.startswith('linux') and not (os.environ.get('DISPLAY') or os.environ.get('WAYLAND_DISPLAY')):
+        return 'there is no display'
+    return None
+
+
+class Output:
+    """Where finished pictures go: a file, a window, both, or nowhere; a context manager.
+
+    Args:
+        source: gives the frame rate; live sources are written so that the file plays in real time.
+        path: .mp4 to write, or ``None``.
+        window: show a window; Escape, q or closing it ends the run.
+        codec: see `VideoWriter`.
+        progress: called after every frame.
+    """
+
+    title = 'norton-timm'
+
+    def __init__(
+        self,
+        source: FrameSource,
+        path: Path | None,
+        *,
+        window: bool = False,
+        codec: str = 'auto',
+        progress: Callable[[], object] | None = None,
+    ):
+        if window and (problem := window_problem()):
+            raise ValueError(f'no window: {problem}; use --output FILE.mp4, --headless or --serve PORT')
+        self.source, self.path, self.window, self.codec, self.progress = source, path, window, codec, progress
+        self.writer: VideoWriter | None = None
+        self._start = 0.0
+
+    def __call__(self, image: Image, frame: Frame) -> bool:
+        """Write and show one picture; false when the user closed the window."""
+        if self.path is not None:
+            if self.writer is None:
+                self.writer = VideoWriter(self.path, self.source.fps, (image.shape[1], image.shape[0]), self.codec)
+                self._start = frame.time
+            repeats = 1
+            if self.source.live:
+                repeats = real_time_repeats(frame, self._start, float(self.source.fps), self.writer.frames)
+            for _ in range(repeats):
+                self.writer.write(fit(image, self.writer.size))
+        if self.progress is not None:
+            self.progress()
+        if not self.window:
+            return True
+        cv2.imshow(self.title, cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
+        key = cv2.waitKey(1) & 0xFF
+        return key not in (27, ord('q')) and cv2.getWindowProperty(self.title, cv2.WND_PROP_VISIBLE) >= 1
+
+    def __enter__(self) -> Output:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            if self.writer is not None:
+                self.writer.close()
+        finally:
+            if self.window:
+                with contextlib.suppress(cv2.error):
+                    cv2.destroyAllWindows()
+
+
+def save_report(report: Report, path: Path) -> list[Path]:
+    """Write the figures as JSON, and beside it the latency histogram as PNG if any frame was counted."""
+    written = [path]
+    partial = path.with_name(f'.{path.name}.{os.getpid()}.partial')
+    try:
+        partial.write_text(json.dumps(report.to_dict(), indent=2) + '\n')
+        os.replace(partial, path)
+        series = report.totals()
+        if any(series.values()):
+            plot_histogram(series, partial, title='Picture to detections')
+            os.replace(partial, path.with_suffix('.png'))
+            written.append(path.with_suffix('.png'))
+    finally:
+        partial.unlink(missing_ok=True)
+    return written
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The named device, or the best there is. ``ValueError`` when it is not there."""
+    if name is None:
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        return accelerator if accelerator is not None else torch.device('cpu')
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f'device {name!r} cannot be used: {reason}') from error
+    return device
