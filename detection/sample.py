@@ -266,7 +266,8 @@ def _annotation(entry: dict[str, Any], annotation_id: int, image_id: int) -> dic
         if not segmentation:
             return None
         rle = mask_utils.merge(mask_utils.frPyObjects(segmentation, *visible.shape))
-        raster = mask_utils.decode(rle).astype(bool)
+        # from here on the mask is what the polygons say: scraps too small for one are gone
+        raster = entry['visible'] = mask_utils.decode(rle).astype(bool)
     ys, xs = np.nonzero(raster)
     if len(xs) == 0:
         return None

@@ -6,6 +6,7 @@ its parts. Nothing is resized or normalised for the network here: torchvision's 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -63,6 +64,27 @@ class RandomResize(MaxSizeTransform):
         return {'scale': scale}
 
 
+class SafeCrop(A.BBoxSafeRandomCrop):
+    """A random crop that keeps every object whole; without objects, the image as it is.
+
+    Albumentations' own rounds the far side down, which can cut a pixel off, and raises on boxes below one pixel.
+    """
+
+    def get_params_dependent_on_data(self, params: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+        """Draw the four sides."""
+        height, width = params['shape'][:2]
+        boxes = np.asarray(data['bboxes'])
+        if not len(boxes):
+            return {'crop_coords': (0, 0, width, height)}
+        sides = []
+        for axis, size in ((0, width), (1, height)):
+            low = int(np.clip(boxes[:, axis].min() * size, 0, size - 1))
+            high = int(np.clip(np.ceil(boxes[:, axis + 2].max() * size), low + 1, size))
+            sides.append((self.py_random.randint(0, low), self.py_random.randint(high, size)))
+        (left, right), (top, bottom) = sides
+        return {'crop_coords': (left, top, right, bottom)}
+
+
 class DetectionTransform:
     """Applies albumentations to an image and all parts of its target.
 
@@ -83,7 +105,10 @@ class DetectionTransform:
         )
         # invisible keypoints are kept, so that row k of a person stays its k-th keypoint
         points = A.KeypointParams(format='xy', remove_invisible=False)
-        self.compose = A.Compose(list(steps), bbox_params=boxes, keypoint_params=points)
+        with warnings.catch_warnings():
+            # a pipeline that changes colours only is no mistake
+            warnings.filterwarnings('ignore', message='Got processor for')
+            self.compose = A.Compose(list(steps), bbox_params=boxes, keypoint_params=points)
         self.min_size = min_size
 
     def __call__(
@@ -179,7 +204,7 @@ def build_transforms(
         jitter: Range of a random scale factor.
         crop: (height, width) of a random crop, padded at the right and bottom; the factor is then relative to the
             size that just fits, so ``jitter=(0.1, 2.0), crop=(1024, 1024)`` is large-scale jittering.
-        safe_crop: Probability of a random crop that cuts no object off entirely.
+        safe_crop: Probability of a random crop that keeps every object whole.
         rotate: Largest rotation in degrees, either way.
         color: Strength of brightness, contrast, saturation and hue changes, 0 to 1.
         min_visibility: Smallest fraction of a box's area that may remain in view.
@@ -204,7 +229,7 @@ def build_transforms(
         return None
     steps: list[A.BasicTransform] = []
     if safe_crop > 0:
-        steps.append(A.BBoxSafeRandomCrop(erosion_rate=0.2, p=safe_crop))
+        steps.append(SafeCrop(p=safe_crop))
     if flip > 0:
         steps.append(A.HorizontalFlip(p=flip))
     if rotate > 0:
