@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -21,7 +23,7 @@ from detection.pipeline import Report, real_time_repeats
 from detection.predictor import ModelFacts
 from detection.rcnn import TASKS, build_detector
 from detection.video import Frame, FrameSource, fit
-from detection.video_writer import VideoWriter
+from detection.video_writer import VideoWriter, check_output
 
 DENSE = 'resnet50'
 TORCHVISION_TASKS = {
@@ -84,33 +86,44 @@ def random_model(task: str, backbone: str) -> tuple[nn.Module, ModelFacts]:
     return model, facts
 
 
-def choose_models(
-    weights: Sequence[str], *, random_weights: bool, compare: bool, task: str, backbone: str
-) -> list[tuple[nn.Module, ModelFacts]]:
-    """The models the user asked for: one, or with ``compare`` the dense and the compressed one.
-
-    Raises:
-        ValueError: nothing to load and random weights not allowed, or the wrong number of weights.
-    """
-    if weights and random_weights:
+def check_options(args: argparse.Namespace) -> None:
+    """Refuse what cannot work before a model is loaded. The tool's parsed arguments in, ``ValueError`` out."""
+    if args.warmup < 0:
+        raise ValueError(f'--warmup {args.warmup}, expected 0 or more')
+    if args.frames is not None and args.frames < 1:
+        raise ValueError(f'--frames {args.frames}, expected 1 or more')
+    if args.weights and args.random_weights:
         raise ValueError('--weights and --random-weights exclude each other')
-    if random_weights:
-        return [random_model(task, name) for name in ([DENSE, backbone] if compare else [backbone])]
-    if not weights:
+    if not args.weights and not args.random_weights:
         raise ValueError(
             'no weights: give --weights CHECKPOINT (of train_det.py, or a torchvision name such as '
             'fasterrcnn_resnet50_fpn), or --random-weights to measure time only'
         )
-    if len(weights) != 1 + compare:
-        want = 'two with --compare: dense, then compressed' if compare else 'one (two need --compare)'
-        raise ValueError(f'{len(weights)} weights, expected {want}')
-    models = [load_model(w) for w in weights]
-    if compare and models[0][1].name == models[1][1].name:  # runs often differ in the folder only
-        models = [
-            (m, ModelFacts(**{**vars(f), 'name': '/'.join(Path(w).with_suffix('').parts[-2:])}))
-            for w, (m, f) in zip(weights, models)
-        ]
+    if args.weights and len(args.weights) != 1 + args.compare:
+        want = 'two with --compare: dense, then compressed' if args.compare else 'one (two need --compare)'
+        raise ValueError(f'--weights got {len(args.weights)}, expected {want}')
+    if args.output is not None:
+        check_output(args.output, args.codec)
+    if args.json is not None and not args.json.parent.is_dir():
+        raise ValueError(f'--json folder {args.json.parent} does not exist')
+    if wants_window(args) and (problem := window_problem()):
+        raise ValueError(f'no window: {problem}; use --output FILE.mp4 or --headless')
+
+
+def choose_models(args: argparse.Namespace) -> list[tuple[nn.Module, ModelFacts]]:
+    """The models the user asked for: one, or with ``--compare`` the dense and the compressed one."""
+    if args.random_weights:
+        return [random_model(args.task, n) for n in ([DENSE, args.backbone] if args.compare else [args.backbone])]
+    models = [load_model(w) for w in args.weights]
+    if args.compare and models[0][1].name == models[1][1].name:  # runs often differ in the folder only
+        folders = [Path(w).resolve().parent.name for w in args.weights]
+        models = [(m, replace(f, name=f'{folder}/{f.name}')) for (m, f), folder in zip(models, folders)]
     return models
+
+
+def wants_window(args: argparse.Namespace) -> bool:
+    """A window is the output when no other was named."""
+    return args.output is None and not args.headless
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -150,8 +163,6 @@ class Output:
         codec: str = 'auto',
         progress: Callable[[], object] | None = None,
     ):
-        if window and (problem := window_problem()):
-            raise ValueError(f'no window: {problem}; use --output FILE.mp4, --headless or --serve PORT')
         self.source, self.path, self.window, self.codec, self.progress = source, path, window, codec, progress
         self.writer: VideoWriter | None = None
         self._start = 0.0

@@ -179,7 +179,7 @@ class LiveSource(FrameSource):
         max_wait: upper limit of the growing wait, in seconds.
 
     Raises:
-        ConnectionError: when the source cannot be opened at all.
+        ValueError: when the source cannot be opened at all.
     """
 
     live = True
@@ -197,7 +197,7 @@ class LiveSource(FrameSource):
         self._opener = opener
         self._capture: Capture | None = self._connect()
         if self._capture is None:
-            raise ConnectionError(f'cannot open {name}: no picture arrived')
+            raise ValueError(f'cannot open {name}: it does not answer')
         self.fps = exact_rate(self._capture.get(cv2.CAP_PROP_FPS))
         self._fresh = threading.Condition()
         self._newest: Frame | None = None
@@ -277,8 +277,8 @@ def open_source(name: str | None, *, frames: int = 150) -> FrameSource:
 
     Raises:
         FileNotFoundError: for a path that does not exist.
-        ValueError: for a file that cannot be decoded, or a folder without pictures.
-        ConnectionError: for a webcam or stream that gives no picture.
+        ValueError: for a file that cannot be decoded, a folder without pictures, a webcam or stream that does not
+            answer.
     """
     if name is None:
         return DrawnSource(frames)

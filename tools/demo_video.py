@@ -1,31 +1,26 @@
-"""Run one detector, or two side by side, on a video, webcam or stream, and measure it.
+"""Run one detector, or two side by side, on a video, webcam or stream, and measure it honestly.
 
 python tools/demo_video.py --weights runs/keypoint/checkpoint.pt --input clip.mp4 --output annotated.mp4
 """
 
 from __future__ import annotations
 
-import argparse
-import logging
 import signal
-import sys
 from pathlib import Path
 
-from _cli import run
+from _cli import FAILURE, INTERRUPTED, Parser, fail, run
 from tqdm import tqdm
 
 from detection import demo, pipeline
 from detection.predictor import Predictor
 from detection.rcnn import TASKS
 from detection.video import open_source
-from detection.video_writer import CODECS, check_output
+from detection.video_writer import CODECS, VideoWriteError
 
 
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument(
-        '--input', help='video, picture, folder, webcam index or rtsp:// http:// URL (default: a drawn clip)'
-    )
+def parser() -> Parser:
+    p = Parser(description=__doc__)
+    p.add_argument('--input', help='video, picture, folder, webcam index or rtsp:// http:// URL; a drawn clip if none')
     p.add_argument('--output', type=Path, help='annotated video to write, .mp4')
     p.add_argument('--headless', action='store_true', help='no window and no file, only measure')
     p.add_argument('--weights', nargs='+', default=[], help='checkpoint of train_det.py, or a torchvision model name')
@@ -34,49 +29,44 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument('--backbone', default='norton_resnet50.r078', help='with --random-weights')
     p.add_argument('--compare', action='store_true', help='two --weights side by side: dense, then compressed')
     p.add_argument('--score', type=float, default=0.5, help='hide detections below it')
-    p.add_argument('--imgsz', type=int, help='shorter image side inside the network, in pixels')
-    p.add_argument('--device', help='cpu, cuda, cuda:1, mps (default: the best there is)')
+    p.add_argument('--imgsz', type=int, help='shorter image side inside the network, in pixels; none = as trained')
+    p.add_argument('--device', help='cpu, cuda, cuda:1, mps; none = the best there is')
     p.add_argument('--half', action='store_true', help='autocast: float16 on accelerators, bfloat16 on a CPU')
     p.add_argument('--compile', action='store_true', help='torch.compile the backbone')
     p.add_argument('--warmup', type=int, default=3, help='first frames that are not counted')
     p.add_argument('--frames', type=int, help='stop after so many frames')
-    p.add_argument('--codec', default='auto', choices=CODECS)
-    p.add_argument('--json', type=Path, help='figures; the histogram is a .png beside it (default: beside --output)')
+    p.add_argument('--codec', default='auto', choices=CODECS, help='auto = the first that works here')
+    p.add_argument('--json', type=Path, help='figures, with the histogram as .png beside; none = beside --output')
     return p
 
 
-def main() -> int:
+def main() -> None:
     args = parser().parse_args()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill` and `docker stop` finish the file as Ctrl-C does
-    logging.basicConfig(level=logging.WARNING, format='%(message)s')
-    if args.warmup < 0 or (args.frames is not None and args.frames < 1):
-        raise ValueError(f'--warmup {args.warmup} --frames {args.frames}, expected at least 0 and at least 1')
-    if args.output is not None:
-        check_output(args.output, args.codec)
+    # `kill` and `docker stop` shall finish the file as Ctrl-C does
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    demo.check_options(args)
     device = demo.choose_device(args.device)
     options = {'device': device, 'half': args.half, 'compile': args.compile, 'imgsz': args.imgsz, 'score': args.score}
-    with open_source(args.input, frames=args.frames or 150) as source, tqdm(total=source.count, unit='frame') as bar:
-        window = args.output is None and not args.headless
-        output = demo.Output(source, args.output, window=window, codec=args.codec, progress=bar.update)
-        models = demo.choose_models(
-            args.weights,
-            random_weights=args.random_weights,
-            compare=args.compare,
-            task=args.task,
-            backbone=args.backbone,
-        )
-        predictors = [Predictor(model, facts, warmup=args.warmup, **options) for model, facts in models]
-        with output:
-            report = pipeline.run(source, predictors, output, warmup=args.warmup, max_frames=args.frames)
+    try:
+        with open_source(args.input, frames=args.frames or 150) as source:
+            models = demo.choose_models(args)
+            predictors = [Predictor(model, facts, warmup=args.warmup, **options) for model, facts in models]
+            with (
+                tqdm(total=args.frames or source.count, unit='frame') as bar,
+                demo.Output(source, args.output, window=demo.wants_window(args), codec=args.codec) as output,
+            ):
+                output.progress = bar.update
+                report = pipeline.run(source, predictors, output, warmup=args.warmup, max_frames=args.frames)
+    except (ConnectionError, VideoWriteError) as error:
+        fail(error, FAILURE)
     print(report)
     if output.writer is not None and output.writer.frames:
         print(f'wrote {args.output}: {output.writer.frames} frames, {output.writer.codec}')
     figures = args.json or (args.output.with_suffix('.json') if args.output else None)
     if figures is not None and report.frames:
         print('wrote', *demo.save_report(report, figures))
-    if report.stopped:
-        print(f'{report.stopped} after {report.frames} frames', file=sys.stderr)
-    return 130 if report.stopped == 'interrupted' else 0
+    if report.stopped == 'interrupted':
+        fail(f'interrupted after {report.frames} frames', INTERRUPTED)
 
 
 if __name__ == '__main__':
