@@ -12,7 +12,7 @@ from timm.layers import convert_sync_batchnorm, freeze_batch_norm_2d
 from torch import Tensor, nn
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
 
-import norton_timm  # noqa: F401  (registers the compressed models with timm)
+import norton_timm.models  # noqa: F401  (registers the compressed models with timm)
 
 STRIDES = (4, 8, 16, 32)
 NORMS = ('train', 'frozen', 'sync')

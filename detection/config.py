@@ -8,9 +8,7 @@ range, missing files.
 from __future__ import annotations
 
 import dataclasses
-import types
-import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -21,18 +19,11 @@ import yaml
 
 from detection.backbone import NORMS
 from detection.rcnn import RECIPES, TASKS
+from detection.settings import ConfigError, build, merge, nested, parse, plain, read_yaml
 
 AMP = ('none', 'bf16', 'fp16')
 OPTIMIZERS = ('sgd', 'adamw')
 SCHEDULES = ('multistep', 'cosine')
-
-
-class ConfigError(ValueError):
-    """All problems of a configuration, on one line, separated by semicolons."""
-
-    def __init__(self, problems: Sequence[str]) -> None:
-        self.problems = list(problems)
-        super().__init__('; '.join(problems))
 
 
 @dataclass(frozen=True)
@@ -43,9 +34,10 @@ class DataConfig:
     batch_size: int = 2  # images of one process
     workers: int = 4  # loading processes
     flip: float = 0.5  # probability of a horizontal flip
-    sample_train: int = 400  # images of the sample set, if that is used
-    sample_val: int = 60
-    sample_size: tuple[int, ...] = (192, 160)  # width, height
+    color: float = 0.0  # strength of colour changes, 0 to 1
+    jitter: tuple[float, ...] = (1.0, 1.0)  # range of a random scale factor
+    crop: tuple[int, ...] | None = None  # height, width of a random crop; the factor is then relative to its size
+    safe_crop: float = 0.0  # probability of a random crop that cuts no object off entirely
 
 
 @dataclass(frozen=True)
@@ -106,14 +98,21 @@ class RunConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types only, as YAML and checkpoints take them."""
-        return _plain(dataclasses.asdict(self))
+        return plain(dataclasses.asdict(self))
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.to_dict(), sort_keys=False)
 
 
-def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a YAML file with its bases, apply `key=value` overrides such as `optim.lr=0.01`, check everything.
+def load_config(
+    path: str | Path | None = None, overrides: Sequence[str] = (), values: Mapping[str, Any] | None = None
+) -> RunConfig:
+    """Read a YAML file with its bases, apply overrides, check everything.
+
+    Args:
+        path: YAML file; None starts from the defaults.
+        overrides: `key=value` texts such as `optim.lr=0.01`, the value as in YAML; they win over `values`.
+        values: dotted keys with values as they are; None means not given.
 
     Raises:
         ConfigError: with all problems found.
@@ -121,13 +120,16 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     """
     problems: list[str] = []
     tree = read_yaml(Path(path)) if path is not None else {}
+    for key, given in (values or {}).items():
+        if given is not None:
+            merge(tree, nested(key.split('.'), given))
     for text in overrides:
         key, equals, value = text.partition('=')
         if not equals or not key.strip():
             problems.append(f'override {text!r} is not of the form key=value')
             continue
         try:
-            _merge(tree, _nested(key.strip().split('.'), _parse(value)))
+            merge(tree, nested(key.strip().split('.'), parse(value)))
         except yaml.YAMLError:
             problems.append(f'override {text!r}: the value is not YAML')
     return config_from_dict(tree, problems)
@@ -136,119 +138,11 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
 def config_from_dict(tree: dict[str, Any], problems: list[str] | None = None) -> RunConfig:
     """A checked configuration from nested plain types; `problems` found before are reported with its own."""
     problems = [] if problems is None else problems
-    config = _build(RunConfig, tree, '', problems)
+    config = build(RunConfig, tree, '', problems)
     problems += _check(config)
     if problems:
         raise ConfigError(problems)
     return config
-
-
-def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """A YAML mapping merged over those that its `base` names."""
-    path = path.resolve()
-    if path in seen:
-        raise ConfigError([f'{path.name} is its own base'])
-    if not path.is_file():
-        raise FileNotFoundError(f'no configuration file {path}')
-    try:
-        tree = _numbers(yaml.safe_load(path.read_text(encoding='utf-8')) or {})
-    except yaml.YAMLError as error:
-        raise ConfigError([f'{path.name} is not YAML: {" ".join(str(error).split())}']) from error
-    if not isinstance(tree, dict):
-        raise ConfigError([f'{path.name} holds a {type(tree).__name__}, expected a mapping of keys'])
-    base = tree.pop('base', None)
-    if base is None:
-        return tree
-    merged = read_yaml(path.parent / str(base), (*seen, path))
-    _merge(merged, tree)
-    return merged
-
-
-def _merge(into: dict[str, Any], tree: dict[str, Any]) -> None:
-    for key, value in tree.items():
-        if isinstance(value, dict) and isinstance(into.get(key), dict):
-            _merge(into[key], value)
-        else:
-            into[key] = value
-
-
-def _nested(keys: list[str], value: Any) -> dict[str, Any]:
-    return {keys[0]: value if len(keys) == 1 else _nested(keys[1:], value)}
-
-
-def _parse(text: str) -> Any:
-    return _numbers(yaml.safe_load(text))
-
-
-def _numbers(value: Any) -> Any:
-    """YAML 1.1 reads 1e-3 as text; people mean the number."""
-    if isinstance(value, dict):
-        return {key: _numbers(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_numbers(item) for item in value]
-    if isinstance(value, str) and value[:1] in '0123456789.+-' and 'e' in value.lower():
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-
-def _build(cls: type, tree: Any, where: str, problems: list[str]) -> Any:
-    """An instance of a dataclass; what does not fit is noted and left at its default."""
-    hints = typing.get_type_hints(cls)
-    if not isinstance(tree, dict):
-        problems.append(f'{where.rstrip(".") or "configuration"} is {tree!r}, expected keys: {", ".join(hints)}')
-        return cls()
-    values = {}
-    for key, value in tree.items():
-        if key not in hints:
-            near = get_close_matches(str(key), list(hints), n=1, cutoff=0.5)
-            hint = f'did you mean {where}{near[0]}?' if near else f'expected one of {", ".join(hints)}'
-            problems.append(f'unknown key {where}{key}: {hint}')
-        elif dataclasses.is_dataclass(hints[key]):
-            values[key] = _build(typing.cast(type, hints[key]), value, f'{where}{key}.', problems)
-        else:
-            try:
-                values[key] = _convert(value, hints[key])
-            except TypeError as error:
-                problems.append(f'{where}{key} is {value!r}, expected {error}')
-    return cls(**values)
-
-
-def _convert(value: Any, hint: Any) -> Any:
-    """The value as the annotated type; TypeError names what was expected."""
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        options = [option for option in typing.get_args(hint) if option is not type(None)]
-        if value is None:
-            return None
-        return _convert(value, options[0])
-    if typing.get_origin(hint) is tuple:
-        items = value if isinstance(value, (list, tuple)) else [value]
-        kind = typing.get_args(hint)[0]
-        try:
-            return tuple(_convert(item, kind) for item in items)
-        except TypeError:
-            raise TypeError(f'a list of {kind.__name__}') from None
-    if typing.get_origin(hint) is dict:
-        if not isinstance(value, dict):
-            raise TypeError('a mapping of keys')
-        return dict(value)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if hint is int and isinstance(value, float) and value.is_integer():
-        return int(value)
-    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-        raise TypeError(
-            {'int': 'a whole number', 'float': 'a number', 'str': 'text', 'bool': 'true or false'}[hint.__name__]
-        )
-    return value
 
 
 def _check(config: RunConfig) -> list[str]:
@@ -269,8 +163,6 @@ def _check(config: RunConfig) -> list[str]:
     ]
     positive: dict[str, float | None] = {
         'data.batch_size': data.batch_size,
-        'data.sample_train': data.sample_train,
-        'data.sample_val': data.sample_val,
         'model.max_size': model.max_size,
         'model.fpn_channels': model.fpn_channels,
         'model.box_head': model.box_head,
@@ -293,12 +185,15 @@ def _check(config: RunConfig) -> list[str]:
         'optim.momentum': optim.momentum,
     }
     problems += [f'{key} is {v}, expected 0 or more' for key, v in not_negative.items() if not v >= 0]
-    if not 0 <= data.flip <= 1:
-        problems.append(f'data.flip is {data.flip}, expected a probability, 0 to 1')
+    for key, p in (('flip', data.flip), ('color', data.color), ('safe_crop', data.safe_crop)):
+        if not 0 <= p <= 1:
+            problems.append(f'data.{key} is {p}, expected 0 to 1')
     if optim.ema is not None and not 0 < optim.ema < 1:
         problems.append(f'optim.ema is {optim.ema}, expected a decay between 0 and 1')
-    if len(data.sample_size) != 2 or min(data.sample_size) < 64:
-        problems.append(f'data.sample_size is {list(data.sample_size)}, expected [width, height], 64 or more each')
+    if len(data.jitter) != 2 or not 0 < data.jitter[0] <= data.jitter[1]:
+        problems.append(f'data.jitter is {list(data.jitter)}, expected two factors above 0, the smaller one first')
+    if data.crop is not None and (len(data.crop) != 2 or min(data.crop) < 1):
+        problems.append(f'data.crop is {list(data.crop)}, expected [height, width] in pixels')
     if not 0 <= model.frozen_stages <= 4:
         problems.append(f'model.frozen_stages is {model.frozen_stages}, expected 0 to 4')
     if len(model.anchor_sizes) != 5 or min(model.anchor_sizes) <= 0:

@@ -1,0 +1,60 @@
+"""Processes started by torchrun, and the device of each. One process without torchrun needs nothing of it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+
+
+def rank() -> int:
+    """Number of this process among all."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """Whether this process writes files and prints."""
+    return rank() == 0
+
+
+def choose_device(name: str = 'auto') -> torch.device:
+    """`auto` is the accelerator if there is one, else the CPU; under torchrun each process gets its own.
+
+    Raises:
+        ValueError: PyTorch does not know the name, or the device is not there.
+    """
+    local = int(os.environ.get('LOCAL_RANK', 0))
+    if name == 'auto':
+        name = 'cuda' if torch.cuda.is_available() else 'cpu'
+    try:
+        device = torch.device(name)
+        if device.type == 'cuda' and device.index is None:
+            device = torch.device('cuda', local if 'LOCAL_RANK' in os.environ else 0)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f'device {name!r} cannot be used, expected auto, cpu, cuda, cuda:1, ...: {reason}') from error
+    return device
+
+
+@contextlib.contextmanager
+def process_group(device: torch.device) -> Iterator[None]:
+    """Join the processes of torchrun (nccl on GPUs, gloo else) for the time of the block; nothing without torchrun."""
+    if 'WORLD_SIZE' not in os.environ:
+        yield
+        return
+    if device.type == 'cuda':
+        torch.cuda.set_device(device)
+    dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()

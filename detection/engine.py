@@ -1,0 +1,312 @@
+"""The one training loop and the one evaluation loop of detection."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import resource
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from detection.checkpoint import describe, load_checkpoint, load_detector, save_checkpoint, write_text
+from detection.config import RunConfig
+from detection.data import CocoDataset
+from detection.distributed import is_main, rank, world_size
+from detection.evaluator import IOU_TYPES, CocoEvaluator
+from detection.loader import eval_loader, train_loader
+from detection.optim import build_optimizer, learning_rate
+
+__all__ = ['Trainer', 'evaluate', 'load_checkpoint', 'load_detector', 'save_checkpoint']
+
+log = logging.getLogger(__name__)
+
+Metrics = dict[str, dict[str, float]]
+_DTYPES = {'bf16': torch.bfloat16, 'fp16': torch.float16}
+
+
+def evaluate(
+    model: nn.Module,
+    dataset: CocoDataset,
+    *,
+    device: torch.device,
+    batch_size: int = 2,
+    workers: int = 0,
+    evaluator: CocoEvaluator | None = None,
+    label_to_category: Mapping[int, int] | None = None,
+    amp: str = 'none',
+    progress: bool = True,
+) -> Metrics:
+    """COCO metrics of a detector on a data set; under torchrun each process takes a part and all get the result.
+
+    Args:
+        model: a torchvision R-CNN; its mode is restored.
+        dataset: evaluation split.
+        device: where the model is.
+        batch_size: images of one process at a time.
+        workers: loading processes.
+        evaluator: takes the detections, e.g. to write them afterwards; a new one by default.
+        label_to_category: what the model's labels mean; by default as in the data set.
+        amp: `none`, `bf16` or `fp16`.
+        progress: show a progress bar.
+    """
+    if evaluator is None:
+        evaluator = CocoEvaluator(dataset.coco, dataset.task, label_to_category or dataset.label_to_category)
+    evaluator.reset()
+    was_training = model.training
+    model.eval()
+    batches = eval_loader(dataset, batch_size, workers)
+    with torch.inference_mode():
+        for images, targets in tqdm(batches, 'evaluate', leave=False, disable=not (progress and is_main())):
+            with _autocast(device, amp):
+                outputs = model([image.to(device, non_blocking=True) for image in images])
+            evaluator.process(targets, [{k: v.float().cpu() if v.is_floating_point() else v.cpu()
+                                         for k, v in output.items()} for output in outputs])  # fmt: skip
+    model.train(was_training)
+    return evaluator.evaluate()
+
+
+class Trainer:
+    """Trains a detector as a configuration says, with exact resume.
+
+    All that is random in a step follows from seed, step and process, and the learning rate from the step alone, so
+    that a checkpoint needs no more than weights, optimiser and step.
+
+    Args:
+        config: the run.
+        model: what `build_detector` returns.
+        train_set: training split; made with `seed=config.seed` its augmentation can be resumed exactly.
+        val_set: evaluation split.
+        output: folder for `metrics.jsonl`, `checkpoint.pt`, `best.pt` (with `eval_every`) and `results.json`.
+        device: where to train.
+        progress: show a progress bar.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        model: nn.Module,
+        train_set: CocoDataset,
+        val_set: CocoDataset,
+        output: str | Path,
+        *,
+        device: torch.device,
+        progress: bool = True,
+    ) -> None:
+        self.config, self.device, self.output, self.progress = config, device, Path(output), progress
+        self.train_set, self.val_set = train_set, val_set
+        self.model = model.to(device)
+        if config.channels_last:
+            self.model = self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.optimizer = build_optimizer(self.model, config.optim)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=config.optim.amp == 'fp16')
+        self.ema = ModelEmaV3(self.model, config.optim.ema, use_warmup=True) if config.optim.ema else None
+        self.wrapped: nn.Module = self.model
+        if world_size() > 1:
+            self.wrapped = DistributedDataParallel(
+                self.model, device_ids=[device] if device.type == 'cuda' else None, gradient_as_bucket_view=True
+            )
+        data = config.data
+        self.loader = train_loader(train_set, data.batch_size, data.workers, config.seed, pin=device.type == 'cuda')
+        self.steps_per_epoch = max(1, len(self.loader) // config.optim.accumulate)
+        self.total = config.optim.iterations or max(1, round(config.optim.epochs * self.steps_per_epoch))
+        self.step_images = data.batch_size * world_size() * config.optim.accumulate
+        self.iteration, self.best = 0, -1.0
+        self.results: Metrics = {}
+        self._window = (time.perf_counter(), 0)  # when and at which step the last row of metrics was written
+
+    def resume(self, path: str | Path) -> None:
+        """Continue from a checkpoint of a run with the same model and data."""
+        content = load_checkpoint(path)
+        if 'optimizer' not in content:
+            raise ValueError(f'{path} holds no optimiser state, so no run can be resumed from it')
+        if content['meta'] != describe(self.train_set, self.config.task):
+            raise ValueError(f'{path} was trained on other classes or another task than this run')
+        try:
+            self.model.load_state_dict(content['model'])
+            self.optimizer.load_state_dict(content['optimizer'])
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(f'{path} does not fit this configuration: {str(error).splitlines()[0][:160]}') from error
+        self.scaler.load_state_dict(content['scaler'])
+        if self.ema is not None:
+            self.ema.module.load_state_dict(content['ema'] or content['model'])
+        self.iteration, self.best, self.results = content['iteration'], content['best'], content['results']
+        self._drop_metrics_after(self.iteration)
+
+    def run(self) -> Metrics:
+        """Train to the end, evaluate, and write everything; returns the final metrics."""
+        if self.iteration == 0 and is_main():
+            self.output.mkdir(parents=True, exist_ok=True)
+            (self.output / 'metrics.jsonl').unlink(missing_ok=True)
+        save_every = max(1, round(self.config.save_every * self.steps_per_epoch))
+        eval_every = round((self.config.eval_every or 0) * self.steps_per_epoch)
+        evaluated = False
+        self.wrapped.train()
+        self._window = (time.perf_counter(), self.iteration)
+        bar = tqdm(total=self.total, initial=self.iteration, desc='train', disable=not (self.progress and is_main()))
+        with bar:
+            while self.iteration < self.total:
+                for batches in self._epoch():
+                    self._step(batches, bar)
+                    evaluated = bool(eval_every) and self.iteration % max(1, eval_every) == 0
+                    if evaluated:
+                        self._evaluate()
+                    if self.iteration % save_every == 0 and self.iteration < self.total:
+                        self.save('checkpoint.pt')
+                    if self.iteration >= self.total:
+                        break
+        if not evaluated:
+            self._evaluate()
+        self.save('checkpoint.pt')
+        if is_main():
+            write_text(self.output / 'results.json', json.dumps(self.results, indent=1) + '\n')
+        return self.results
+
+    @property
+    def trained(self) -> nn.Module:
+        """The network to evaluate: averaged weights if the run keeps them."""
+        return self.model if self.ema is None else self.ema.module
+
+    def save(self, name: str) -> None:
+        """Write a checkpoint into the output folder."""
+        if not is_main():
+            return
+        content = {
+            'model': self.model.state_dict(),
+            'ema': None if self.ema is None else self.ema.module.state_dict(),
+            'optimizer': self.optimizer.state_dict(),
+            'scaler': self.scaler.state_dict(),
+            'iteration': self.iteration,
+            'best': self.best,
+            'results': self.results,
+            'config': self.config.to_dict(),
+            'meta': describe(self.train_set, self.config.task),
+        }
+        save_checkpoint(self.output / name, content)
+
+    def _epoch(self) -> Iterator[list]:
+        """The steps left in the current epoch, each a list of `accumulate` batches."""
+        epoch, done = divmod(self.iteration, self.steps_per_epoch)
+        accumulate = self.config.optim.accumulate
+        self.train_set.set_epoch(epoch)
+        self.loader.batch_sampler.set_epoch(epoch, done * accumulate)
+        batches = []
+        for batch in self.loader:
+            batches.append(batch)
+            if len(batches) == accumulate:
+                yield batches
+                batches = []
+                if self.iteration % self.steps_per_epoch == 0:
+                    return
+
+    def _step(self, batches: list, bar: tqdm) -> None:
+        """One step of the optimiser."""
+        optim = self.config.optim
+        torch.manual_seed(((self.config.seed * 1_000_003 + self.iteration) * 4096 + rank()) % 2**63)
+        rate = learning_rate(optim, self.iteration, self.total, self.step_images)
+        for group in self.optimizer.param_groups:
+            group['lr'] = rate
+        sums: dict[str, float] = {}
+        for k, (images, targets) in enumerate(batches):
+            last = k == len(batches) - 1
+            wait = contextlib.nullcontext() if last or world_size() == 1 else self.wrapped.no_sync()  # type: ignore
+            with wait:
+                losses = self._losses(images, targets)
+                self.scaler.scale(sum(losses.values()) / len(batches)).backward()
+            values = torch.stack([v.detach().float() for v in losses.values()]).tolist()
+            parts = dict(zip(losses, values))
+            if not all(math.isfinite(v) for v in values):
+                ids = [int(t['image_id']) for t in targets]
+                bad = ', '.join(f'{name} {value}' for name, value in parts.items() if not math.isfinite(value))
+                raise FloatingPointError(f'loss is not finite at iteration {self.iteration}: {bad}; image ids {ids}')
+            for name, value in parts.items():
+                sums[name] = sums.get(name, 0.0) + value / len(batches)
+        if optim.clip is not None:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), optim.clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.ema is not None:
+            self.ema.update(self.model, self.iteration)
+        self.iteration += 1
+        bar.update()
+        self._report(sums, rate, bar)
+
+    def _losses(self, images: list[Tensor], targets: list[dict[str, Any]]) -> dict[str, Tensor]:
+        images = [image.to(self.device, non_blocking=True) for image in images]
+        moved = [{k: v.to(self.device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in target.items()}
+                 for target in targets]  # fmt: skip
+        with _autocast(self.device, self.config.optim.amp):
+            return self.wrapped(images, moved)
+
+    def _report(self, losses: dict[str, float], rate: float, bar: tqdm) -> None:
+        if not is_main() or (self.iteration % self.config.log_every and self.iteration != self.total):
+            return
+        now, (since, first) = time.perf_counter(), self._window
+        speed = self.step_images * (self.iteration - first) / max(now - since, 1e-9)
+        self._window = (now, self.iteration)
+        row = {
+            'iteration': self.iteration,
+            'epoch': round(self.iteration / self.steps_per_epoch, 4),
+            'loss': sum(losses.values()),
+            **losses,
+            'lr': rate,
+            'images_per_s': round(speed, 3),
+            'memory_mb': round(peak_memory(self.device) / 2**20, 1),
+        }
+        self._write_metrics(row)
+        bar.set_postfix(loss=f'{row["loss"]:.3f}', img_s=f'{speed:.1f}', refresh=False)
+
+    def _evaluate(self) -> None:
+        self.results = evaluate(
+            self.trained,
+            self.val_set,
+            device=self.device,
+            batch_size=self.config.data.batch_size,
+            workers=self.config.data.workers,
+            amp=self.config.optim.amp,
+            progress=self.progress,
+        )
+        self._window = (time.perf_counter(), self.iteration)
+        if is_main():
+            self._write_metrics({'iteration': self.iteration, 'results': self.results})
+        figure = self.results[IOU_TYPES[self.config.task][-1]]['AP']
+        if figure > self.best:
+            self.best = figure
+            if self.config.eval_every:
+                self.save('best.pt')
+
+    def _write_metrics(self, row: dict[str, Any]) -> None:
+        with (self.output / 'metrics.jsonl').open('a', encoding='utf-8') as file:
+            file.write(json.dumps(row) + '\n')
+
+    def _drop_metrics_after(self, iteration: int) -> None:
+        """Rows of steps that the checkpoint has not seen will be written again."""
+        path = self.output / 'metrics.jsonl'
+        if is_main() and path.is_file():
+            rows = [line for line in path.read_text().splitlines() if line.endswith('}')]
+            kept = [line for line in rows if json.loads(line)['iteration'] <= iteration]
+            write_text(path, ''.join(line + '\n' for line in kept))
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most allocated on the accelerator, or the most this process held in main memory."""
+    if device.type == 'cuda':
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == 'darwin' else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _autocast(device: torch.device, amp: str) -> contextlib.AbstractContextManager:
+    return torch.autocast(device.type, _DTYPES[amp]) if amp in _DTYPES else contextlib.nullcontext()

@@ -1,0 +1,135 @@
+"""Dataclasses from YAML: inheritance between files, overrides, and every mismatch reported at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+NAMES = {int: 'a whole number', float: 'a number', str: 'text', bool: 'true or false'}
+
+
+class ConfigError(ValueError):
+    """All problems of a configuration, on one line, separated by semicolons."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        self.problems = list(problems)
+        super().__init__('; '.join(problems))
+
+
+def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A YAML mapping merged over those that its `base` names."""
+    path = path.resolve()
+    if path in seen:
+        raise ConfigError([f'{path.name} is its own base'])
+    if not path.is_file():
+        raise FileNotFoundError(f'no configuration file {path}')
+    try:
+        tree = _numbers(yaml.safe_load(path.read_text(encoding='utf-8')) or {})
+    except yaml.YAMLError as error:
+        raise ConfigError([f'{path.name} is not YAML: {" ".join(str(error).split())}']) from error
+    if not isinstance(tree, dict):
+        raise ConfigError([f'{path.name} holds a {type(tree).__name__}, expected a mapping of keys'])
+    base = tree.pop('base', None)
+    if base is None:
+        return tree
+    merged = read_yaml(path.parent / str(base), (*seen, path))
+    merge(merged, tree)
+    return merged
+
+
+def merge(into: dict[str, Any], tree: dict[str, Any]) -> None:
+    """Write a tree of keys over another, in place."""
+    for key, value in tree.items():
+        if isinstance(value, dict) and isinstance(into.get(key), dict):
+            merge(into[key], value)
+        else:
+            into[key] = value
+
+
+def nested(keys: list[str], value: Any) -> dict[str, Any]:
+    """A tree with one value at the end of a path of keys."""
+    return {keys[0]: value if len(keys) == 1 else nested(keys[1:], value)}
+
+
+def parse(text: str) -> Any:
+    """A value as YAML reads it."""
+    return _numbers(yaml.safe_load(text))
+
+
+def _numbers(value: Any) -> Any:
+    """YAML 1.1 reads 1e-3 as text; people mean the number."""
+    if isinstance(value, dict):
+        return {key: _numbers(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_numbers(item) for item in value]
+    if isinstance(value, str) and value[:1] in '0123456789.+-' and 'e' in value.lower():
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def plain(value: Any) -> Any:
+    """Tuples as lists, for YAML and for files that are read without unpickling."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def build(cls: type, tree: Any, where: str, problems: list[str]) -> Any:
+    """An instance of a dataclass; what does not fit is noted and left at its default."""
+    hints = typing.get_type_hints(cls)
+    if not isinstance(tree, dict):
+        problems.append(f'{where.rstrip(".") or "configuration"} is {tree!r}, expected keys: {", ".join(hints)}')
+        return cls()
+    values = {}
+    for key, value in tree.items():
+        if key not in hints:
+            near = get_close_matches(str(key), list(hints), n=1, cutoff=0.5)
+            hint = f'did you mean {where}{near[0]}?' if near else f'expected one of {", ".join(hints)}'
+            problems.append(f'unknown key {where}{key}: {hint}')
+        elif dataclasses.is_dataclass(hints[key]):
+            values[key] = build(typing.cast(type, hints[key]), value, f'{where}{key}.', problems)
+        else:
+            try:
+                values[key] = _convert(value, hints[key])
+            except TypeError as error:
+                problems.append(f'{where}{key} is {value!r}, expected {error}')
+    return cls(**values)
+
+
+def _convert(value: Any, hint: Any) -> Any:
+    """The value as the annotated type; TypeError names what was expected."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        options = [option for option in typing.get_args(hint) if option is not type(None)]
+        if value is None:
+            return None
+        return _convert(value, options[0])
+    if typing.get_origin(hint) is tuple:
+        items = value if isinstance(value, (list, tuple)) else [value]
+        kind = typing.get_args(hint)[0]
+        try:
+            return tuple(_convert(item, kind) for item in items)
+        except TypeError:
+            raise TypeError(f'a list of {kind.__name__}') from None
+    if typing.get_origin(hint) is dict:
+        if not isinstance(value, dict):
+            raise TypeError('a mapping of keys')
+        return dict(value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise TypeError(
+            {'int': 'a whole number', 'float': 'a number', 'str': 'text', 'bool': 'true or false'}[hint.__name__]
+        )
+    return value

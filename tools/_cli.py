@@ -1,0 +1,48 @@
+"""What the command-line tools share: one-line errors, exit codes, quiet parsing."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import re
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+USAGE, FAILURE, INTERRUPTED = 2, 1, 130
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line; the defaults are in the help."""
+
+    def __init__(self, description: str | None = None) -> None:
+        super().__init__(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with code 2 and what is wrong."""
+        fail(f'{message} (see --help)', USAGE)
+
+
+def fail(message: object, code: int) -> NoReturn:
+    """Print one line on stderr and exit."""
+    text = str(message)
+    # an error in a loading process arrives with that process's whole traceback; its last line is the message
+    if 'DataLoader worker process' in text:
+        text = re.sub(r'^\w+(\.\w+)*: ', '', text.strip().splitlines()[-1])
+    print(f'error: {" ".join(text.split())}', file=sys.stderr)
+    sys.exit(code)
+
+
+def run(main: Callable[[], None]) -> None:
+    """Call a tool's main function: wrong arguments and files give one line and exit code 2, a failed run code 1."""
+    logging.basicConfig(level=logging.WARNING, format='%(message)s')
+    for package in ('norton_timm', 'detection'):
+        logging.getLogger(package).setLevel(logging.INFO)
+    try:
+        main()
+    except (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
+        fail(error, USAGE)
+    except FloatingPointError as error:
+        fail(error, FAILURE)
+    except KeyboardInterrupt:
+        fail('interrupted', INTERRUPTED)

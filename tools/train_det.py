@@ -1,0 +1,79 @@
+"""Train a detector (boxes, masks or keypoints) on a timm backbone, evaluate it, and draw what it finds.
+
+Without --data it takes data/coco if that is there, else a small sample set that it draws itself, with a configuration
+that a laptop can train. All settings are in configs/detection; torchrun starts it on several devices.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from _cli import Parser, run
+
+CONFIGS = Path(__file__).resolve().parents[1] / 'configs' / 'detection'
+
+
+def main() -> None:
+    parser = Parser(__doc__)
+    parser.add_argument('--task', help='box, mask or keypoint')
+    parser.add_argument('--data', help='folder in COCO layout')
+    parser.add_argument('--config', help='YAML file, instead of the one for this task and data')
+    parser.add_argument('--backbone', help='timm name, such as norton_resnet50.r078')
+    parser.add_argument('--output', help='folder for what is written, by default runs/TASK')
+    parser.add_argument('--resume', action='store_true', help='continue from checkpoint.pt in the output folder')
+    parser.add_argument('--iterations', type=int, help='length of the run in steps')
+    parser.add_argument('--epochs', type=float, help='length of the run in passes over the data')
+    parser.add_argument('--device', help='auto, cpu, cuda, cuda:1, ...')
+    parser.add_argument('--seed', type=int)
+    parser.add_argument('--workers', type=int, help='loading processes')
+    parser.add_argument('--set', action='append', default=[], metavar='KEY=VALUE', help='e.g. optim.lr=0.01')
+    args = parser.parse_args()
+
+    from detection.checkpoint import describe, detector_from_config, write_text
+    from detection.config import load_config
+    from detection.data import CocoDataset, find_data
+    from detection.distributed import choose_device, is_main, process_group
+    from detection.engine import Trainer
+    from detection.report import describe_run, format_table, save_predictions
+    from detection.transforms import build_transforms
+
+    if args.task is None and args.config is None:
+        raise ValueError('--task is missing, expected box, mask or keypoint')
+    overrides = list(args.set) if args.epochs is None else ['optim.iterations=null', *args.set]
+    values = {'task': args.task, 'data.root': args.data, 'model.backbone': args.backbone, 'device': args.device,
+              'seed': args.seed, 'data.workers': args.workers, 'optim.epochs': args.epochs,
+              'optim.iterations': args.iterations}  # fmt: skip
+    config = load_config(args.config, overrides, values)
+    device = choose_device(config.device)
+    output = Path(args.output or f'runs/{config.task}')
+    source = find_data(config.data.root)
+    if args.config is None:
+        kind = 'sample_' if (source.root / 'sample.json').is_file() else ''
+        config = load_config(CONFIGS / f'{kind}{config.task}.yaml', overrides, values)
+    if args.resume and not (output / 'checkpoint.pt').is_file():
+        raise FileNotFoundError(f'--resume: no {output / "checkpoint.pt"}')
+
+    data = config.data
+    augment = build_transforms(config.task, True, flip=data.flip, color=data.color, crop=data.crop,
+                               jitter=data.jitter, safe_crop=data.safe_crop)  # fmt: skip
+    train_set = CocoDataset(source.root, 'train', config.task, augment, seed=config.seed)
+    val_set = CocoDataset(source.root, 'val', config.task)
+    torch.manual_seed(config.seed)
+    model = detector_from_config(config, describe(train_set, config.task))
+    with process_group(device):
+        trainer = Trainer(config, model, train_set, val_set, output, device=device)
+        if args.resume:
+            trainer.resume(output / 'checkpoint.pt')
+        if is_main():
+            print(describe_run(trainer, source.name))
+            write_text(output / 'config.yaml', config.to_yaml())
+        results = trainer.run()
+        if is_main():
+            save_predictions(trainer.trained, val_set, output / 'predictions.jpg', device=device)
+            print(format_table(results))
+            print(f'written to {output}: checkpoint.pt, config.yaml, metrics.jsonl, results.json, predictions.jpg')
+
+
+if __name__ == '__main__':
+    run(main)
