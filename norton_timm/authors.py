@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from norton_timm.layers import CPDConv2d
 from norton_timm.layouts import layout_of, widths_of
-from norton_timm.models._compressed import compressed_model, make_spec
+from norton_timm.models._compressed import compressed_model, make_spec, same_shapes, spec_of, tags
 from norton_timm.shortcut import ChannelMap, padding_index
 from norton_timm.spec import format_rates, parse_rates
 
@@ -335,8 +335,13 @@ def _build(base: str, rank: int, rates: str | None, num_classes: int, problems: 
     try:
         if not rank and not rates:
             return timm.create_model(base, num_classes=num_classes)
-        if timm.is_model(f'{method}_{base}'):
-            return timm.create_model(f'{method}_{base}', num_classes=num_classes, **settings)
+        name = f'{method}_{base}'
+        if timm.is_model(name):
+            spec = spec_of(name, **settings)
+            for tag in tags()[method][base]:
+                if same_shapes(spec, spec_of(f'{name}.{tag}')):
+                    return timm.create_model(f'{name}.{tag}', num_classes=num_classes)
+            return timm.create_model(name, num_classes=num_classes, **settings)
         return compressed_model(base, make_spec(method, base, **settings), num_classes=num_classes)
     except ValueError as error:
         problems.append(str(error))

@@ -147,7 +147,7 @@ def build_compressed(method: str, base: str, pretrained: bool, **kwargs: Any) ->
     rank, rates, form = (kwargs.pop(key, None) for key in ('rank', 'rates', 'form'))
     tag = tag_of(variant, kwargs.get('pretrained_cfg'))
     spec = spec_of(f'{variant}.{tag}' if tag else variant, rank, rates)
-    if pretrained and not _own_source(kwargs) and _changes_shapes(spec, f'{variant}.{tag}'):
+    if pretrained and not _own_source(kwargs) and not same_shapes(spec, spec_of(f'{variant}.{tag}')):
         raise ValueError(
             f'pretrained=True with rank={rank!r}, rates={rates!r}: the weights of {variant}.{tag} have its own rank '
             'and rates; leave them out, or name your file with pretrained_cfg_overlay=dict(file=...)'
@@ -184,6 +184,15 @@ def _own_source(kwargs: dict[str, Any]) -> bool:
     return bool(source) or any(overlay.get(key) for key in ('file', 'url', 'state_dict', 'hf_hub_id'))
 
 
-def _changes_shapes(spec: CompressionSpec, name: str) -> bool:
-    own = spec_of(name)
-    return spec.rank != own.rank or (spec.rate_list() or spec.rates) != (own.rate_list() or own.rates)
+def same_shapes(a: CompressionSpec, b: CompressionSpec) -> bool:
+    """Whether two recipes give one network the same shapes; a list of rates may leave zeros at its end out."""
+
+    def key(spec: CompressionSpec) -> tuple[Any, Any]:
+        rates = spec.rate_list()
+        if rates is None:
+            return spec.rank, spec.rates
+        while rates and rates[-1] == 0:
+            rates.pop()
+        return spec.rank, rates
+
+    return key(a) == key(b)

@@ -1,0 +1,509 @@
+"""Checkpoints written in the authors' layouts by small networks of the tests' own give the same logits through ours."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import norton_timm.models  # noqa: F401
+from norton_timm.authors import (
+    convert_authors_checkpoint,
+    convert_detector_state_dict,
+    rates_from_name,
+    read_checkpoint,
+)
+from norton_timm.layers import CPDConv2d
+from norton_timm.spec import parse_rates
+
+R078 = '[0.]+[0.1]*2+[0.4]*5+[0.75]*12'
+
+
+class RankMajorCPD(nn.Module):
+    """1x1, Kx1 and 1xK, each with R * O channels in the order r * O + o, summed over r at the end."""
+
+    def __init__(self, cin: int, cout: int, rank: int, stride: int = 1, bias: bool = False):
+        super().__init__()
+        n = rank * cout
+        self.shape = (rank, cout)
+        self.feature = nn.Sequential(
+            OrderedDict(
+                pointwise=nn.Conv2d(cin, n, 1, bias=False),
+                vertical=nn.Conv2d(n, n, (3, 1), (stride, 1), (1, 0), groups=n, bias=False),
+                horizontal=nn.Conv2d(n, n, (1, 3), (1, stride), (0, 1), groups=n, bias=False),
+            )
+        )
+        self.bias = nn.Parameter(torch.randn(cout)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.feature(x).unflatten(1, self.shape).sum(1)
+        return y if self.bias is None else y + self.bias[:, None, None]
+
+
+def conv3(cin: int, cout: int, rank: int, stride: int = 1, bias: bool = False) -> nn.Module:
+    if rank:
+        return RankMajorCPD(cin, cout, rank, stride, bias)
+    return nn.Conv2d(cin, cout, 3, stride, 1, bias=bias)
+
+
+def keep(full: int, rate: float) -> int:
+    return int(full * (1 - rate))
+
+
+class Block(nn.Module):
+    """A basic block with the symmetric zero padding (or cropping) of whatever widths there are."""
+
+    def __init__(self, cin: int, mid: int, cout: int, stride: int, rank: int):
+        super().__init__()
+        self.conv1, self.bn1 = conv3(cin, mid, rank, stride), nn.BatchNorm2d(mid)
+        self.conv2, self.bn2 = conv3(mid, cout, rank), nn.BatchNorm2d(cout)
+        self.stride, self.extra = stride, cout - cin
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        x = x[:, :, :: self.stride, :: self.stride]
+        return F.relu(y + F.pad(x, (0, 0, 0, 0, self.extra // 2, self.extra - self.extra // 2)))
+
+
+class CifarResNet(nn.Module):
+    def __init__(self, depth: int, rates: list[float], rank: int, head: str):
+        super().__init__()
+        n = (depth - 2) // 6
+        stages = [keep(16, rates[1]), keep(32, rates[2]), 64]
+        cin = keep(16, rates[0])
+        self.conv1, self.bn1 = conv3(3, cin, rank), nn.BatchNorm2d(cin)
+        for s, (full, cout) in enumerate(zip((16, 32, 64), stages)):
+            blocks = []
+            for i in range(n):
+                mid = keep(full, rates[3 + s * n + i])
+                blocks.append(Block(cin, mid, cout, 2 if s and not i else 1, rank))
+                cin = cout
+            setattr(self, f'layer{s + 1}', nn.Sequential(*blocks))
+        setattr(self, head, nn.Linear(64, 10))
+        self.head = head
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = self.layer3(self.layer2(self.layer1(x))).mean((2, 3))
+        return getattr(self, self.head)(x)
+
+
+class CifarVGG(nn.Module):
+    def __init__(self, rates: list[float], rank: int):
+        super().__init__()
+        layers: OrderedDict[str, nn.Module] = OrderedDict()
+        cin, rates = 3, [*rates, 0.0]
+        layout = [64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512]
+        for i, full in enumerate(layout):
+            if not full:
+                layers[f'pool{i}'] = nn.MaxPool2d(2)
+                continue
+            cout = keep(full, rates.pop(0))
+            layers[f'conv{i}'] = conv3(cin, cout, rank, bias=True)
+            layers[f'norm{i}'], layers[f'relu{i}'] = nn.BatchNorm2d(cout), nn.ReLU()
+            cin = cout
+        self.features = nn.Sequential(layers)
+        head = dict(linear1=nn.Linear(cin, 512), norm1=nn.BatchNorm1d(512), relu1=nn.ReLU(), linear2=nn.Linear(512, 10))
+        self.classifier = nn.Sequential(OrderedDict(head))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(F.avg_pool2d(self.features(x), 2).flatten(1))
+
+
+class Growing(nn.Module):
+    def __init__(self, cin: int, growth: int, rank: int):
+        super().__init__()
+        self.bn1, self.conv1 = nn.BatchNorm2d(cin), conv3(cin, growth, rank)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x, self.conv1(F.relu(self.bn1(x)))], 1)
+
+
+class Halving(nn.Module):
+    def __init__(self, cin: int, cout: int):
+        super().__init__()
+        self.bn1, self.conv1 = nn.BatchNorm2d(cin), nn.Conv2d(cin, cout, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.avg_pool2d(self.conv1(F.relu(self.bn1(x))), 2)
+
+
+class CifarDenseNet(nn.Module):
+    def __init__(self, rates: list[float], rank: int):
+        super().__init__()
+        rates, cin = rates[1:], 24
+        self.conv1 = conv3(3, 24, rank)
+        for stage in (1, 2, 3):
+            layers = []
+            for _ in range(12):
+                growth = keep(12, rates.pop(0))
+                layers.append(Growing(cin, growth, rank))
+                cin += growth
+            setattr(self, f'dense{stage}', nn.Sequential(*layers))
+            if stage < 3:
+                cout = keep(cin, rates.pop(0))
+                setattr(self, f'trans{stage}', Halving(cin, cout))
+                cin = cout
+        self.bn, self.fc = nn.BatchNorm2d(cin), nn.Linear(cin, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.trans2(self.dense2(self.trans1(self.dense1(self.conv1(x)))))
+        return self.fc(F.relu(self.bn(self.dense3(x))).mean((2, 3)))
+
+
+def chain(*spec: tuple[int, int, int]) -> list[nn.Module]:
+    """Convolution, batch norm and ReLU for every (in, out, kernel)."""
+    layers: list[nn.Module] = []
+    for cin, cout, k in spec:
+        layers += [nn.Conv2d(cin, cout, k, padding=k // 2), nn.BatchNorm2d(cout), nn.ReLU()]
+    return layers
+
+
+class Inception(nn.Module):
+    def __init__(self, cin: int, row: list[int], rate: float, last: bool):
+        super().__init__()
+        n1, r3, n3, r5, n5, pool = row
+        mid = keep(n5, rate)
+        n3, n5 = (n3, n5) if last else (keep(n3, rate), mid)
+        self.branch1x1 = nn.Sequential(*chain((cin, n1, 1)))
+        self.branch3x3 = nn.Sequential(*chain((cin, r3, 1), (r3, n3, 3)))
+        self.branch5x5 = nn.Sequential(*chain((cin, r5, 1), (r5, mid, 3), (mid, n5, 3)))
+        self.branch_pool = nn.Sequential(nn.MaxPool2d(3, 1, 1), *chain((cin, pool, 1)))
+        self.width = n1 + n3 + n5 + pool
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.branch1x1(x), self.branch3x3(x), self.branch5x5(x), self.branch_pool(x)], 1)
+
+
+class CifarGoogLeNet(nn.Module):
+    ROWS = (
+        'a3 64 96 128 16 32 32; b3 128 128 192 32 96 64; a4 192 96 208 16 48 64; b4 160 112 224 24 64 64; '
+        'c4 128 128 256 24 64 64; d4 112 144 288 32 64 64; e4 256 160 320 32 128 128; a5 256 160 320 32 128 128; '
+        'b5 384 192 384 48 128 128'
+    )
+
+    def __init__(self, rates: list[float], rank: int = 0):
+        super().__init__()
+        self.pre_layers = nn.Sequential(*chain((3, 192, 3)))
+        cin, self.order = 192, []
+        for row, rate in zip(self.ROWS.split('; '), rates[1:]):
+            name, *numbers = row.split()
+            block = Inception(cin, [int(n) for n in numbers], rate, last=name == 'b5')
+            setattr(self, f'inception_{name}', block)
+            self.order.append(name)
+            cin = block.width
+        self.linear = nn.Linear(cin, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.pre_layers(x)
+        for name in self.order:
+            x = getattr(self, f'inception_{name}')(x)
+            if name in ('b3', 'e4'):
+                x = F.max_pool2d(x, 3, 2, 1)
+        return self.linear(x.mean((2, 3)))
+
+
+class Inverted(nn.Module):
+    def __init__(self, cin: int, cout: int, stride: int, t: int):
+        super().__init__()
+        n = cin * t
+        layers: list[nn.Module] = []
+        if t > 1:
+            layers += [nn.Conv2d(cin, n, 1, bias=False), nn.BatchNorm2d(n), nn.ReLU6()]
+        layers += [nn.Conv2d(n, n, 3, stride, 1, groups=n, bias=False), nn.BatchNorm2d(n), nn.ReLU6()]
+        layers += [nn.Conv2d(n, cout, 1, bias=False), nn.BatchNorm2d(cout)]
+        self.conv = nn.Sequential(*layers)
+        self.add = stride == 1 and cin == cout
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv(x) if self.add else self.conv(x)
+
+
+class CifarMobileNet(nn.Module):
+    def __init__(self, rates: list[float], rank: int = 0):
+        super().__init__()
+        layers: list[nn.Module] = [
+            nn.Sequential(nn.Conv2d(3, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU6())
+        ]
+        cin = 32
+        rows = '1 16 1 1; 6 24 2 1; 6 32 3 2; 6 64 4 2; 6 96 3 1; 6 160 3 2; 6 320 1 1'.split('; ')
+        for row, rate in zip(rows, rates[1:]):
+            t, c, n, s = (int(v) for v in row.split())
+            for i in range(n):
+                layers.append(Inverted(cin, keep(c, rate), s if i == 0 else 1, t))
+                cin = keep(c, rate)
+        layers.append(nn.Sequential(nn.Conv2d(cin, 1280, 1, bias=False), nn.BatchNorm2d(1280), nn.ReLU6()))
+        self.features = nn.Sequential(*layers)
+        self.classifier = nn.Sequential(nn.Dropout(0.2), nn.Linear(1280, 10))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(self.features(x).mean(3).mean(2))
+
+
+class Bottleneck(nn.Module):
+    def __init__(self, cin: int, mid: int, cout: int, stride: int, down: bool, rank: int):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(cin, mid, 1, bias=False), nn.BatchNorm2d(mid)
+        self.conv2, self.bn2 = conv3(mid, mid, rank, stride), nn.BatchNorm2d(mid)
+        self.conv3, self.bn3 = nn.Conv2d(mid, cout, 1, bias=False), nn.BatchNorm2d(cout)
+        self.downsample = (
+            nn.Sequential(nn.Conv2d(cin, cout, 1, stride, bias=False), nn.BatchNorm2d(cout)) if down else None
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))))
+        return F.relu(self.bn3(self.conv3(y)) + (x if self.downsample is None else self.downsample(x)))
+
+
+class ImageNetResNet50(nn.Module):
+    def __init__(self, rates: list[float], rank: int):
+        super().__init__()
+        cin = keep(64, rates[0])
+        self.conv1, self.bn1 = nn.Conv2d(3, cin, 7, 2, 3, bias=False), nn.BatchNorm2d(cin)
+        inner = list(rates[4:])
+        for s, n in enumerate((3, 4, 6, 3)):
+            cout = keep(256 * 2**s, rates[s + 1]) if s < 3 else 2048
+            blocks = []
+            for i in range(n):
+                mid = keep(64 * 2**s, inner.pop(0))
+                blocks.append(Bottleneck(cin, mid, cout, 2 if s and not i else 1, i == 0, rank))
+                cin = cout
+            setattr(self, f'layer{s + 1}', nn.Sequential(*blocks))
+        self.fc = nn.Linear(2048, 1000)
+
+    def body(self, x: Tensor) -> list[Tensor]:
+        x = F.max_pool2d(F.relu(self.bn1(self.conv1(x))), 3, 2, 1)
+        found = []
+        for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
+            x = layer(x)
+            found.append(x)
+        return found
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.body(x)[-1].mean((2, 3)))
+
+
+def settle(model: nn.Module) -> nn.Module:
+    """Every parameter a random number of its own, and statistics that fit, so that signals stay in range."""
+    size = 64 if isinstance(model, ImageNetResNet50) else 32
+    norms = [m for m in model.modules() if isinstance(m, (nn.BatchNorm2d, nn.BatchNorm1d))]
+    with torch.no_grad():
+        for norm in norms:
+            nn.init.uniform_(norm.weight, 0.5, 1.5)
+            nn.init.normal_(norm.bias, std=0.1)
+            norm.momentum = 1.0
+        model.train()(torch.randn(8, 3, size, size))
+    return model.eval()
+
+
+@torch.no_grad()
+def assert_same_logits(theirs: nn.Module, ours: nn.Module, size: int) -> None:
+    """In double precision, where the order of summation does not show."""
+    x = torch.randn(2, 3, size, size, dtype=torch.float64)
+    expected = theirs.double()(x)
+    assert expected.std() > 0.01, 'the reference says the same whatever its weights'
+    torch.testing.assert_close(ours.double()(x), expected, rtol=0, atol=1e-8)
+
+
+CASES = {
+    'norton resnet56': (lambda r, k: CifarResNet(56, r, k, 'fc'), '[0.]+[0.12]*2+[0.4]*27', 7, 'norton_resnet56_cifar'),
+    'norton resnet56, stem pruned': (
+        lambda r, k: CifarResNet(56, r, k, 'fc'),
+        '[0.25]+[0.5]+[0.3]+[0.4]*27',
+        2,
+        'norton_resnet56_cifar',
+    ),
+    'norton resnet110': (
+        lambda r, k: CifarResNet(110, r, k, 'linear'),
+        '[0.]+[0.4]*2+[0.5]*18+[0.65]*36',
+        4,
+        'norton_resnet110_cifar',
+    ),
+    'norton vgg16': (CifarVGG, '[0.6]*6+[0.8]*6', 2, 'norton_vgg16_bn_cifar'),
+    'norton densenet40': (
+        CifarDenseNet,
+        '[0.]+[0.3]*12+[0.1]+[0.3]*12+[0.]+[0.3]*12',
+        3,
+        'norton_densenet40_cifar',
+    ),
+    'norton resnet50': (ImageNetResNet50, R078, 1, 'norton_resnet50'),
+    'coring resnet56': (
+        lambda r, k: CifarResNet(56, r, k, 'fc'),
+        '[0.]+[0.4]*2+[0.5]*9+[0.6]*9+[0.7]*9',
+        0,
+        'coring_resnet56_cifar',
+    ),
+    'coring vgg16': (CifarVGG, '[0.45]*7+[0.78]*5', 0, 'coring_vgg16_bn_cifar'),
+    'coring densenet40': (CifarDenseNet, '[0.]+[0.08]*6+[0.09]*6+[0.08]*26', 0, 'coring_densenet40_cifar'),
+    'coring googlenet': (CifarGoogLeNet, '[0.3]+[0.6]*2+[0.7]*5+[0.8]*2', 0, 'coring_googlenet_cifar'),
+    'coring mobilenetv2': (CifarMobileNet, '[0.]+[0.2]+[0.3]*2+[0.4]*2+[0.5]*2', 0, 'coring_mobilenetv2_cifar'),
+    'coring resnet50': (ImageNetResNet50, '[0.]+[0.5]*3+[0.6]*16', 0, 'coring_resnet50'),
+}
+
+
+@pytest.mark.parametrize('case', CASES)
+def test_same_logits_as_the_authors_network(case: str, tmp_path: Path) -> None:
+    make, rates, rank, architecture = CASES[case]
+    theirs = settle(make(parse_rates(rates), rank))
+    path = tmp_path / 'checkpoint.pt'
+    if rank:
+        torch.save({'state_dict': theirs.state_dict(), 'rank': rank, 'compress_rate': rates}, path)
+    else:  # CORING says nothing of its rates: they are found from the shapes
+        best = torch.tensor(93.0)
+        torch.save({'epoch': 3, 'state_dict': theirs.state_dict(), 'best_top1_acc': best, 'optimizer': {}}, path)
+    ours = convert_authors_checkpoint(path)
+    assert ours.pretrained_cfg['architecture'] == architecture
+    assert bool(rank) == any(isinstance(m, CPDConv2d) for m in ours.modules())
+    assert_same_logits(theirs, ours, 64 if 'resnet50' in case else 32)
+
+
+def test_data_parallel_prefix_and_a_list_of_rates(tmp_path: Path) -> None:
+    rates = parse_rates('[0.]+[0.18]*29')
+    theirs = settle(CifarResNet(56, rates, 1, 'fc'))
+    state = {f'module.{k}': v for k, v in theirs.state_dict().items()}
+    torch.save({'state_dict': state, 'rank': 1, 'compress_rate': rates}, tmp_path / 'a.pt')
+    assert_same_logits(theirs, convert_authors_checkpoint(tmp_path / 'a.pt'), 32)
+
+
+@pytest.mark.parametrize('rates', ['[0.]+[0.1]*2+[0.4]*5+[0.75]*12', '.0.+.0.1.2+.0.4.5+.0.75.12'])
+def test_rates_from_the_file_name_alone(rates: str, tmp_path: Path) -> None:
+    theirs = settle(ImageNetResNet50(parse_rates(R078), 1))
+    path = tmp_path / f'resnet_50_pabs_{rates}_1_73.65.pt'
+    torch.save({'state_dict': theirs.state_dict()}, path)
+    assert_same_logits(theirs, convert_authors_checkpoint(path), 64)
+
+
+@pytest.mark.parametrize(
+    'name, rates, rank',
+    [
+        ('resnet_50_pabs_[0.]+[0.1]*2+[0.4]*5+[0.75]*12_1_73.65.pt', R078, 1),
+        ('resnet_50_pabs_.0.+.0.1.2+.0.4.5+.0.75.12_1_73.65.pt', R078, 1),
+        ('vgg_16_bn_pabs_.0.21.7+.0.75.5_8_94.45.pt', '[0.21]*7+[0.75]*5', 8),
+        ('vgg_16_bn_pabs_.0.13_1.pt', '[0.]*13', 1),
+        ('densenet_40_.0.+.0.12.+.0.3.2.pt', '[0.]+[0.12]+[0.3]*2', None),
+        ('model_best.pth.tar', None, None),
+        ('resnet_56.pt', None, None),
+    ],
+)
+def test_reading_a_file_name(name: str, rates: str | None, rank: int | None) -> None:
+    assert rates_from_name(name) == (rates, rank)
+
+
+def test_detector_of_the_reference_training(tmp_path: Path) -> None:
+    theirs = settle(ImageNetResNet50(parse_rates(R078), 1))
+    body = {f'backbone.body.{k}': v for k, v in theirs.state_dict().items() if not k.startswith('fc.')}
+    rest = {'backbone.fpn.inner_blocks.0.0.weight': torch.randn(4, 4), 'rpn.head.conv.0.0.bias': torch.randn(4)}
+    torch.save({'model': {**body, **rest}, 'optimizer': {}, 'epoch': 25}, tmp_path / 'model_25.pth')
+    backbone = convert_authors_checkpoint(tmp_path / 'model_25.pth')
+    x = torch.randn(1, 3, 64, 64, dtype=torch.float64)
+    with torch.no_grad():
+        features = backbone.double().forward_intermediates(x, indices=[1, 2, 3, 4], intermediates_only=True)
+        for mine, expected in zip(features, theirs.double().body(x)):
+            torch.testing.assert_close(mine, expected, rtol=0, atol=1e-8)
+    state, _ = convert_detector_state_dict(tmp_path / 'model_25.pth')
+    assert 'backbone.body.layer1.0.conv2.pointwise' in state
+    assert torch.equal(state['rpn.head.conv.0.0.bias'], rest['rpn.head.conv.0.0.bias'])
+
+
+def test_everything_that_does_not_fit_is_told_together(tmp_path: Path) -> None:
+    state = settle(CifarResNet(56, parse_rates('[0.]+[0.18]*29'), 1, 'fc')).state_dict()
+    del state['layer2.3.bn1.running_mean']
+    state['layer3.0.conv1.feature.vertical.weight'] = torch.zeros(5, 1, 3, 1)
+    state['surprise.weight'] = torch.zeros(1)
+    torch.save({'state_dict': state, 'rank': 2, 'compress_rate': '[0.]+[0.4]*29'}, tmp_path / 'a.pt')
+    with pytest.raises(ValueError, match='does not fit') as error:
+        convert_authors_checkpoint(tmp_path / 'a.pt')
+    for part in ('running_mean', 'surprise.weight', 'vertical', 'rank is stated as 2', 'compress_rate'):
+        assert part in str(error.value)
+    assert '\n' not in str(error.value)
+
+
+def test_wrong_architecture_is_refused(tmp_path: Path) -> None:
+    torch.save({'state_dict': CifarVGG([0.0] * 13, 0).state_dict()}, tmp_path / 'a.pt')
+    with pytest.raises(ValueError, match='does not fit resnet50'):
+        convert_authors_checkpoint(tmp_path / 'a.pt', architecture='resnet50')
+    torch.save({'state_dict': {'blocks.0.weight': torch.zeros(3)}}, tmp_path / 'b.pt')
+    with pytest.raises(ValueError, match='unknown architecture'):
+        convert_authors_checkpoint(tmp_path / 'b.pt')
+
+
+class Trap:
+    """Runs code when unpickled the unsafe way."""
+
+    def __reduce__(self):
+        return print, ('unpickled!',)
+
+
+def test_never_runs_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save({'state_dict': {}, 'x': Trap()}, tmp_path / 'a.pt')
+    with pytest.raises(ValueError, match='weights_only'):
+        read_checkpoint(tmp_path / 'a.pt')
+    assert 'unpickled' not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('content', [b'', b'not a checkpoint', None])
+def test_unreadable_files(content: bytes | None, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / 'a.pt').write_bytes(content)
+    with pytest.raises(ValueError, match=r'a\.pt'):
+        convert_authors_checkpoint(tmp_path / 'a.pt')
+
+
+def cifar_test_images(data_dir: Path, limit: int | None = None) -> tuple[Tensor, Tensor]:
+    """The JPEG test set as (N, 3, 32, 32) in 0..1, straight from the archive."""
+    import io
+    import tarfile
+
+    import numpy as np
+    from PIL import Image
+
+    archive = data_dir / 'cifar10-jpeg.tar.xz'
+    if not archive.is_file():
+        pytest.skip(f'{archive} is missing')
+    images, labels = [], []
+    with tarfile.open(archive) as tar:
+        for member in tar:
+            parts = Path(member.name).parts
+            if member.isfile() and 'test' in parts:
+                data = tar.extractfile(member)
+                assert data is not None
+                images.append(np.asarray(Image.open(io.BytesIO(data.read())).convert('RGB')))
+                labels.append(parts[-2])
+    names = sorted(set(labels))
+    pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255
+    return pixels, torch.tensor([names.index(label) for label in labels])
+
+
+def trained(data_dir: Path, name: str) -> nn.Module:
+    if not (data_dir / name).is_file():
+        pytest.skip(f'{data_dir / name} is missing')
+    return convert_authors_checkpoint(data_dir / name)
+
+
+def test_networks_trained_elsewhere_load_by_either_way(data_dir: Path) -> None:
+    ours = trained(data_dir, 'resnet56_cifar10.th')
+    assert ours.pretrained_cfg['architecture'] == 'resnet56_cifar'
+    overlay = dict(file=str(data_dir / 'resnet56_cifar10.th'))
+    same = timm.create_model('resnet56_cifar', pretrained=True, pretrained_cfg_overlay=overlay).eval()
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(ours(x), same(x))
+    assert trained(data_dir, 'resnet20_cifar10.th').pretrained_cfg['architecture'] == 'resnet20_cifar'
+
+
+@pytest.mark.slow
+def test_accuracy_of_a_network_trained_elsewhere(data_dir: Path) -> None:
+    model = trained(data_dir, 'resnet56_cifar10.th')
+    images, labels = cifar_test_images(data_dir)
+    assert len(images) == 10_000
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    correct = 0
+    with torch.no_grad():
+        for part, target in zip(((images - mean) / std).split(250), labels.split(250)):
+            correct += int((model(part).argmax(1) == target).sum())
+    assert abs(correct / 100 - 83.2) <= 0.3

@@ -1,0 +1,170 @@
+"""The published sizes, exactly: this file's own copy of the integers, against networks built by tag."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import timm
+import torch
+
+import norton_timm.models
+from norton_timm.complexity import count
+from norton_timm.layers import CPDConv2d
+from norton_timm.models import published_accuracy, spec_of, tags
+
+# conv + linear MACs, parameters
+DENSE = {
+    'vgg16_bn_cifar': (313463808, 14991946),
+    'resnet56_cifar': (125485696, 853018),
+    'resnet110_cifar': (252887680, 1727962),
+    'densenet40_cifar': (282917328, 1059298),
+    'googlenet_cifar': (1521756160, 6166250),
+    'mobilenetv2_cifar': (87976448, 2236682),
+    'resnet50': (4089184256, 25557032),
+}
+COMPRESSED = {
+    'norton_vgg16_bn_cifar.r060': (125790208, 2588582),
+    'norton_vgg16_bn_cifar.r068': (101294592, 2351731),
+    'norton_vgg16_bn_cifar.r077': (73184256, 3601162),
+    'norton_vgg16_bn_cifar.r088': (36725760, 1941322),
+    'norton_vgg16_bn_cifar.r096': (13414784, 238188),
+    'norton_vgg16_bn_cifar.r099': (4237632, 150667),
+    'norton_resnet56_cifar.r027': (92014464, 588387),
+    'norton_resnet56_cifar.r042': (72032768, 447830),
+    'norton_resnet56_cifar.r071': (35922560, 217610),
+    'norton_resnet56_cifar.r089': (13145472, 87633),
+    'norton_resnet110_cifar.r035': (163690624, 1080742),
+    'norton_resnet110_cifar.r064': (91285120, 599614),
+    'norton_resnet110_cifar.r082': (45642880, 302542),
+    'norton_densenet40_cifar.r026': (207213272, 745468),
+    'norton_densenet40_cifar.r042': (162509208, 580750),
+    'norton_densenet40_cifar.r058': (119847984, 421522),
+    'norton_resnet50.r043': (2297566974, 14510393),
+    'norton_resnet50.r050': (2007218748, 13512960),
+    'norton_resnet50.r064': (1489071531, 10517413),
+    'norton_resnet50.r077': (936071692, 7957227),
+    'norton_resnet50.r078': (899619808, 5885736),
+    'coring_vgg16_bn_cifar.r058': (130566528, 2766541),
+    'coring_vgg16_bn_cifar.r067': (104242752, 2505793),
+    'coring_vgg16_bn_cifar.r079': (66521088, 1901836),
+    'coring_resnet56_cifar.r027': (89460352, 660157),
+    'coring_resnet56_cifar.r047': (65168128, 485413),
+    'coring_resnet56_cifar.r072': (34197184, 240793),
+    'coring_densenet40_cifar.r021': (217746776, 802891),
+    'coring_densenet40_cifar.r039': (169583640, 622924),
+    'coring_densenet40_cifar.r053': (129828582, 451882),
+    'coring_googlenet_cifar.r020': (1206526016, 4719756),
+    'coring_googlenet_cifar.r057': (643804480, 2857760),
+    'coring_googlenet_cifar.r074': (390804480, 2099266),
+    'coring_mobilenetv2_cifar.r042': (51448576, 1257106),
+    'coring_mobilenetv2_cifar.r060': (35543776, 771540),
+    'coring_resnet50.r045': (2240373880, 15091575),
+    'coring_resnet50.r049': (2090549079, 14278243),
+    'coring_resnet50.r063': (1507328000, 11047336),
+    'coring_resnet50.r077': (943231376, 8017755),
+}
+FAMILY = ('resnet18', 'resnet34', 'resnet101', 'resnet152', 'resnet50d')
+PUBLISHED_RATES = {  # a second copy of some recipes, from the papers' scripts
+    'norton_resnet50.r078': (1, '[0.]+[0.1]*2+[0.4]*5+[0.75]*12'),
+    'norton_vgg16_bn_cifar.r060': (8, '[0.21]*7+[0.75]*5'),
+    'coring_resnet50.r077': (0, '[0.]+[0.5]*3+[0.6]*16'),
+}
+
+
+def test_every_published_system_is_there() -> None:
+    assert len(COMPRESSED) == 39 and len(DENSE) == 7
+    names = [f'{m}_{b}.{t}' for m, bases in tags().items() for b, rows in bases.items() for t in rows]
+    assert set(COMPRESSED) == {n for n in names if not any(f'_{b}.' in n for b in FAMILY)}
+    registered = timm.list_models(['norton_*', 'coring_*'], include_tags=True)
+    assert set(registered) == set(names)
+
+
+@pytest.mark.parametrize('name', [*DENSE, *COMPRESSED])
+def test_size_is_the_published_integer(name: str) -> None:
+    model = timm.create_model(name)
+    macs, params = count(model, model.pretrained_cfg['input_size'])
+    assert (macs, params) == {**DENSE, **COMPRESSED}[name]
+    assert params == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('base', FAMILY)
+def test_tags_of_the_rest_of_the_family_are_their_cut_of_macs(base: str) -> None:
+    dense = count(timm.create_model(base), 64).macs
+    for method in ('norton', 'coring'):
+        for tag in tags()[method][base]:
+            cut = 100 * (1 - count(timm.create_model(f'{method}_{base}.{tag}'), 64).macs / dense)
+            assert abs(cut - int(tag[1:])) < 0.5, f'{method}_{base}.{tag} cuts {cut:.2f} %'
+
+
+@pytest.mark.parametrize('name', PUBLISHED_RATES)
+def test_recipe_of_a_tag(name: str) -> None:
+    rank, rates = PUBLISHED_RATES[name]
+    spec = spec_of(name)
+    assert spec.rates == rates and spec.method == name.split('_')[0]
+    decomposed = [m for m in timm.create_model(name).modules() if isinstance(m, CPDConv2d)]
+    assert {m.rank for m in decomposed} == ({rank} if rank else set())
+    if name == 'norton_resnet50.r078':
+        assert len(decomposed) == 16
+
+
+def test_accuracy_table_covers_every_published_row() -> None:
+    for name in [*DENSE, *COMPRESSED]:
+        figures = published_accuracy(name)
+        assert 70 < figures['top1'] < 97
+        assert ('top5' in figures) == ('resnet50' in name)
+    assert published_accuracy('norton_resnet50.r078') == {'top1': 73.65, 'top5': 91.64}
+    assert published_accuracy('norton_resnet18.r050') == {}
+
+
+def test_other_settings_of_the_same_wrapper() -> None:
+    tag = timm.create_model('norton_resnet56_cifar.r071')
+    other = timm.create_model('norton_resnet56_cifar.r071', rank=3)
+    assert {m.rank for m in other.modules() if isinstance(m, CPDConv2d)} == {3}
+    assert count(other, (3, 32, 32)).params > count(tag, (3, 32, 32)).params
+    same = timm.create_model('norton_resnet56_cifar', rank=2, rates=[0.0] * 30)
+    assert count(same, (3, 32, 32)) == count(tag, (3, 32, 32))
+    by_name = timm.create_model('norton_resnet56_cifar', rank={'layer3.*': 1}, rates={'layer3.*.conv1': 0.5})
+    assert by_name.layer3[0].conv1.out_channels == 32 and by_name.layer3[0].conv1.rank == 1
+    assert type(by_name.layer1[0].conv1) is torch.nn.Conv2d
+    uniform = timm.create_model('coring_resnet18', rates=0.5)
+    assert uniform.layer2[0].conv1.out_channels == 64
+
+
+def test_form_of_every_decomposed_layer() -> None:
+    models = {f: timm.create_model('norton_resnet56_cifar.r089', form=f).eval() for f in ('factored', 'dense')}
+    models['dense'].load_state_dict(models['factored'].state_dict())
+    assert all(m.form == 'dense' for m in models['dense'].modules() if isinstance(m, CPDConv2d))
+    x = torch.randn(1, 3, 32, 32)
+    torch.testing.assert_close(models['dense'](x), models['factored'](x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    'name, kwargs, told',
+    [
+        ('norton_resnet50.r999', {}, 'r999.*r043, r050'),
+        ('resnet56_cifar.best', {}, "unknown tag 'best'"),
+        ('norton_resnet50', {'rank': 0.5}, 'rank'),
+        ('norton_resnet50', {'rank': -1}, 'rank'),
+        ('coring_resnet50', {'rank': 2}, 'never decomposed'),
+        ('norton_resnet50', {'rates': '[0.1]*'}, r'\[0\.1\]\*'),
+        ('norton_resnet50', {'rates': '[0.1]*21'}, '21'),
+        ('norton_resnet50', {'rates': 1.5}, '1.5'),
+        ('norton_resnet50', {'rates': {'nolayer': 0.5}}, 'nolayer'),
+        ('norton_resnet50', {'form': 'fast'}, 'fast'),
+        ('resnet56_cifar', {'depth': 57}, '6n'),
+    ],
+)
+def test_bad_settings_are_told_in_one_line(name: str, kwargs: dict, told: str) -> None:
+    with pytest.raises(ValueError, match=told) as error:
+        timm.create_model(name, **kwargs)
+    assert '\n' not in str(error.value)
+
+
+def test_a_tag_is_built_within_a_second_or_so() -> None:
+    timm.create_model('norton_resnet50.r078')
+    start = time.perf_counter()
+    timm.create_model('norton_resnet50.r078')
+    assert time.perf_counter() - start < 5
+    assert norton_timm.models.compressed.default_cfgs['norton_resnet50'].tags
