@@ -35,8 +35,6 @@ class ChannelMap(nn.Module):
         ValueError: `index` has another length than `out_channels`, or an entry outside that range.
     """
 
-    index: Tensor
-
     def __init__(self, in_channels: int, out_channels: int, stride: int = 1, index: Sequence[int] | None = None):
         super().__init__()
         self.in_channels = in_channels
@@ -45,6 +43,7 @@ class ChannelMap(nn.Module):
         entries = padding_index(in_channels, out_channels) if index is None else list(index)
         if len(entries) != out_channels:
             raise ValueError(f'index has {len(entries)} entries, expected one per output channel ({out_channels})')
+        self.index: Tensor  # declared here, because TorchScript cannot read it from the class
         self.register_buffer('index', torch.zeros(0, dtype=torch.long))
         self.set_index(entries, in_channels)
 
