@@ -80,7 +80,6 @@ def test_targets_are_the_annotations_of_real_coco(tiny_coco: Path, task: str, sp
         assert (target['boxes'] >= 0).all() and (target['boxes'] <= torch.tensor([width, height] * 2)).all()
         if task == 'mask':
             assert target['masks'].shape == (len(records), height, width)
-            coco = COCO(str(data.annotation_file))
             for record, mask in zip(records, target['masks'].numpy()):
                 np.testing.assert_array_equal(mask, reference.annToMask(record))
         if task == 'keypoint':
