@@ -17,6 +17,7 @@ from torch import nn
 from torchvision.models import get_model
 from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights, KeypointRCNN_ResNet50_FPN_Weights
 
+from detection.checkpoint import load_detector
 from detection.draw import Image
 from detection.latency import plot_histogram
 from detection.pipeline import Report, real_time_repeats
@@ -61,14 +62,12 @@ def load_model(weights: str) -> tuple[nn.Module, ModelFacts]:
         raise FileNotFoundError(
             f'no weights {weights}: expected a checkpoint of train_det.py or one of {", ".join(TORCHVISION_TASKS)}'
         )
-    from detection.engine import load_detector
-
     model, meta = load_detector(weights)
     facts = ModelFacts(
-        name=Path(weights).stem,
+        name=str(meta['config'].model.backbone),
         task=meta['task'],
         class_names=meta['class_names'],
-        skeleton=meta.get('skeleton') or None,
+        skeleton=meta['skeleton'] or None,
         params=count_parameters(model),
     )
     return model, facts
@@ -115,7 +114,7 @@ def choose_models(args: argparse.Namespace) -> list[tuple[nn.Module, ModelFacts]
     if args.random_weights:
         return [random_model(args.task, n) for n in ([DENSE, args.backbone] if args.compare else [args.backbone])]
     models = [load_model(w) for w in args.weights]
-    if args.compare and models[0][1].name == models[1][1].name:  # runs often differ in the folder only
+    if args.compare and models[0][1].name == models[1][1].name:
         folders = [Path(w).resolve().parent.name for w in args.weights]
         models = [(m, replace(f, name=f'{folder}/{f.name}')) for (m, f), folder in zip(models, folders)]
     return models

@@ -1,0 +1,223 @@
+"""tools/demo_video.py as a user runs it: videos in, annotated videos and figures out, one-line errors, Ctrl-C."""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from fractions import Fraction
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from detection import demo
+from detection.checkpoint import detector_from_config, save_checkpoint
+from detection.config import config_from_dict
+from detection.draw import color_of
+from detection.sample import draw_frames
+from detection.video import open_source
+from detection.video_writer import VideoWriter
+
+TOOL = Path(__file__).parents[1] / 'tools' / 'demo_video.py'
+RANDOM = ['--random-weights', '--backbone', 'resnet18', '--imgsz', '64', '--device', 'cpu']
+
+
+@pytest.fixture
+def tool(monkeypatch, capsys):
+    """Run the tool in this process; gives exit code, stdout and stderr."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, 'argv', [str(TOOL), *map(str, arguments)])
+        monkeypatch.syspath_prepend(str(TOOL.parent))
+        handler = signal.getsignal(signal.SIGTERM)
+        code = 0
+        try:
+            runpy.run_path(str(TOOL), run_name='__main__')
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
+        finally:
+            signal.signal(signal.SIGTERM, handler)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture(scope='module')
+def clip(tmp_path_factory) -> Path:
+    """Twelve drawn frames at 29.97 FPS."""
+    path = tmp_path_factory.mktemp('clip') / 'clip.mp4'
+    with VideoWriter(path, Fraction(30000, 1001), (160, 120)) as writer:
+        for image in draw_frames(12, (160, 120), seed=1):
+            writer.write(image)
+    return path
+
+
+@pytest.fixture(scope='module')
+def checkpoint(tmp_path_factory) -> Path:
+    """What train_det.py writes, of a tiny keypoint detector that is sure of everything."""
+    config = config_from_dict(
+        {
+            'task': 'keypoint',
+            'model': {
+                'backbone': 'resnet18',
+                'fpn_channels': 16,
+                'box_head': 32,
+                'keypoint_layers': [16],
+                'min_size': 64,
+                'rcnn': {'box_detections_per_img': 3},
+            },
+        }
+    )
+    meta = {
+        'task': 'keypoint',
+        'num_classes': 2,
+        'class_names': ['__background__', 'person'],
+        'label_to_category': {1: 1},
+        'num_keypoints': 17,
+        'keypoint_names': [],
+        'skeleton': [[5, 6]],
+    }
+    model = detector_from_config(config, meta)
+    with torch.no_grad():
+        model.roi_heads.box_predictor.cls_score.bias[1] += 5
+    path = tmp_path_factory.mktemp('run') / 'checkpoint.pt'
+    return save_checkpoint(path, {'model': model.state_dict(), 'config': config.to_dict(), 'meta': meta})
+
+
+@pytest.mark.parametrize('task', ['box', 'mask', 'keypoint'])
+def test_output_has_the_frames_and_the_rate_of_the_input(tool, clip, tmp_path, task):
+    target = tmp_path / 'out.mp4'
+    code, out, err = tool(*RANDOM, '--task', task, '--input', clip, '--output', target, '--frames', 6, '--warmup', 1)
+    assert code == 0, err
+    with open_source(str(target)) as video:
+        assert video.fps == Fraction(30000, 1001)
+        frames = [f.image for f in video]
+    assert len(frames) == 6 and frames[0].shape == (120, 160, 3)
+    assert np.abs(frames[0][-3, 3].astype(int) - (200, 20, 20)).max() < 60  # the warning that weights are random
+    figures = json.loads((tmp_path / 'out.json').read_text())
+    assert figures['frames'] == 6 and figures['source_fps'] == pytest.approx(29.97, abs=1e-3)
+    assert figures['models']['resnet18']['task'] == task and figures['models']['resnet18']['random_weights']
+    assert cv2.imread(str(tmp_path / 'out.png')) is not None
+    assert 'p95 ms' in out and 'FPS end to end' in out
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['out.json', 'out.mp4', 'out.png']
+
+
+def test_a_checkpoint_draws_its_classes_and_warns_of_nothing(tool, clip, tmp_path, checkpoint):
+    target = tmp_path / 'out.mp4'
+    code, _, err = tool('--weights', checkpoint, '--input', clip, '--output', target, '--device', 'cpu')
+    assert code == 0, err
+    with open_source(str(target)) as video:
+        frames = [f.image for f in video]
+    assert len(frames) == 12
+    assert np.abs(frames[5][-2:].astype(int) - (200, 20, 20)).max() > 100
+    with open_source(str(clip)) as video:
+        original = [f.image for f in video]
+    changed = np.abs(frames[5].astype(int) - original[5]).max(-1) > 60
+    purple = np.abs(frames[5].astype(int) - color_of(1)).max(-1) < 60
+    assert (changed & purple).any()
+    assert not json.loads((tmp_path / 'out.json').read_text())['models']['resnet18']['random_weights']
+
+
+def test_compare_writes_both_in_one_picture(tool, clip, tmp_path):
+    target = tmp_path / 'out.mp4'
+    arguments = [*RANDOM, '--compare', '--input', clip, '--output', target, '--frames', 5, '--warmup', 1]
+    code, out, err = tool(*arguments)
+    assert code == 0, err
+    with open_source(str(target)) as video:
+        assert next(iter(video)).image.shape == (120, 322, 3)
+    figures = json.loads((tmp_path / 'out.json').read_text())
+    assert list(figures['models']) == ['resnet50', 'resnet18'] and figures['speed_up'] > 0
+    assert 'resnet18 is' in out
+
+
+def test_headless_on_the_built_in_clip_writes_only_what_was_asked(tool, tmp_path):
+    figures = tmp_path / 'figures.json'
+    code, _, err = tool(*RANDOM, '--headless', '--frames', 5, '--json', figures)
+    assert code == 0, err
+    assert json.loads(figures.read_text())['source'] == 'drawn clip'
+
+
+def test_two_runs_of_one_network_are_told_apart(checkpoint, tmp_path):
+    args = type('Args', (), {'random_weights': False, 'compare': True, 'weights': []})
+    for name in ('dense', 'norton'):
+        (tmp_path / name).mkdir()
+        os.link(checkpoint, tmp_path / name / 'checkpoint.pt')
+        args.weights.append(str(tmp_path / name / 'checkpoint.pt'))
+    models = demo.choose_models(args)
+    assert [facts.name for _, facts in models] == ['dense/resnet18', 'norton/resnet18']
+    assert models[0][1].skeleton == [[5, 6]]
+
+
+BAD = {
+    'no weights': (['--headless'], 'no weights: give --weights CHECKPOINT'),
+    'both': (['--weights', 'x', *RANDOM], 'exclude each other'),
+    'one to compare': (['--weights', 'x', '--compare', '--headless'], 'two with --compare'),
+    'missing weights': (['--weights', 'x', '--headless'], 'no weights x: expected a checkpoint'),
+    'missing input': ([*RANDOM, '--headless', '--input', 'nope.mp4'], 'no input nope.mp4'),
+    'suffix': ([*RANDOM, '--output', 'x.avi'], "ends in '.avi', expected .mp4"),
+    'folder': ([*RANDOM, '--output', 'none/x.mp4'], 'output folder none does not exist'),
+    'warmup': ([*RANDOM, '--headless', '--warmup', '-1'], '--warmup -1, expected 0 or more'),
+    'task': ([*RANDOM, '--task', 'pose'], "invalid choice: 'pose'"),
+    'device': ([*RANDOM, '--headless', '--device', 'gpu'], "device 'gpu' cannot be used"),
+    'backbone': (['--random-weights', '--headless', '--backbone', 'resnet49'], 'resnet49'),
+    'score': ([*RANDOM, '--headless', '--score', '7'], 'score 7.0, expected'),
+}
+
+
+@pytest.mark.parametrize('case', BAD)
+def test_bad_arguments_end_with_one_line_and_code_2(tool, tmp_path, monkeypatch, case):
+    monkeypatch.chdir(tmp_path)
+    arguments, message = BAD[case]
+    code, _, err = tool(*arguments)
+    assert code == 2
+    assert message in err and 'Traceback' not in err
+    assert len([line for line in err.splitlines() if line.startswith('error:')]) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_files_that_are_not_what_they_seem(tool, tmp_path, clip):
+    (tmp_path / 'noise.mp4').write_bytes(b'noise' * 1000)
+    (tmp_path / 'noise.pt').write_bytes(b'noise' * 1000)
+    for arguments in (
+        [*RANDOM, '--headless', '--input', tmp_path / 'noise.mp4'],
+        ['--weights', tmp_path / 'noise.pt', '--headless', '--input', clip],
+    ):
+        code, _, err = tool(*arguments)
+        assert code == 2 and 'is not a' in err and 'Traceback' not in err
+
+
+def test_without_a_display_the_error_says_what_to_do(tool, monkeypatch):
+    monkeypatch.delenv('DISPLAY', raising=False)
+    monkeypatch.delenv('WAYLAND_DISPLAY', raising=False)
+    if demo.window_problem() is None:
+        pytest.skip('this system always has a display')
+    code, _, err = tool(*RANDOM)
+    assert code == 2 and 'use --output FILE.mp4' in err
+
+
+@pytest.mark.parametrize('sent', [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_kill_leave_a_playable_shorter_file(tmp_path, sent):
+    target = tmp_path / 'out.mp4'
+    command = [sys.executable, str(TOOL), *RANDOM, '--frames', '5000', '--output', str(target)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, cwd=TOOL.parents[1])
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob('.out.*')) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.2)
+    time.sleep(1.0)
+    process.send_signal(sent)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert b'Traceback' not in err and b'interrupted after' in err
+    with open_source(str(target)) as video:
+        frames = sum(1 for _ in video)
+    assert frames == json.loads(target.with_suffix('.json').read_text())['frames'] > 0
+    assert f'{frames} frames'.encode() in out
+    assert not list(tmp_path.glob('.*'))
