@@ -13,6 +13,8 @@ from norton_timm.report import CompressionReport
 from norton_timm.saliency import filter_distance, select_filters
 from norton_timm.spec import CompressionSpec
 
+from norton_timm import models  # isort: skip  (registers with timm; needs all of the above)
+
 __version__ = '0.1.0'
 
 __all__ = [
@@ -26,6 +28,7 @@ __all__ = [
     'cp_decompose',
     'filter_distance',
     'hosvd',
+    'models',
     'reshape',
     'select_filters',
     'set_form',

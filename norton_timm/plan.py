@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import math
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from torch import nn
 
@@ -12,7 +13,6 @@ from norton_timm.groups import ChannelGraph, ChannelGroup
 from norton_timm.layers import CPDConv2d, conv_padding
 from norton_timm.layouts import layout_of, widths_of
 from norton_timm.spec import CompressionSpec
-from norton_timm.trace import Slot
 
 
 def plan_ranks(model: nn.Module, spec: CompressionSpec) -> tuple[dict[str, int], dict[str, str]]:
@@ -70,11 +70,11 @@ def plan_pruning(model: nn.Module, graph: ChannelGraph, spec: CompressionSpec) -
     Raises:
         ValueError: rates that do not fit the network, naming the layers and what is expected.
     """
-    widths = _widths(model, graph, spec)
+    wanted = _wanted(model, graph, spec)
     plan = []
     for group in graph.groups:
         n = len(group.classes)
-        keep, why = _group_width(group, widths, spec)
+        keep, why = _group_width(group, wanted, spec)
         if keep < n and group.why_frozen:
             keep, why = n, group.why_frozen
         elif keep < n:
@@ -85,37 +85,37 @@ def plan_pruning(model: nn.Module, graph: ChannelGraph, spec: CompressionSpec) -
     return plan
 
 
-def _widths(model: nn.Module, graph: ChannelGraph, spec: CompressionSpec) -> dict[str, tuple[int, str]]:
-    """Filters that each layer should keep, with the reason where all of them stay by rule."""
+class _Wanted(NamedTuple):
+    """What a spec wants of one layer: a rate, or a number of filters; or that all stay, and why."""
+
+    rate: float | None = None
+    width: int | None = None
+    protected: str = ''
+
+
+def _wanted(model: nn.Module, graph: ChannelGraph, spec: CompressionSpec) -> dict[str, _Wanted]:
     layers = {slot.name: slot.module for group in graph.groups for slot in group.members}
-    full = {slot.name: len(slot.labels) for group in graph.groups for slot in group.members}
     if isinstance(spec.rates, Mapping):
         _check_patterns('rates', spec.rates, list(layers))
-        rate_of = {}
+        found = {}
         for name in layers:
             hit = next((r for p, r in spec.rates.items() if fnmatch.fnmatchcase(name, p)), None)
             if hit is not None:
-                rate_of[name] = hit
-        return {name: (_keep(full[name], rate), 'rate 0') for name, rate in rate_of.items()}
+                found[name] = _Wanted(rate=hit)
+        return found
     rates = spec.rate_list()
     if rates is not None:
-        return _listed_widths(model, graph, rates, full)
+        return _listed(model, graph, rates)
     assert isinstance(spec.rates, float)
     convs = [name for name, m in layers.items() if not isinstance(m, nn.Linear)]
-    widths = {name: (_keep(full[name], spec.rates), 'rate 0') for name in convs}
+    found = {name: _Wanted(rate=spec.rates) for name in convs}
     ends = {'first': convs[:1], 'last': convs[-1:]}
     for end in spec.protect:
-        widths.update((name, (full[name], f'protected: {end} layer')) for name in ends[end])
-    return widths
+        found.update((name, _Wanted(protected=f'protected: {end} layer')) for name in ends[end])
+    return found
 
 
-def _keep(filters: int, rate: float) -> int:
-    return max(1, int(filters * (1 - rate)))
-
-
-def _listed_widths(
-    model: nn.Module, graph: ChannelGraph, rates: list[float], full: dict[str, int]
-) -> dict[str, tuple[int, str]]:
+def _listed(model: nn.Module, graph: ChannelGraph, rates: list[float]) -> dict[str, _Wanted]:
     layout = layout_of(model)
     known = layout is not None
     if layout is None:  # an architecture without a published order: one entry for each group that can be pruned
@@ -125,36 +125,34 @@ def _listed_widths(
     if not len(layout) - 1 <= len(rates) <= len(layout):
         raise ValueError(f'rates: got {len(rates)} entries, expected {len(layout)} for this network')
     if known:
-        keep = {name: width for name, width in widths_of(model, rates).items() if name in full}
-    else:
-        keep = {name: _keep(full[name], rate) for names, rate in zip(layout, rates) for name in names}
-    return {name: (width, 'rate 0') for name, width in keep.items()}
+        return {name: _Wanted(width=width) for name, width in widths_of(model, rates).items()}
+    return {name: _Wanted(rate=rate) for names, rate in zip(layout, rates) for name in names}
 
 
-def _group_width(group: ChannelGroup, widths: Mapping[str, tuple[int, str]], spec: CompressionSpec) -> tuple[int, str]:
-    """Channel classes that the group should keep; its layers must agree."""
+def _group_width(group: ChannelGroup, wanted: Mapping[str, _Wanted], spec: CompressionSpec) -> tuple[int, str]:
+    """Channel classes that the group should keep, and why all of them stay; its layers must agree."""
     n = len(group.classes)
     excluded = [name for name in group.names if not spec.touches(name)]
     if excluded:
         return n, f'excluded by the spec ({excluded[0]})'
-    wanted = {}
+    keeps = {}
     for slot in group.members:
-        if slot.name in widths:
-            keep, why = widths[slot.name]
-            if why.startswith('protected'):  # one protected layer protects all that share its channels
-                return n, why
-            wanted[slot.name] = max(1, n - len(slot.labels) // _repeats(slot) + keep // _repeats(slot))
-    if not wanted:
+        want = wanted.get(slot.name)
+        if want is None:
+            continue
+        if want.protected:  # one protected layer protects all that share its channels
+            return n, want.protected
+        if want.rate is not None:
+            keeps[slot.name] = max(1, int(n * (1 - want.rate)))
+        elif want.width is not None:
+            keeps[slot.name] = max(1, want.width * n // len(slot.labels))  # fewer classes than filters where grouped
+    if not keeps:
         return n, 'no rate given'
-    if len(set(wanted.values())) > 1:
-        told = ', '.join(f'{name} {keep} of {n}' for name, keep in wanted.items())
+    if len(set(keeps.values())) > 1:
+        told = ', '.join(f'{name} {keep} of {n}' for name, keep in keeps.items())
         raise ValueError(f'rates: layers that share channels must keep equally many, got {told}')
-    return next(iter(wanted.values())), 'rate 0'
-
-
-def _repeats(slot: Slot) -> int:
-    """How many filters of the layer belong to one channel class: the groups of a grouped convolution."""
-    return max(1, len(slot.labels) // max(1, len(set(slot.labels.tolist()))))
+    keep = next(iter(keeps.values()))
+    return keep, 'rate 0' if keep == n else ''
 
 
 def _check_patterns(field: str, patterns: Mapping[str, float], names: list[str]) -> None:

@@ -8,7 +8,7 @@ it: we then prune less, never wrongly.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, MutableMapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ import torch
 from timm import layers as timm_layers
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from norton_timm.layers import CPDConv2d
@@ -107,8 +108,12 @@ class ChannelTracer(TorchFunctionMode):
         for name, module in model.named_modules():
             for key, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
                 self._owned[id(tensor)] = (f'{name}.{key}'.lstrip('.'), module)
-        self._owned_channels: dict[int, Channels | None] = {}
-        self._of: dict[int, tuple[Tensor, Channels | None]] = {}  # by id; holding the tensor keeps the id unique
+        self._of: MutableMapping[Tensor, Channels | None] = WeakTensorKeyDictionary()
+        for module in model.modules():  # constants kept as plain attributes, such as anchors
+            for value in vars(module).values():
+                for tensor in tensors_in(value):
+                    if id(tensor) not in self._owned:
+                        self.set_channels(tensor, None)
 
     # ---- labels: union-find
 
@@ -140,15 +145,14 @@ class ChannelTracer(TorchFunctionMode):
     # ---- which tensor carries what; None means known, without channels to follow
 
     def channels(self, tensor: Tensor) -> Channels | None:
-        entry = self._of.get(id(tensor))
-        return entry[1] if entry else None
+        return self._of.get(tensor)
 
     def set_channels(self, tensor: Tensor, channels: Channels | None) -> None:
-        self._of[id(tensor)] = (tensor, channels)
+        self._of[tensor] = channels
 
     def _note_origin(self, tensor: Tensor, where: str) -> None:
         """A tensor that no traced operation made hides its producers: freeze all channels so far."""
-        if id(tensor) in self._of or id(tensor) in self._owned:
+        if tensor in self._of or id(tensor) in self._owned:
             return
         self.freeze(range(len(self._parent)), f'reaches {where} through code that cannot be traced')
         self.set_channels(tensor, None)
@@ -176,7 +180,7 @@ class ChannelTracer(TorchFunctionMode):
                 module.training = training
         for tensor in tensors_in(outputs):
             found = self.channels(tensor)
-            if id(tensor) not in self._of:
+            if tensor not in self._of:
                 self._note_origin(tensor, 'the output')
             elif found and freeze_outputs:
                 self.freeze(found.labels, 'output of the model')
