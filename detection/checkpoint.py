@@ -94,7 +94,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location='cpu', weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError) as error:
-        raise ValueError(f'{path} is not a checkpoint: {str(error).splitlines()[0][:120]}') from error
+        raise ValueError(f'{path} is not a checkpoint that can be read ({type(error).__name__})') from error
     missing = [key for key in _KEYS if not isinstance(content, dict) or key not in content]
     if missing:
         raise ValueError(f'{path} is not a checkpoint of train_det.py: it lacks {", ".join(missing)}')

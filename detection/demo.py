@@ -9,7 +9,9 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import cv2
 import torch
@@ -21,9 +23,10 @@ from detection.checkpoint import load_detector
 from detection.draw import Image
 from detection.latency import plot_histogram
 from detection.pipeline import Report, real_time_repeats
-from detection.predictor import ModelFacts
+from detection.predictor import ModelFacts, Predictor
 from detection.rcnn import TASKS, build_detector
-from detection.video import Frame, FrameSource, fit
+from detection.studio import Choice, Studio
+from detection.video import Frame, FrameSource, fit, open_source
 from detection.video_writer import VideoWriter, check_output
 
 DENSE = 'resnet50'
@@ -98,31 +101,58 @@ def check_options(args: argparse.Namespace) -> None:
             'no weights: give --weights CHECKPOINT (of train_det.py, or a torchvision name such as '
             'fasterrcnn_resnet50_fpn), or --random-weights to measure time only'
         )
-    if args.weights and len(args.weights) != 1 + args.compare:
-        want = 'two with --compare: dense, then compressed' if args.compare else 'one (two need --compare)'
+    if args.serve is not None:
+        if args.output is not None or args.headless or args.compare or args.json is not None:
+            raise ValueError('--serve excludes --output, --headless, --compare and --json')
+        if not 1 <= args.serve <= 65535:
+            raise ValueError(f'--serve {args.serve}, expected a port from 1 to 65535')
+    elif args.weights and len(args.weights) != 1 + args.compare:
+        want = 'two with --compare: dense, then compressed' if args.compare else 'one (more need --compare or --serve)'
         raise ValueError(f'--weights got {len(args.weights)}, expected {want}')
     if args.output is not None:
         check_output(args.output, args.codec)
     if args.json is not None and not args.json.parent.is_dir():
         raise ValueError(f'--json folder {args.json.parent} does not exist')
     if wants_window(args) and (problem := window_problem()):
-        raise ValueError(f'no window: {problem}; use --output FILE.mp4 or --headless')
+        raise ValueError(f'no window: {problem}; use --output FILE.mp4, --headless or --serve PORT')
 
 
 def choose_models(args: argparse.Namespace) -> list[tuple[nn.Module, ModelFacts]]:
     """The models the user asked for: one, or with ``--compare`` the dense and the compressed one."""
     if args.random_weights:
         return [random_model(args.task, n) for n in ([DENSE, args.backbone] if args.compare else [args.backbone])]
-    models = [load_model(w) for w in args.weights]
-    if args.compare and models[0][1].name == models[1][1].name:
-        folders = [Path(w).resolve().parent.name for w in args.weights]
-        models = [(m, replace(f, name=f'{folder}/{f.name}')) for (m, f), folder in zip(models, folders)]
-    return models
+    return distinct([load_model(w) for w in args.weights], args.weights)
+
+
+def make_studio(args: argparse.Namespace, options: dict[str, Any]) -> Studio:
+    """What the web page runs: the models given, or with random weights every task, compressed and dense."""
+    if args.random_weights:
+        tasks = [args.task, *(t for t in TASKS if t != args.task)]
+        names = dict.fromkeys([args.backbone, DENSE])
+        choices = [
+            Choice(task, name, lambda task=task, name=name: Predictor(*random_model(task, name), **options))
+            for task in tasks
+            for name in names
+        ]
+    else:
+        choices = [
+            Choice(facts.task, facts.name, partial(Predictor, model, facts, **options))
+            for model, facts in distinct([load_model(w) for w in args.weights], args.weights)
+        ]
+    return Studio(lambda: open_source(args.input), choices, args.score)
+
+
+def distinct(models: list[tuple[nn.Module, ModelFacts]], weights: list[str]) -> list[tuple[nn.Module, ModelFacts]]:
+    """Checkpoints of one architecture and task, named after the folders of their runs as well."""
+    if len({(f.task, f.name) for _, f in models}) == len(models):
+        return models
+    folders = [Path(w).resolve().parent.name for w in weights]
+    return [(m, replace(f, name=f'{folder}/{f.name}')) for (m, f), folder in zip(models, folders)]
 
 
 def wants_window(args: argparse.Namespace) -> bool:
     """A window is the output when no other was named."""
-    return args.output is None and not args.headless
+    return args.output is None and not args.headless and args.serve is None
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -115,10 +115,10 @@ class LatencyRecorder:
             copies = {name: list(self._times[name]) for name in names}
         return {name: summarize(values) for name, values in copies.items()}
 
-    def recent(self, name: str) -> Summary | None:
-        """Summary of the newest ``window`` frames, for a live display; ``None`` before the first."""
+    def recent(self, name: str, count: int | None = None) -> Summary | None:
+        """Summary of the newest ``count`` (``window``) frames, for a live display; ``None`` before the first."""
         with self._lock:
-            newest = islice(reversed(self._times.get(name, deque())), self.window)
+            newest = islice(reversed(self._times.get(name, deque())), count or self.window)
             values = list(newest)
         return summarize(values) if values else None
 

@@ -1,0 +1,129 @@
+"""Configuration: inheritance, overrides, and every problem found at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from detection.config import ConfigError, RunConfig, config_from_dict, load_config
+
+CONFIGS = sorted((Path(__file__).resolve().parents[1] / 'configs' / 'detection').glob('*.yaml'))
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize('path', CONFIGS, ids=lambda p: p.stem)
+def test_shipped_files_load(path: Path) -> None:
+    config = load_config(path)
+    assert config.task == next((t for t in ('mask', 'keypoint') if t in path.stem), 'box')
+    assert config_from_dict(config.to_dict()) == config
+
+
+def test_torchvision_schedules() -> None:
+    box, keypoint = (load_config(p).optim for p in CONFIGS if p.stem in ('box', 'keypoint'))
+    assert (box.epochs, box.steps, box.lr, box.lr_batch) == (26, (16, 22), 0.02, 16)
+    assert (keypoint.epochs, keypoint.steps) == (46, (36, 43))
+
+
+def test_children_change_only_what_they_name(tmp_path: Path) -> None:
+    write(tmp_path / 'base.yaml', 'task: mask\noptim: {lr: 0.5, epochs: 3}\n')
+    (tmp_path / 'sub').mkdir()
+    child = write(tmp_path / 'sub' / 'child.yaml', 'base: ../base.yaml\noptim: {epochs: 7}\n')
+    config = load_config(child)
+    assert (config.task, config.optim.lr, config.optim.epochs) == ('mask', 0.5, 7)
+    assert config.model == RunConfig().model
+
+
+def test_overrides_and_values() -> None:
+    config = load_config(
+        None,
+        ['optim.lr=1e-3', 'model.min_size=[96, 128]', 'optim.clip=null', 'model.rcnn.box_nms_thresh=0.4', 'seed=7'],
+        {'task': 'keypoint', 'seed': 3, 'device': None},
+    )
+    assert config.optim.lr == 1e-3
+    assert config.model.min_size == (96, 128)
+    assert config.optim.clip is None
+    assert config.model.rcnn == {'box_nms_thresh': 0.4}
+    assert (config.task, config.seed, config.device) == ('keypoint', 7, 'auto')
+
+
+def test_one_number_stands_for_a_list_of_one() -> None:
+    assert config_from_dict({'model': {'min_size': 160}}).model.min_size == (160,)
+
+
+def test_saved_file_gives_the_same_configuration(tmp_path: Path) -> None:
+    config = load_config(CONFIGS[-1], ['optim.ema=0.99'])
+    assert load_config(write(tmp_path / 'config.yaml', config.to_yaml())) == config
+    assert yaml.safe_load(config.to_yaml())['optim']['ema'] == 0.99
+
+
+def test_all_problems_are_reported_together(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / 'bad.yaml',
+        'task: boxes\n'
+        'optim: {lr: fast, epoch: 3, amp: fp8}\n'
+        'data: {batch_size: 0, root: /no/such/folder}\n'
+        'modle: {backbone: resnet50}\n'
+        'model: {backbone: resnet5O, anchor_sizes: [1, 2], weights: /no/weights.pt}\n',
+    )
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, ['no-equals-sign'])
+    message = str(caught.value)
+    for part in (
+        "task is 'boxes', expected one of box, mask, keypoint",
+        "optim.lr is 'fast', expected a number",
+        'unknown key optim.epoch: did you mean optim.epochs?',
+        "optim.amp is 'fp8', expected one of none, bf16, fp16",
+        'data.batch_size is 0, expected more than 0',
+        'data.root: no folder /no/such/folder',
+        'unknown key modle: did you mean model?',
+        "model.backbone 'resnet5O' is unknown: did you mean resnet50?",
+        'model.anchor_sizes is [1, 2], expected five sizes',
+        'model.weights: no file /no/weights.pt',
+        "override 'no-equals-sign' is not of the form key=value",
+    ):
+        assert part in message
+    assert len(caught.value.problems) == 11
+    assert '\n' not in message
+
+
+@pytest.mark.parametrize(
+    ('tree', 'problem'),
+    [
+        ({'seed': 1.5}, 'seed is 1.5, expected a whole number'),
+        ({'seed': True}, 'seed is True, expected a whole number'),
+        ({'channels_last': 'yes please'}, "channels_last is 'yes please', expected true or false"),
+        ({'optim': 3}, 'optim is 3, expected keys: name, lr'),
+        ({'optim': {'ema': 1.0}}, 'optim.ema is 1.0, expected a decay between 0 and 1'),
+        ({'optim': {'lr': float('nan')}}, 'optim.lr is nan, expected more than 0'),
+        ({'data': {'flip': 1.2}}, 'data.flip is 1.2, expected 0 to 1'),
+        ({'data': {'jitter': [2.0, 1.0]}}, 'data.jitter is [2.0, 1.0], expected two factors'),
+        ({'model': {'keypoint_layers': []}}, 'model.keypoint_layers is [], expected one width or more'),
+        ({'model': {'mask_layers': ['a']}}, "model.mask_layers is ['a'], expected a list of int"),
+        ({'model': {'norm': 'frozen'}}, "model.norm 'frozen' needs model.pretrained or model.weights"),
+        ({'model': {'frozen_stages': 5}}, 'model.frozen_stages is 5, expected 0 to 4'),
+    ],
+)
+def test_one_problem_one_message(tree: dict, problem: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        config_from_dict(tree)
+    assert len(caught.value.problems) == 1
+    assert problem in str(caught.value)
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r'no configuration file .*missing\.yaml'):
+        load_config(tmp_path / 'missing.yaml')
+    with pytest.raises(FileNotFoundError, match=r'gone\.yaml'):
+        load_config(write(tmp_path / 'orphan.yaml', 'base: gone.yaml\n'))
+    with pytest.raises(ConfigError, match=r'loop\.yaml is its own base'):
+        load_config(write(tmp_path / 'loop.yaml', 'base: loop.yaml\n'))
+    with pytest.raises(ConfigError, match='is not YAML'):
+        load_config(write(tmp_path / 'broken.yaml', 'task: [box\n'))
+    with pytest.raises(ConfigError, match='holds a list'):
+        load_config(write(tmp_path / 'list.yaml', '- box\n'))

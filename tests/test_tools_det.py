@@ -1,0 +1,177 @@
+"""tools/train_det.py and tools/eval_det.py as a user runs them."""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import pytest
+
+from detection.sample import write_sample
+
+TOOLS = Path(__file__).resolve().parents[1] / 'tools'
+TINY = ['--workers', '0', '--device', 'cpu', '--set', 'model.min_size=64', '--set', 'model.max_size=96',
+        '--set', 'model.fpn_channels=16', '--set', 'model.box_head=16', '--set', 'model.mask_layers=[8]',
+        '--set', 'model.keypoint_layers=[8]', '--set', 'data.batch_size=2']  # fmt: skip
+
+
+@pytest.fixture(scope='module')
+def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_sample(tmp_path_factory.mktemp('sample'), train=6, val=3, size=(96, 96))
+
+
+@pytest.fixture
+def tool(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    """Run a tool in this process, in an empty folder: returns exit code, stdout, stderr."""
+
+    def call(name: str, *arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, 'argv', [f'tools/{name}', *map(str, arguments)])
+        monkeypatch.syspath_prepend(str(TOOLS))
+        monkeypatch.chdir(tmp_path)
+        code = 0
+        try:
+            runpy.run_path(str(TOOLS / name), run_name='__main__')
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
+
+
+@pytest.mark.parametrize('task', ['box', 'mask', 'keypoint'])
+def test_train_then_evaluate(task: str, tool, sample: Path, tmp_path: Path) -> None:
+    code, out, _ = tool('train_det.py', '--task', task, '--data', sample, '--iterations', 2, '--output', 'run', *TINY)
+    assert code == 0
+    assert 'norton_resnet50.r078, random weights, trained from scratch' in out
+    assert 'AP50' in out
+    folder = tmp_path / 'run'
+    names = {'checkpoint.pt', 'config.yaml', 'metrics.jsonl', 'predictions.jpg', 'results.json'}
+    assert {p.name for p in folder.iterdir()} == names
+    assert cv2.imread(str(folder / 'predictions.jpg')).std() > 10
+    results = json.loads((folder / 'results.json').read_text())
+    assert [len(figures) for figures in results.values()] == {'box': [12], 'mask': [12, 12], 'keypoint': [12, 10]}[task]
+
+    code, out, _ = tool('eval_det.py', 'run/checkpoint.pt', '--data', sample, '--workers', 0, '--device', 'cpu')
+    assert code == 0
+    again = json.loads((folder / 'eval_val.json').read_text())
+    assert again == {kind: pytest.approx(figures, abs=1e-3) for kind, figures in results.items()}
+
+
+def test_resume_goes_on_where_it_stopped(tool, sample: Path, tmp_path: Path) -> None:
+    common = ['--task', 'box', '--data', sample, '--backbone', 'resnet18', *TINY]
+    assert tool('train_det.py', *common, '--iterations', 2)[0] == 0
+    code, out, _ = tool('train_det.py', *common, '--iterations', 4, '--resume', '--set', 'log_every=1')
+    assert code == 0
+    assert '4 iterations of 2 images' in out
+    assert 'from iteration 2' in out
+    rows = [json.loads(line) for line in (tmp_path / 'runs' / 'box' / 'metrics.jsonl').read_text().splitlines()]
+    assert [row['iteration'] for row in rows if 'loss' in row] == [2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'parts'),
+    [
+        ([], ['--task is missing', 'box, mask or keypoint']),
+        (['--task', 'boxes'], ["task is 'boxes'", 'box, mask, keypoint']),
+        (['--task', 'box', '--data', 'nowhere'], ['nowhere']),
+        (['--task', 'box', '--backbone', 'norton_resnet50.r999'], ['r999']),
+        (['--task', 'box', '--backbone', 'resnet5'], ['resnet5', 'did you mean']),
+        (['--task', 'box', '--device', 'gpu'], ["device 'gpu' cannot be used", 'cuda']),
+        (['--task', 'box', '--iterations', '0'], ['optim.iterations is 0']),
+        (['--task', 'box', '--iterations', 'many'], ['--iterations', 'many']),
+        (['--task', 'box', '--set', 'optim.speed=1'], ['unknown key optim.speed']),
+        (['--task', 'box', '--set', 'model.rcnn.colour=1'], ['colour']),
+        (['--task', 'box', '--config', 'none.yaml'], ['none.yaml']),
+        (['--task', 'box', '--resume'], ['--resume', 'checkpoint.pt']),
+        (['--tusk', 'box'], ['--tusk']),
+    ],
+    ids=lambda v: ' '.join(v)[:40],
+)
+def test_wrong_arguments_to_training(
+    arguments: list[str], parts: list[str], tool, sample: Path, tmp_path: Path
+) -> None:
+    data = [] if '--data' in arguments else ['--data', str(sample)]
+    code, out, err = tool('train_det.py', *arguments, *data)
+    lines = [line for line in err.splitlines() if not line.startswith(('train', 'evaluate'))]
+    assert code == 2, err
+    assert len(lines) == 1, err
+    assert all(part in lines[0] for part in parts)
+    assert not (tmp_path / 'runs').exists()
+
+
+def test_unreadable_image_stops_training_with_its_name(tool, sample: Path, tmp_path: Path) -> None:
+    broken = tmp_path / 'broken'
+    shutil.copytree(sample, broken)
+    for image in (broken / 'train2017').iterdir():
+        image.write_bytes(b'no image')
+    arguments = ['--task', 'box', '--data', broken, '--iterations', 1, '--backbone', 'resnet18', *TINY]
+    for workers in (0, 1):
+        code, _, err = tool('train_det.py', *arguments, '--workers', workers)
+        assert code == 2
+        message = [line for line in err.splitlines() if line.startswith('error:')]
+        assert len(message) == 1
+        assert 'cannot read image' in message[0]
+    assert not (tmp_path / 'runs' / 'box' / 'checkpoint.pt').exists()
+
+
+def test_wrong_arguments_to_evaluation(tool, sample: Path, tmp_path: Path) -> None:
+    (tmp_path / 'text.pt').write_text('nothing')
+    for arguments, part in (
+        (['none.pt'], 'no checkpoint file none.pt'),
+        (['text.pt'], 'text.pt is not a checkpoint'),
+        ([], 'checkpoint'),
+        (['text.pt', '--batch-size', '0'], '--batch-size must be 1 or more'),
+    ):
+        code, _, err = tool('eval_det.py', *arguments)
+        assert code == 2
+        assert len(err.splitlines()) == 1
+        assert part in err
+
+
+@pytest.mark.slow
+def test_three_processes_evaluate_as_one(sample: Path, tiny_coco: Path, tool, tmp_path: Path) -> None:
+    """As a user starts them, with torchrun; figures must agree to the last digit."""
+    for task, data in (('keypoint', tiny_coco), ('mask', sample)):
+        output = tmp_path / task
+        assert (
+            tool('train_det.py', '--task', task, '--data', data, '--iterations', 2, '--output', output, *TINY)[0] == 0
+        )
+        texts = []
+        for processes in (1, 2, 3):
+            result = output / f'{processes}.json'
+            command = ['eval_det.py', 'checkpoint.pt', '--data', data, '--output', result, '--workers', 0,
+                       '--device', 'cpu', '--batch-size', 1]  # fmt: skip
+            command = [str(TOOLS / command[0]), str(output / 'checkpoint.pt'), *map(str, command[2:])]
+            subprocess.run(
+                [
+                    sys.executable,
+                    '-m',
+                    'torch.distributed.run',
+                    '--standalone',
+                    f'--nproc-per-node={processes}',
+                    *command,
+                ],
+                check=True,
+                env={**os.environ, 'OMP_NUM_THREADS': '1'},
+                timeout=200,
+            )
+            texts.append(result.read_text())
+        assert texts[0] == texts[1] == texts[2]
+
+
+@pytest.mark.slow
+def test_two_processes_train_to_equal_weights(sample: Path, tmp_path: Path) -> None:
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node=2',
+               str(TOOLS / 'train_det.py'), '--task', 'keypoint', '--data', str(sample), '--iterations', '2',
+               '--output', str(tmp_path / 'run'), *TINY]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count('2 processes') == 1
+    assert '2 iterations of 4 images' in done.stdout
