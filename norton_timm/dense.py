@@ -1,0 +1,74 @@
+"""The network that a compression starts from: a timm model, with weights from timm, from a file, or random."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+import timm
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from timm.models import is_model
+from torch import Tensor, nn
+
+from norton_timm.authors import network_tensors, read_checkpoint
+from norton_timm.complexity import make_input
+from norton_timm.models._build import adapt_state_dict
+
+
+def dense_model(name: str, pretrained: bool = False, checkpoint: Path | None = None, **kwargs: Any) -> nn.Module:
+    """A timm model in evaluation mode.
+
+    Args:
+        name: timm's name, with or without a tag.
+        pretrained: load the published weights.
+        checkpoint: load these instead: .safetensors, or a pickle of tensors and plain data.
+        kwargs: for the model's constructor.
+
+    Raises:
+        ValueError: an unknown name, both sources, weights that are not there or do not fit.
+    """
+    if not is_model(name.partition('.')[0]) or ':' in name:
+        near = difflib.get_close_matches(name.partition('.')[0], timm.list_models(), 3)
+        raise ValueError(f'got model {name!r}, expected a timm name' + (f' such as {", ".join(near)}' if near else ''))
+    if pretrained and checkpoint is not None:
+        raise ValueError('got pretrained weights and a checkpoint, expected one of them')
+    try:
+        model = timm.create_model(name, pretrained=pretrained, **kwargs).eval()
+    except Exception as error:  # a download fails in as many ways as there are servers and caches
+        raise ValueError(f'cannot make {name}: {" ".join(str(error).split())[:300]}') from error
+    if checkpoint is not None:
+        load_weights(model, checkpoint)
+    return model
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Load a dense network's weights from a file, all of them.
+
+    Raises:
+        ValueError: a file that is missing or damaged, would run code, or does not fit the network.
+    """
+    if path.suffix == '.safetensors':
+        try:
+            tensors = load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f'{path}: not a safetensors file: {" ".join(str(error).split())[:200]}') from None
+    else:
+        tensors = network_tensors(read_checkpoint(path))
+    try:
+        model.load_state_dict(adapt_state_dict(tensors, model))
+    except RuntimeError as error:
+        told = ' '.join(str(error).split())
+        raise ValueError(f'{path} does not fit {type(model).__name__}: {told[:300]}') from None
+
+
+def image_of(model: nn.Module, size: int | None = None) -> Tensor:
+    """One random image (1, C, H, W) of the size that the model is meant for, or of ``size`` pixels a side.
+
+    Raises:
+        ValueError: a size below 1.
+    """
+    cfg: dict[str, Any] = getattr(model, 'pretrained_cfg', None) or {}
+    channels, *pixels = cfg.get('input_size', (3, 224, 224))
+    return make_input(model, (channels, *([size, size] if size is not None else pixels)))
