@@ -1,0 +1,306 @@
+"""Find ranks and pruning rates that meet a budget: MACs, parameters, milliseconds or megabytes."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from norton_timm.allocate import Allocator, Choice
+from norton_timm.calibration_weights import check_calibration, loss_weights
+from norton_timm.complexity import Complexity, count_params, layer_macs
+from norton_timm.compress import default_input, reshape
+from norton_timm.cost import CostModel
+from norton_timm.groups import ChannelGraph
+from norton_timm.measure import MEGABYTE, latencies, layer_latencies, peak_memory
+from norton_timm.metadata import is_feature_extractor
+from norton_timm.sensitivity import Sensitivity, measure_sensitivity
+from norton_timm.spec import METHODS, CompressionSpec
+
+logger = logging.getLogger(__name__)
+
+TOLERANCE = {'macs': 0.01, 'params': 0.01, 'memory_mb': 0.01, 'latency_ms': 0.05}
+_TRIALS = 12
+
+
+def find_spec(
+    model: nn.Module,
+    *,
+    macs: float | None = None,
+    params: float | None = None,
+    latency_ms: float | None = None,
+    memory_mb: float | None = None,
+    method: str = 'norton',
+    calibration: Iterable[Any] | None = None,
+    example_input: Any = None,
+) -> CompressionSpec:
+    """A spec with which ``compress`` meets one target, at the least total weighted NMSE that was found.
+
+    Every layer gets a rank and every coupled group a rate of its own (named by one of its layers). What is minimised
+    is :func:`norton_timm.sensitivity.weighted_nmse`. The stem's rank and the channels of the stem and of the last
+    convolution are left alone.
+
+    Args:
+        model: any convolutional network; it is not changed.
+        macs: fraction of the multiply-accumulates to keep, in (0, 1]; met within 1 %.
+        params: fraction of the parameters to keep, in (0, 1]; met within 1 %.
+        latency_ms: milliseconds of one forward pass on this device, in channels-last evaluation mode with each layer
+            in the form that ``auto`` picks; met within 5 %.
+        memory_mb: megabytes (10^6 bytes) of weights and of activations alive at once in inference, see
+            :func:`norton_timm.measure.peak_memory`; met within 1 %.
+        method: ``norton`` (ranks and rates) or ``coring`` (rates only).
+        calibration: input batches without labels; a layer's error then weighs as much as the outputs mind it.
+        example_input: what the model's ``forward`` takes; by default one random image of the model's own size.
+
+    Raises:
+        ValueError: not exactly one target, or one that cannot be met, with what can.
+    """
+    targets = {'macs': macs, 'params': params, 'latency_ms': latency_ms, 'memory_mb': memory_mb}
+    given = {name: value for name, value in targets.items() if value is not None}
+    if len(given) != 1:
+        raise ValueError(f'got {", ".join(given) or "no target"}, expected exactly one of {", ".join(targets)}')
+    kind, target = next(iter(given.items()))
+    _check_target(kind, target)
+    return Budget(model, method, calibration, example_input).find(kind, float(target))
+
+
+def _check_target(kind: str, value: Any) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+    if not number or (kind in ('macs', 'params') and value > 1):
+        wanted = 'the fraction to keep, above 0 and at most 1' if kind in ('macs', 'params') else 'a positive number'
+        raise ValueError(f'{kind}: got {str(value)[:60]!r}, expected {wanted}')
+
+
+@dataclass(frozen=True)
+class TradeOffPoint:
+    """One point of a trade-off curve.
+
+    Attributes:
+        target: the fraction asked for.
+        macs, params: fractions kept, by the cost model.
+        error: total weighted NMSE, by the sensitivity table.
+        spec: the recipe.
+    """
+
+    target: float
+    macs: float
+    params: float
+    error: float
+    spec: CompressionSpec
+
+
+class Budget:
+    """What several searches on one model share: its channel graph, costs and sensitivity table.
+
+    Args:
+        model, method, calibration, example_input: as for :func:`find_spec`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        method: str = 'norton',
+        calibration: Iterable[Any] | None = None,
+        example_input: Any = None,
+    ) -> None:
+        if method not in METHODS:
+            raise ValueError(f'method: got {str(method)[:60]!r}, expected one of {", ".join(METHODS)}')
+        batches = None if calibration is None else check_calibration(calibration)
+        self.model, self.method = model, method
+        self.example_input = default_input(model) if example_input is None else example_input
+        self.graph = ChannelGraph(model, self.example_input, freeze_outputs=not is_feature_extractor(model))
+        self.costs = CostModel(model, self.graph, self.example_input)
+        self.table: Sensitivity = measure_sensitivity(model, self.graph, method)
+        if batches is not None:
+            self.table.weights = loss_weights(model, self.graph, self.table, batches, method)
+        self._allocators: dict[str, Allocator] = {}
+
+    def allocator(self, kind: str) -> Allocator:
+        """The solver for a cost kind: ``macs``, ``params`` or ``ms``."""
+        if kind not in self._allocators:
+            self._allocators[kind] = Allocator(self.costs, self.table, kind)
+        return self._allocators[kind]
+
+    # ---- from a choice to a spec and to a network
+
+    def spec(self, choice: Choice, allocator: Allocator) -> CompressionSpec:
+        """The recipe of a choice: exact layer names, one per coupled group."""
+        rates = {}
+        for number in self.table.left_at_keep:
+            group, keep = self.graph.groups[number], int(choice.keep[number])
+            if keep < len(group.classes):
+                rates[group.names[0]] = rate_for(len(group.classes), keep)
+        return CompressionSpec(method=self.method, rank=allocator.ranks(choice), rates=rates)
+
+    def build(self, spec: CompressionSpec) -> nn.Module:
+        """A network of the spec's shapes; its weights mean nothing."""
+        return reshape(copy.deepcopy(self.model), spec, self.example_input)
+
+    def complexity(self, model: nn.Module) -> Complexity:
+        """MACs and parameters of a network, counted by running it."""
+        return Complexity(layer_macs(model, self.example_input)[''], count_params(model))
+
+    # ---- targets
+
+    def find(self, kind: str, target: float) -> CompressionSpec:
+        """See :func:`find_spec`.
+
+        Args:
+            kind: ``macs``, ``params``, ``latency_ms`` or ``memory_mb``.
+            target: in the unit of :func:`find_spec`.
+        """
+        if kind in ('macs', 'params'):
+            if target == 1:
+                return self.spec(self.allocator(kind).dense(), self.allocator(kind))
+            whole = getattr(self.complexity(self.model), kind)
+            return self._hit(kind, kind, target, lambda m: getattr(self.complexity(m), kind) / whole)
+        if kind == 'memory_mb':
+            return self._memory(target)
+        (whole,) = latencies([self.model], self.example_input)
+        self.costs.set_latency(layer_latencies(self.model, self.example_input), whole)
+        self._allocators.pop('ms', None)
+        return self._hit('ms', kind, target, lambda m: latencies([m], self.example_input)[0])
+
+    def _memory(self, target: float) -> CompressionSpec:
+        """Both parameters and MACs shrink memory; of the two ways, the one that loses less."""
+
+        def measure(model: nn.Module) -> float:
+            return peak_memory(model, self.example_input) / MEGABYTE
+
+        found, reasons = [], []
+        for kind in ('params', 'macs'):
+            try:
+                spec = self._hit(kind, 'memory_mb', target, measure)
+            except ValueError as error:
+                reasons.append(error)
+            else:
+                found.append((self._last_error, spec))
+        if not found:
+            raise reasons[0]
+        return min(found, key=lambda pair: pair[0])[1]
+
+    def _hit(self, kind: str, name: str, target: float, measure: Callable[[nn.Module], float]) -> CompressionSpec:
+        """Search the budget in the cost model's unit whose network measures ``target``.
+
+        Where the cost model is exact, the first trial is the answer.
+        """
+        allocator = self.allocator(kind)
+        whole = measure(self.model)
+        if target > whole * (1 + TOLERANCE[name]):
+            raise ValueError(f'{name}: got {target:g}, but the dense model already needs only {whole:.4g}')
+        dense = allocator.cost(allocator.dense())
+        least = allocator.least()
+        floor = allocator.cost(least) / dense
+        # (fraction of the modelled cost, measured): a bracket around the target
+        low: tuple[float, float] | None = None
+        high = (1.0, whole)
+        fraction = target / whole
+        nearest: tuple[float, Choice] | None = None
+        aim = TOLERANCE[name] / 5
+        for _ in range(_TRIALS):
+            choice = allocator.solve(fraction * dense) if fraction > floor else None
+            choice = least if choice is None else choice
+            got = measure(self.build(self.spec(choice, allocator)))
+            gap = abs(got / target - 1)
+            logger.info('%s: budget %.4f of %s gives %.5g, wanted %.5g', name, fraction, kind, got, target)
+            if nearest is None or gap < nearest[0]:
+                nearest = gap, choice
+            if gap <= aim:
+                break
+            at = allocator.cost(choice) / dense
+            if choice is least and got > target:
+                if nearest[0] > TOLERANCE[name]:
+                    raise ValueError(f'{name}: got {target:g}, but the least that can be attained is {got:.4g}')
+                break
+            if got > target:
+                high = (min(fraction, high[0]), got)
+            else:
+                low = (max(fraction, low[0]), got) if low else (fraction, got)
+            fraction = self._next(fraction, at, got, target, low, high, floor)
+        assert nearest is not None
+        gap, choice = nearest
+        if gap > TOLERANCE[name]:
+            raise ValueError(
+                f'{name}: got {target:g}, but the nearest that was reached is {target * (1 + gap):.4g} or '
+                f'{target * (1 - gap):.4g} ({100 * gap:.1f} % off)'
+            )
+        self._last_error = allocator.error(choice)
+        return self.spec(choice, allocator)
+
+    @staticmethod
+    def _next(
+        fraction: float, at: float, got: float, target: float,
+        low: tuple[float, float] | None, high: tuple[float, float], floor: float,
+    ) -> float:  # fmt: skip
+        """The next budget to try: in proportion first, then between the nearest trials on either side."""
+        if low is None:
+            return max(min(fraction, at) * min(target / got, 0.9), 0.999 * floor)
+        span = high[1] - low[1]
+        share = (target - low[1]) / span if span > 0 else 0.5
+        return low[0] + min(max(share, 0.1), 0.9) * (high[0] - low[0])
+
+    # ---- the whole curve
+
+    def trade_off(self, kind: str = 'macs', fractions: Sequence[float] | None = None) -> list[TradeOffPoint]:
+        """Least error found at each budget, from large budgets to small ones.
+
+        The curve is monotone: a budget never does worse than a smaller one, whose choice it may take over.
+
+        Args:
+            kind: ``macs`` or ``params``.
+            fractions: budgets in (0, 1]; by default 1.0, 0.9, ... down to what is attainable.
+
+        Raises:
+            ValueError: an unknown kind, or a fraction that is out of range or cannot be attained.
+        """
+        if kind not in ('macs', 'params'):
+            raise ValueError(f'kind: got {kind!r}, expected macs or params')
+        allocator = self.allocator(kind)
+        dense = allocator.cost(allocator.dense())
+        floor = allocator.cost(allocator.least()) / dense
+        if fractions is None:
+            fractions = [f / 20 for f in range(20, 0, -1) if f / 20 > floor]
+        for fraction in fractions:
+            _check_target(kind, fraction)
+            if fraction < floor:
+                raise ValueError(f'{kind}: got {fraction:g}, but the least that can be attained is {floor:.4g}')
+        points: list[TradeOffPoint] = []
+        best: Choice | None = None
+        for fraction in sorted(set(fractions)):
+            choice = allocator.dense() if fraction == 1 else allocator.solve(fraction * dense)
+            if choice is None or (best is not None and allocator.error(best) < allocator.error(choice)):
+                choice = best or allocator.least()
+            best = choice
+            ranks, keep = allocator.ranks(choice), choice.keep.astype(float)
+            shares = {k: self.costs.total(k, keep, ranks) / self.costs.dense[k] for k in ('macs', 'params')}
+            points.append(
+                TradeOffPoint(fraction, **shares, error=allocator.error(choice), spec=self.spec(choice, allocator))
+            )
+        return points[::-1]
+
+
+def trade_off(
+    model: nn.Module,
+    kind: str = 'macs',
+    fractions: Sequence[float] | None = None,
+    *,
+    method: str = 'norton',
+    calibration: Iterable[Any] | None = None,
+    example_input: Any = None,
+) -> list[TradeOffPoint]:
+    """The trade-off curve of a model, see :meth:`Budget.trade_off`."""
+    return Budget(model, method, calibration, example_input).trade_off(kind, fractions)
+
+
+def rate_for(filters: int, keep: int) -> float:
+    """The shortest decimal rate with ``int(filters * (1 - rate)) == keep``."""
+    for digits in range(2, 17):
+        rate = round(1 - (keep + 0.5) / filters, digits)
+        if 0 <= rate < 1 and int(filters * (1 - rate)) == keep:
+            return rate
+    raise ValueError(f'got {keep} of {filters} filters, expected 1 <= keep <= filters')

@@ -1,0 +1,136 @@
+"""Milliseconds and megabytes of a network on this device, measured."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from norton_timm.complexity import is_counted
+from norton_timm.metadata import evaluating
+from norton_timm.trace import tensors_in
+
+MEGABYTE = 1_000_000
+
+
+def ready_to_run(model: nn.Module) -> nn.Module:
+    """A copy for inference: evaluation mode, channels-last weights."""
+    return copy.deepcopy(model).eval().to(memory_format=torch.channels_last)
+
+
+def channels_last(value: Any) -> Any:
+    """The input with its 4-d tensors in channels-last layout."""
+    if isinstance(value, Tensor):
+        return value.contiguous(memory_format=torch.channels_last) if value.dim() == 4 else value
+    if isinstance(value, (list, tuple)):
+        return type(value)(channels_last(v) for v in value)
+    return value
+
+
+def _synchronise(example_input: Any) -> None:
+    if any(t.is_cuda for t in tensors_in(example_input)):
+        torch.cuda.synchronize()
+
+
+@torch.no_grad()
+def latencies(models: Sequence[nn.Module], example_input: Any, seconds: float = 2.0, least: int = 7) -> list[float]:
+    """Median milliseconds of one forward pass of each model, in channels-last evaluation mode.
+
+    The models take turns, so that a drift of the machine's speed meets all of them.
+
+    Args:
+        models: networks that take the same input; they are not changed.
+        example_input: what their ``forward`` takes.
+        seconds: about how long to measure in all.
+        least: rounds at least, after two that warm up.
+    """
+    runners, x = [ready_to_run(m) for m in models], channels_last(example_input)
+    times: list[list[float]] = [[] for _ in runners]
+    start = time.perf_counter()
+    rounds = 0
+    while rounds < least + 2 or time.perf_counter() - start < seconds:
+        for runner, spent in zip(runners, times):
+            _synchronise(x)
+            began = time.perf_counter()
+            runner(x)
+            _synchronise(x)
+            if rounds >= 2:
+                spent.append(1000 * (time.perf_counter() - began))
+        rounds += 1
+    return [statistics.median(t) for t in times]
+
+
+@torch.no_grad()
+def layer_latencies(model: nn.Module, example_input: Any, rounds: int = 5) -> dict[str, float]:
+    """Median milliseconds that each convolution and linear layer takes within one forward pass."""
+    runner, x = ready_to_run(model), channels_last(example_input)
+    spent: dict[str, list[float]] = {}
+    began: dict[str, float] = {}
+    total: dict[str, float] = {}
+
+    def enter(name: str) -> None:
+        _synchronise(x)
+        began[name] = time.perf_counter()
+
+    def leave(name: str) -> None:
+        _synchronise(x)
+        total[name] = total.get(name, 0.0) + 1000 * (time.perf_counter() - began[name])
+
+    for name, module in runner.named_modules():
+        if is_counted(module):
+            module.register_forward_pre_hook(lambda *_, name=name: enter(name))
+            module.register_forward_hook(lambda *_, name=name: leave(name))
+    for number in range(rounds + 1):
+        total.clear()
+        runner(x)
+        if number:  # the first pass warms up
+            for name, value in total.items():
+                spent.setdefault(name, []).append(value)
+    return {name: statistics.median(values) for name, values in spent.items()}
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Follows the storages that operations make and notes the largest sum of those alive at once."""
+
+    def __init__(self, known: Sequence[Tensor]) -> None:
+        super().__init__()
+        self._known = {StorageWeakRef(t.untyped_storage()).cdata for t in known}
+        self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak = 0
+
+    def note(self, values: Any) -> None:
+        """Count the storages of these tensors from now on, for as long as they live."""
+        for tensor in tensors_in(values):
+            storage = tensor.untyped_storage()
+            ref = StorageWeakRef(storage)
+            if ref.cdata not in self._known:
+                self._alive[ref.cdata] = ref, storage.nbytes()
+        self._alive = {key: entry for key, entry in self._alive.items() if not entry[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self._alive.values()))
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.note(out)
+        return out
+
+
+def peak_memory(model: nn.Module, example_input: Any) -> int:
+    """Bytes that inference needs: parameters, buffers, and the activations alive at once at the worst moment.
+
+    Counts what tensors hold, the input included, in evaluation mode without gradients; an operation's input and
+    output are alive together. Scratch space inside a kernel and the allocator's own overhead are not in it, so the
+    figure does not depend on the device.
+    """
+    owned = [*model.parameters(), *model.buffers()]
+    weights = {StorageWeakRef(t.untyped_storage()).cdata: t.untyped_storage().nbytes() for t in owned}
+    with evaluating(model), _LiveBytes(owned) as live:
+        live.note(example_input)
+        model(example_input)
+    return sum(weights.values()) + live.peak
