@@ -129,11 +129,11 @@ def make_studio(args: argparse.Namespace, options: dict[str, Any]) -> Studio:
     if args.random_weights:
         tasks = [args.task, *(t for t in TASKS if t != args.task)]
         names = dict.fromkeys([args.backbone, DENSE])
-        choices = [
-            Choice(task, name, lambda task=task, name=name: Predictor(*random_model(task, name), **options))
-            for task in tasks
-            for name in names
-        ]
+
+        def random_predictor(task: str, name: str) -> Predictor:
+            return Predictor(*random_model(task, name), **options)
+
+        choices = [Choice(task, name, partial(random_predictor, task, name)) for task in tasks for name in names]
     else:
         choices = [
             Choice(facts.task, facts.name, partial(Predictor, model, facts, **options))

@@ -165,6 +165,8 @@ BAD = {
     'suffix': ([*RANDOM, '--output', 'x.avi'], "ends in '.avi', expected .mp4"),
     'folder': ([*RANDOM, '--output', 'none/x.mp4'], 'output folder none does not exist'),
     'warmup': ([*RANDOM, '--headless', '--warmup', '-1'], '--warmup -1, expected 0 or more'),
+    'serve and output': ([*RANDOM, '--serve', '8000', '--output', 'x.mp4'], '--serve excludes'),
+    'port': ([*RANDOM, '--serve', '0'], '--serve 0, expected a port'),
     'task': ([*RANDOM, '--task', 'pose'], "invalid choice: 'pose'"),
     'device': ([*RANDOM, '--headless', '--device', 'gpu'], "device 'gpu' cannot be used"),
     'backbone': (['--random-weights', '--headless', '--backbone', 'resnet49'], 'resnet49'),

@@ -23,6 +23,8 @@ def parser() -> Parser:
     p.add_argument('--input', help='video, picture, folder, webcam index or rtsp:// http:// URL; a drawn clip if none')
     p.add_argument('--output', type=Path, help='annotated video to write, .mp4')
     p.add_argument('--headless', action='store_true', help='no window and no file, only measure')
+    p.add_argument('--serve', type=int, metavar='PORT', help='show it as a web page instead')
+    p.add_argument('--host', default='127.0.0.1', help='address of the page; others than this machine need its token')
     p.add_argument('--weights', nargs='+', default=[], help='checkpoint of train_det.py, or a torchvision model name')
     p.add_argument('--random-weights', action='store_true', help='measure time without weights; the picture says so')
     p.add_argument('--task', default='box', choices=TASKS, help='with --random-weights')
@@ -42,15 +44,18 @@ def parser() -> Parser:
 
 def main() -> None:
     args = parser().parse_args()
-    # `kill` and `docker stop` shall finish the file as Ctrl-C does
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill` finishes the file as Ctrl-C does
     demo.check_options(args)
-    device = demo.choose_device(args.device)
-    options = {'device': device, 'half': args.half, 'compile': args.compile, 'imgsz': args.imgsz, 'score': args.score}
+    options = {name: getattr(args, name) for name in ('half', 'compile', 'imgsz', 'score', 'warmup')}
+    options['device'] = demo.choose_device(args.device)
+    if args.serve is not None:
+        from detection.serve import serve  # needs the extra `web`
+
+        return serve(demo.make_studio(args, options), args.host, args.serve, lambda line: print(line, flush=True))
     try:
         with open_source(args.input, frames=args.frames or 150) as source:
             models = demo.choose_models(args)
-            predictors = [Predictor(model, facts, warmup=args.warmup, **options) for model, facts in models]
+            predictors = [Predictor(model, facts, **options) for model, facts in models]
             with (
                 tqdm(total=args.frames or source.count, unit='frame') as bar,
                 demo.Output(source, args.output, window=demo.wants_window(args), codec=args.codec) as output,
