@@ -1,4 +1,4 @@
-"""The network that a compression starts from: a timm model, with weights from timm, from a file, or random."""
+"""What a compression starts from: a timm model with weights from timm, from a file, or random; a recipe."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from norton_timm.authors import network_tensors, read_checkpoint
 from norton_timm.complexity import make_input
 from norton_timm.models._build import adapt_state_dict
+from norton_timm.models._compressed import spec_of
+from norton_timm.spec import CompressionSpec
 
 
 def dense_model(name: str, pretrained: bool = False, checkpoint: Path | None = None, **kwargs: Any) -> nn.Module:
@@ -72,3 +74,24 @@ def image_of(model: nn.Module, size: int | None = None) -> Tensor:
     cfg: dict[str, Any] = getattr(model, 'pretrained_cfg', None) or {}
     channels, *pixels = cfg.get('input_size', (3, 224, 224))
     return make_input(model, (channels, *([size, size] if size is not None else pixels)))
+
+
+def make_spec(source: str | None = None, **fields: Any) -> CompressionSpec:
+    """A recipe from a YAML file or a tag such as ``norton_resnet50.r078``, with single fields given or changed.
+
+    Raises:
+        ValueError: neither a source nor ranks or rates, or a recipe that makes no sense.
+    """
+    rates = fields.get('rates')
+    if isinstance(rates, str) and '[' not in rates:  # a plain number from a command line
+        try:
+            fields['rates'] = float(rates)
+        except ValueError:
+            raise ValueError(f'rates: got {rates[:60]!r}, expected a number or [rate]*count joined by +') from None
+    if source is None:
+        if not {'rank', 'rates'} & set(fields):
+            raise ValueError('got no recipe, expected --spec FILE, --rank or --rates, or a budget such as --macs 0.5')
+        return CompressionSpec.from_dict(fields)
+    is_tag = source.startswith(('norton_', 'coring_')) and not Path(source).exists()
+    spec = spec_of(source) if is_tag else CompressionSpec.from_yaml(Path(source))
+    return CompressionSpec.from_dict({**spec.to_dict(), **fields})

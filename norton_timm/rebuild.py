@@ -78,7 +78,11 @@ def _holds_index(model: nn.Module, name: str) -> bool:
 
 
 def _is_channels_last(tensor: Tensor) -> bool:
-    return tensor.dim() == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)
+    # by strides, because a 1x1 kernel is contiguous in both formats and convolutions look at its strides
+    if tensor.dim() != 4:
+        return False
+    plain = torch.empty(tensor.shape, device='meta')
+    return plain.stride() != tensor.stride() == torch.empty_like(plain, memory_format=torch.channels_last).stride()
 
 
 def _derive_kwargs(model: nn.Module, name: str, known: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -194,7 +198,8 @@ def _install(model: nn.Module, recipe: Recipe, tensors: Mapping[str, Tensor]) ->
     for name in recipe.channels_last:
         if name not in tensors or tensors[name].dim() != 4:
             raise ValueError(f'got channels_last for {name[:80]!r}, which is no tensor of four dimensions')
-        tensors[name] = tensors[name].to(memory_format=torch.channels_last)
+        plain = tensors[name]
+        tensors[name] = torch.empty_like(plain, memory_format=torch.channels_last).copy_(plain)
     fit(model, tensors, recipe.maps)
     for name, facts in recipe.layers.items():
         layer: CPDConv2d = model.get_submodule(name)  # type: ignore[assignment]
