@@ -6,9 +6,10 @@ import contextlib
 import io
 import json
 import logging
+import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,12 @@ from pycocotools.coco import COCO
 from torchvision.models._meta import _COCO_CATEGORIES
 
 _log = logging.getLogger(__name__)
+
+_FIELDS: dict[str, dict[str, type]] = {
+    'images': {'id': int, 'file_name': str, 'width': int, 'height': int},
+    'categories': {'id': int, 'name': str},
+    'annotations': {'id': int, 'image_id': int, 'category_id': int, 'bbox': list},
+}
 
 
 def decode_mask(record: dict[str, Any], height: int, width: int) -> np.ndarray:
@@ -45,21 +52,20 @@ def load_coco(path: str | os.PathLike[str]) -> COCO:
         ValueError: If the file is missing, not JSON, or not in COCO's object format; the message names the entry.
     """
     path = Path(path)
-    try:
-        content = json.loads(path.read_bytes())
-    except OSError as error:
-        raise ValueError(f'cannot read annotation file {path}: {error.strerror or error}') from None
-    except ValueError as error:
-        raise ValueError(f'annotation file {path} is not valid JSON: {error}') from None
-    _check_content(content, path)
+    content = read_json(path)
+    for _, message in content_problems(content):
+        raise ValueError(f'{path}: {message}')
     # COCOeval takes a matched ground truth of id 0 for an unmatched one
     if any(record['id'] == 0 for record in content['annotations']):
         _log.info('%s has an annotation with id 0; annotations are renumbered from 1 in memory', path)
         for number, record in enumerate(content['annotations'], 1):
             record['id'] = number
+    counts = {c['id']: len(c['keypoints']) for c in content['categories'] if c.get('keypoints')}
     for record in content['annotations']:
         record.setdefault('iscrowd', 0)
         record.setdefault('area', record['bbox'][2] * record['bbox'][3])
+        if record['category_id'] in counts:  # objects nobody marked points on often lack the entry
+            record.setdefault('keypoints', [0] * (3 * counts[record['category_id']]))
         if 'keypoints' in record:
             record.setdefault('num_keypoints', sum(v > 0 for v in record['keypoints'][2::3]))
     with contextlib.redirect_stdout(io.StringIO()):
@@ -67,6 +73,20 @@ def load_coco(path: str | os.PathLike[str]) -> COCO:
         coco.dataset = content
         coco.createIndex()
     return coco
+
+
+def read_json(path: Path) -> Any:
+    """Content of an annotation file.
+
+    Raises:
+        ValueError: If it is missing or not JSON.
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except OSError as error:
+        raise ValueError(f'cannot read annotation file {path}: {error.strerror or error}') from None
+    except ValueError as error:
+        raise ValueError(f'annotation file {path} is not valid JSON: {error}') from None
 
 
 def find_annotations(root: str | os.PathLike[str], split: str, task: str) -> Path:
@@ -89,6 +109,20 @@ def find_annotations(root: str | os.PathLike[str], split: str, task: str) -> Pat
         raise ValueError(f'{folder} has several files for split {split!r}: {names}; name one, e.g. "{split}2017"')
     known = ', '.join(file.stem.rsplit('_', 1)[-1] for file in files) or 'none'
     raise ValueError(f'no {usual}_{split}[year].json in {folder}; splits found for task {task!r}: {known}')
+
+
+def find_images(root: Path, split: str, annotation_file: Path) -> Path:
+    """The folder of a split's images: ``train2017``, ``images/train2017``, ``train``, ``images/train`` or ``images``.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    full = annotation_file.stem.split('_')[-1]
+    choices = [root / full, root / 'images' / full, root / split, root / 'images' / split, root / 'images']
+    for folder in choices:
+        if folder.is_dir():
+            return folder
+    raise ValueError(f'no image folder for {annotation_file.name}; expected {choices[0]} or {choices[1]}')
 
 
 def class_map(coco: COCO, task: str, source: object = 'annotations') -> tuple[dict[int, int], list[str]]:
@@ -170,38 +204,61 @@ def _is_coco(category: dict[str, Any]) -> bool:
     return 0 < category['id'] < len(_COCO_CATEGORIES) and _COCO_CATEGORIES[category['id']] == category['name']
 
 
-def _check_content(content: Any, path: Path) -> None:
-    """Raise ``ValueError`` at the first entry that would break training or evaluation."""
+def content_problems(content: Any) -> Iterator[tuple[str, str]]:
+    """What in an annotation file would break training or evaluation: pairs of a kind and a message naming the entry."""
     if not isinstance(content, dict):
-        raise ValueError(f'{path} holds a {type(content).__name__}; expected an object with images, annotations, ...')
-    for key in ('images', 'annotations', 'categories'):
+        yield 'format', f'the file holds a {type(content).__name__}; expected an object with images, annotations, ...'
+        return
+    lists = ('images', 'annotations', 'categories')
+    for key in lists:
         if not isinstance(content.get(key), list):
-            raise ValueError(f'{path} has no list {key!r}; expected images, annotations and categories')
-    fields = {
-        'images': {'id': int, 'file_name': str, 'width': int, 'height': int},
-        'categories': {'id': int, 'name': str},
-        'annotations': {'id': int, 'image_id': int, 'category_id': int, 'bbox': list},
-    }
-    ids: dict[str, set[int]] = {}
-    for key, types in fields.items():
+            yield 'format', f'there is no list {key!r}; expected images, annotations and categories'
+    if not all(isinstance(content.get(key), list) for key in lists):
+        return
+    ids: dict[str, set[Any]] = {}
+    for key, types in _FIELDS.items():
+        ids[key] = set()
         for position, record in enumerate(content[key]):
-            for name, kind in types.items():
-                if not isinstance(record, dict) or not isinstance(record.get(name), kind):
-                    raise ValueError(f'{path}: {key}[{position}] has no {kind.__name__} {name!r}')
-        ids[key] = {record['id'] for record in content[key]}
-        if len(ids[key]) != len(content[key]):
-            raise ValueError(f'{path}: ids of {key} are not unique; expected each once')
-    counts = {c['id']: len(c['keypoints']) for c in content['categories'] if c.get('keypoints')}
+            wrong = [
+                n for n, kind in types.items() if not isinstance(record, dict) or not isinstance(record.get(n), kind)
+            ]
+            if wrong:
+                yield 'missing field', f'{key}[{position}] has no {types[wrong[0]].__name__} {wrong[0]!r}'
+                if wrong[0] != 'id' and isinstance(record, dict):
+                    ids[key].add(record['id'])
+            elif record['id'] in ids[key]:
+                yield 'duplicate id', f'{key}[{position}] has id {record["id"]} again; expected unique ids'
+            else:
+                ids[key].add(record['id'])
+                if key == 'images' and min(record['width'], record['height']) < 1:
+                    yield (
+                        'image size',
+                        f'image {record["id"]} is {record["width"]}x{record["height"]}; expected 1 or more',
+                    )
+    counts = {
+        c['id']: len(c['keypoints']) for c in content['categories'] if _valid(c, 'categories') and c.get('keypoints')
+    }
     for record in content['annotations']:
-        where = f'{path}: annotation {record["id"]}'
-        if record['image_id'] not in ids['images'] or record['category_id'] not in ids['categories']:
-            kind = 'image' if record['image_id'] not in ids['images'] else 'category'
-            raise ValueError(f'{where} refers to {kind} {record[kind + "_id"]}, which is not in the file')
-        box = record['bbox']
-        if len(box) != 4 or not all(isinstance(v, (int, float)) and np.isfinite(v) for v in box):
-            raise ValueError(f'{where} has bbox {box}; expected four finite numbers x, y, width, height')
-        count = counts.get(record['category_id'])
-        # objects nobody marked points on often lack the entry
-        if count is not None and len(record.setdefault('keypoints', [0] * (3 * count))) != 3 * count:
-            got = len(record['keypoints'])
-            raise ValueError(f'{where} has {got} keypoint numbers; expected {3 * count}, for {count} names')
+        if _valid(record, 'annotations'):
+            yield from _annotation_problems(record, ids, counts)
+
+
+def _valid(record: Any, key: str) -> bool:
+    return isinstance(record, dict) and all(isinstance(record.get(n), kind) for n, kind in _FIELDS[key].items())
+
+
+def _annotation_problems(
+    record: dict[str, Any], ids: dict[str, set[Any]], counts: dict[int, int]
+) -> Iterator[tuple[str, str]]:
+    where = f'annotation {record["id"]}'
+    for kind, known in (('image', ids['images']), ('category', ids['categories'])):
+        if record[f'{kind}_id'] not in known:
+            yield f'unknown {kind}', f'{where} refers to {kind} {record[f"{kind}_id"]}, which is not in the file'
+    box = record['bbox']
+    if len(box) != 4 or not all(isinstance(v, (int, float)) and math.isfinite(v) for v in box):
+        yield 'malformed box', f'{where} has bbox {box}; expected four finite numbers x, y, width, height'
+    if record.get('iscrowd', 0) not in (0, 1):
+        yield 'malformed crowd flag', f'{where} has iscrowd {record["iscrowd"]!r}; expected 0 or 1'
+    count, points = counts.get(record['category_id']), record.get('keypoints')
+    if count is not None and points is not None and len(points) != 3 * count:
+        yield 'keypoint count', f'{where} has {len(points)} keypoint numbers; expected {3 * count}, for {count} names'

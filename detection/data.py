@@ -17,6 +17,7 @@ from detection.annotations import (
     class_map,
     decode_mask,
     find_annotations,
+    find_images,
     keypoint_layout,
     load_coco,
     mirror_indices,
@@ -112,7 +113,7 @@ class CocoDataset(Dataset):
         self.root, self.split, self.task, self.transforms, self.seed = Path(root), split, task, transforms, seed
         self.annotation_file = Path(annotations) if annotations else find_annotations(self.root, split, task)
         self.coco = load_coco(self.annotation_file)
-        self.image_folder = Path(images) if images else _find_images(self.root, split, self.annotation_file)
+        self.image_folder = Path(images) if images else find_images(self.root, split, self.annotation_file)
         self.image_ids: list[int] = sorted(self.coco.imgs)
         if not self.image_ids:
             raise ValueError(f'{self.annotation_file} lists no images; expected at least one')
@@ -243,12 +244,3 @@ def read_rgb(path: Path) -> np.ndarray:
 
 def _has_annotations(root: Path) -> bool:
     return any((root / 'annotations').glob('*.json'))
-
-
-def _find_images(root: Path, split: str, annotation_file: Path) -> Path:
-    full = annotation_file.stem.split('_')[-1]
-    choices = [root / full, root / 'images' / full, root / split, root / 'images' / split, root / 'images']
-    for folder in choices:
-        if folder.is_dir():
-            return folder
-    raise ValueError(f'no image folder for {annotation_file.name}; expected {choices[0]} or {choices[1]}')

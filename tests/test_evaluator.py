@@ -363,7 +363,7 @@ def test_fast_backend_is_faster_with_equal_figures_on_5000_images() -> None:
         seconds[backend] = time.perf_counter() - start
     print(seconds, seconds['pycocotools'] / seconds['faster'], figures['faster'], file=sys.stderr)
     assert figures['faster'] == pytest.approx(figures['pycocotools'], abs=1e-12)
-    assert seconds['pycocotools'] / seconds['faster'] > 3
+    assert seconds['pycocotools'] > 8 * seconds['faster']
 
 
 def synthetic(images: int, detections: int) -> tuple[COCO, dict[int, dict[str, torch.Tensor]]]:
