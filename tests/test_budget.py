@@ -1,0 +1,332 @@
+"""Budgets: targets met on the compressed network itself, errors against hand counts, better than uniform settings."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import timm
+import torch
+from families import build, images
+from torch import nn
+
+from norton_timm import sensitivity
+from norton_timm.budget import Budget, find_spec, rate_for, trade_off
+from norton_timm.complexity import count
+from norton_timm.compress import compress
+from norton_timm.cost import CostModel
+from norton_timm.groups import ChannelGraph
+from norton_timm.layers import CPDConv2d
+from norton_timm.measure import MEGABYTE, latencies, peak_memory
+from norton_timm.plan import plan_pruning, plan_ranks
+from norton_timm.sensitivity import layer_errors, weighted_nmse
+from norton_timm.spec import CompressionSpec
+
+SIZE = {'mobilenetv2_050': 64, 'regnety_002': 64, 'densenet40_cifar': 32, 'resnet20_cifar': 32}
+
+
+def network(name: str) -> nn.Module:
+    return build(name)
+
+
+def uniform_settings(budget: Budget, macs: float, ranks: range) -> list[CompressionSpec]:
+    """For each rank the one rate of all layers with which the MACs come closest to ``macs`` from above."""
+    model, found = budget.model, []
+
+    def cost(rank: int, rate: float) -> float:
+        spec = CompressionSpec(rank=rank, rates=rate)
+        chosen, _ = plan_ranks(model, spec)
+        keep = np.array([k for _, k, _ in plan_pruning(model, budget.graph, spec)], dtype=float)
+        return budget.costs.total('macs', keep, chosen) / budget.costs.dense['macs']
+
+    for rank in ranks:
+        low, high = 0.0, 0.99
+        if not cost(rank, high) < macs < cost(rank, low):
+            continue
+        for _ in range(14):
+            middle = (low + high) / 2
+            low, high = (middle, high) if cost(rank, middle) >= macs else (low, middle)
+        found.append(CompressionSpec(rank=rank, rates=low))
+    return found
+
+
+@pytest.fixture(scope='module')
+def resnet() -> Budget:
+    return Budget(network('resnet20_cifar'), example_input=images('resnet20_cifar', 1))
+
+
+@pytest.mark.parametrize('name', list(SIZE))
+def test_cost_model_agrees_with_counting_the_network(name: str) -> None:
+    model, x = network(name), torch.randn(1, 3, SIZE[name], SIZE[name])
+    costs = CostModel(model, graph := ChannelGraph(model, x), x)
+    for spec in (CompressionSpec(rank=2, rates=0.3), CompressionSpec(rank={'*': 3}, rates={'*': 0.0})):
+        ranks, _ = plan_ranks(model, spec)
+        keep = np.array([k for _, k, _ in plan_pruning(model, graph, spec)], dtype=float)
+        compressed, _ = compress(model, spec, x)
+        counted = count(compressed, x)
+        assert costs.total('macs', keep, ranks) == pytest.approx(counted.macs, rel=1e-9)
+        assert costs.total('params', keep, ranks) == pytest.approx(counted.params, rel=1e-9)
+
+
+@pytest.mark.parametrize('method', ['norton', 'coring'])
+@pytest.mark.parametrize('kind, target', [('macs', 0.5), ('macs', 0.2), ('params', 0.4)])
+def test_fraction_is_met_by_the_compressed_network(method: str, kind: str, target: float) -> None:
+    model, x = network('resnet20_cifar'), images('resnet20_cifar', 1)
+    spec = find_spec(model, method=method, example_input=x, **{kind: target})
+    compressed, _ = compress(model, spec, x)
+    before, after = count(model, x), count(compressed, x)
+    assert getattr(after, kind) / getattr(before, kind) == pytest.approx(target, rel=0.01)
+    assert spec.method == method
+    assert any(isinstance(m, CPDConv2d) for m in compressed.modules()) == bool(spec.rank)
+
+
+def test_mobilenet_meets_its_macs() -> None:
+    model, x = network('mobilenetv2_050'), torch.randn(1, 3, 64, 64)
+    compressed, _ = compress(model, find_spec(model, macs=0.3, example_input=x), x)
+    assert count(compressed, x).macs / count(model, x).macs == pytest.approx(0.3, rel=0.01)
+
+
+@pytest.mark.parametrize('share', [0.85, 0.6])
+def test_memory_is_met_by_the_compressed_network(resnet: Budget, share: float) -> None:
+    x = resnet.example_input
+    target = share * peak_memory(resnet.model, x) / MEGABYTE
+    compressed, _ = compress(resnet.model, resnet.find('memory_mb', target), x)
+    assert peak_memory(compressed, x) / MEGABYTE == pytest.approx(target, rel=0.01)
+
+
+def test_peak_memory_of_a_chain_by_hand() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 16, 1), nn.Conv2d(16, 2, 1))
+    weights = (3 * 8 + 8) + (8 * 16 + 16) + (16 * 2 + 2)
+    # at the second layer: the input (the caller holds it), 8 and 16 channels of 10 x 10
+    assert peak_memory(model, torch.randn(1, 3, 10, 10)) == 4 * (weights + (3 + 8 + 16) * 100)
+
+
+def test_peak_memory_sees_tensors_held_for_later() -> None:
+    class Residual(nn.Module):
+        def forward(self, x):
+            held = x + 1
+            return held + (x * 2) * 3
+
+    # x, held, x * 2 and its triple are alive together
+    assert peak_memory(Residual(), torch.randn(1, 1, 5, 5)) == 4 * 4 * 25
+
+
+def test_weighted_nmse_of_ranks_against_the_kernels(resnet: Budget) -> None:
+    spec = CompressionSpec(rank={'layer1.0.conv1': 2, 'layer3.2.conv2': 5}, rates={})
+    compressed, _ = compress(resnet.model, spec, resnet.example_input)
+    total = 0.0
+    for name in spec.rank:
+        old, new = resnet.model.get_submodule(name).weight.detach(), compressed.get_submodule(name).kernel().detach()
+        nmse = float(((old - new) ** 2).sum() / (old**2).sum())
+        assert layer_errors(resnet.model, spec, resnet.example_input)[name] == pytest.approx(nmse, rel=1e-4)
+        total += nmse / (1 - nmse)
+    assert weighted_nmse(resnet.model, spec, resnet.example_input) == pytest.approx(total, rel=1e-4)
+
+
+def test_weighted_nmse_of_pruning_against_the_filters_that_left(resnet: Budget) -> None:
+    name, spec = 'layer2.1.conv1', CompressionSpec(rank={}, rates={'layer2.1.conv1': 0.25})
+    compressed, _ = compress(resnet.model, spec, resnet.example_input)
+    old, new = (m.get_submodule(name).weight.detach().flatten(1) for m in (resnet.model, compressed))
+    stayed = (new[:, None] == old[None]).all(2).any(0)
+    assert int(stayed.sum()) == len(new) == 24
+    nmse = float(1 - old[stayed].square().sum() / old.square().sum())
+    errors = layer_errors(resnet.model, spec, resnet.example_input)
+    assert errors == {name: pytest.approx(nmse, rel=1e-5)}
+    weights = {name: 3.0}
+    expected = 3 * nmse / (1 - nmse)
+    assert weighted_nmse(resnet.model, spec, resnet.example_input, weights) == pytest.approx(expected, rel=1e-5)
+
+
+def test_table_holds_the_errors_that_compression_makes(resnet: Budget) -> None:
+    nmse = resnet.table.nmse()
+    assert 'conv1' not in nmse
+    for row in nmse.values():
+        values = [row[r] for r in sorted(row)]
+        assert all(a > b for a, b in itertools.pairwise(values)), 'a higher rank must lose less'
+    spec = CompressionSpec(rank={'layer2.0.conv2': 3}, rates={})
+    exact = layer_errors(resnet.model, spec, resnet.example_input)['layer2.0.conv2']
+    assert nmse['layer2.0.conv2'][3] == pytest.approx(exact, rel=0.02)
+    for names, curves in resnet.table.left_at_keep.values():
+        assert len(names) == len(curves) and np.allclose(curves[:, -1], 1)
+        assert (np.diff(curves, axis=1) >= -1e-12).all(), 'more channels must not leave less'
+
+
+def test_stem_and_last_convolution_keep_their_channels(resnet: Budget) -> None:
+    spec = resnet.find('macs', 0.3)
+    _, report = compress(resnet.model, spec, resnet.example_input)
+    layers = {layer.name: layer for layer in report.layers}
+    convs = [name for name, layer in layers.items() if layer.kind != 'Linear']
+    for name in (convs[0], convs[-1]):
+        assert layers[name].kept == layers[name].channels
+    assert layers[convs[0]].rank == 0
+
+
+def test_trade_off_is_monotone_and_meets_its_fractions(resnet: Budget) -> None:
+    points = resnet.trade_off('macs', [1.0, 0.8, 0.6, 0.4, 0.2])
+    assert [p.target for p in points] == [1.0, 0.8, 0.6, 0.4, 0.2]
+    assert points[0].error == 0
+    for larger, smaller in itertools.pairwise(points):
+        assert larger.error < smaller.error and larger.macs > smaller.macs
+    for p in points:
+        assert p.macs == pytest.approx(p.target, rel=0.01)
+    exact = weighted_nmse(resnet.model, points[2].spec, resnet.example_input)
+    assert points[2].error == pytest.approx(exact, rel=0.15)
+
+
+@pytest.mark.parametrize('target', [0.3, 0.5, 0.7])
+def test_no_uniform_setting_loses_less(resnet: Budget, target: float) -> None:
+    ours = weighted_nmse(resnet.model, resnet.find('macs', target), resnet.example_input)
+    settings = uniform_settings(resnet, target, range(7))
+    assert len(settings) >= 3
+    for spec in settings:
+        assert weighted_nmse(resnet.model, spec, resnet.example_input) >= ours
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize('target', [0.3, 0.5, 0.7])
+@pytest.mark.parametrize('name', ['resnet50', 'mobilenetv2_100', 'densenet121'])
+def test_no_uniform_setting_loses_less_at_full_size(name: str, target: float) -> None:
+    """Nine cells, a minute or two each: ``pytest tests/test_budget.py -m slow -k full_size -s``."""
+    torch.manual_seed(0)
+    budget = Budget(timm.create_model(name).eval())
+    spec = budget.find('macs', target)
+    _, report = compress(budget.model, spec, budget.example_input)
+    assert report.after.macs / report.before.macs == pytest.approx(target, rel=0.01)
+    ours = layer_errors(budget.model, spec, budget.example_input)
+    ours_total = sum(e / (1 - e) for e in ours.values())
+    print(f'\n{name} {target}: macs {report.after.macs / report.before.macs:.4f}, total {ours_total:.3f}, ', end='')
+    print(f'sum of NMSE {sum(ours.values()):.3f}')
+    settings = uniform_settings(budget, target, range(9))
+    assert settings
+    for uniform in settings:
+        errors = layer_errors(budget.model, uniform, budget.example_input)
+        total = sum(e / (1 - e) for e in errors.values())
+        print(f'  rank {uniform.rank}, rate {uniform.rates:.3f}: {total:.3f}, sum of NMSE {sum(errors.values()):.3f}')
+        assert total >= ours_total
+
+
+@pytest.mark.slow
+def test_latency_is_met_on_this_device() -> None:
+    """Needs an idle machine: ``pytest tests/test_budget.py -m slow -k latency -s``."""
+    torch.manual_seed(0)
+    model, x = timm.create_model('resnet18').eval(), torch.randn(1, 3, 160, 160)
+    (dense,) = latencies([model], x)
+    spec = find_spec(model, latency_ms=0.6 * dense, example_input=x)
+    (ours,) = latencies([compress(model, spec, x)[0]], x)
+    print(f'dense {dense:.2f} ms, wanted {0.6 * dense:.2f} ms, got {ours:.2f} ms')
+    assert ours == pytest.approx(0.6 * dense, rel=0.05)
+
+
+def test_latency_target_makes_the_network_faster() -> None:
+    """The machine may be busy: only that the compressed network takes clearly less time, side by side."""
+    model, x = network('resnet20_cifar'), torch.randn(16, 3, 32, 32)
+    (dense,) = latencies([model], x, seconds=1)
+    try:
+        spec = find_spec(model, latency_ms=0.6 * dense, example_input=x)
+    except ValueError as error:
+        pytest.skip(f'timings too unsteady here: {error}')
+    before, after = latencies([model, compress(model, spec, x)[0]], x, seconds=1)
+    assert after < 0.85 * before
+
+
+def test_calibration_spares_what_the_outputs_depend_on() -> None:
+    model, x = network('resnet20_cifar'), images('resnet20_cifar', 8)
+    with torch.no_grad():
+        block = model.get_submodule('layer2.1')
+        block.bn2.weight.zero_()  # the block now adds a constant: its filters do not matter
+    budget = Budget(model, calibration=[x], example_input=x[:1])
+    weights = budget.table.weights
+    assert sum(weights.values()) / len(weights) == pytest.approx(1, rel=0.05)
+    assert weights['layer2.1.conv1'] < 0.01 * weights['layer2.0.conv1']
+
+    def kept(spec: CompressionSpec) -> int:
+        return next(r.kept for r in compress(model, spec, x[:1])[1].layers if r.name == 'layer2.1.conv1')
+
+    assert kept(budget.find('macs', 0.6)) < kept(find_spec(model, macs=0.6, example_input=x[:1]))
+
+
+def test_table_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x, calls = network('resnet20_cifar'), images('resnet20_cifar', 1), []
+    real = sensitivity.cp_decompose
+    monkeypatch.setattr(sensitivity, 'cp_decompose', lambda *a, **k: calls.append(1) or real(*a, **k))
+    with torch.no_grad():
+        model.get_submodule('layer1.0.conv1').weight.mul_(1.5)  # weights that no test has used yet
+    first = Budget(model, example_input=x).table
+    assert calls
+    calls.clear()
+    again = Budget(model, example_input=x).table
+    assert not calls and again.nmse() == first.nmse()
+    with torch.no_grad():
+        model.get_submodule('layer2.0.conv1').weight.add_(0.1)
+    Budget(model, example_input=x)
+    assert calls, 'new weights must not meet an old table'
+
+
+def test_input_model_is_untouched() -> None:
+    model, x = network('resnet20_cifar').train(), images('resnet20_cifar', 2)
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    find_spec(model, macs=0.5, calibration=[x], example_input=x[:1])
+    assert model.training and all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+
+
+def test_same_model_same_spec() -> None:
+    x = images('resnet20_cifar', 1)
+    a, b = (find_spec(network('resnet20_cifar'), macs=0.45, example_input=x) for _ in range(2))
+    assert a == b
+
+
+@pytest.mark.parametrize('filters', [1, 2, 3, 7, 16, 64, 96, 2048])
+def test_rate_gives_exactly_the_number_kept(filters: int) -> None:
+    for keep in range(1, filters + 1):
+        rate = rate_for(filters, keep) if keep < filters else 0.0
+        assert max(1, int(filters * (1 - rate))) == keep
+
+
+def test_whole_model_needs_no_change(resnet: Budget) -> None:
+    spec = resnet.find('macs', 1.0)
+    assert not spec.rank and not spec.rates
+
+
+@pytest.mark.parametrize(
+    'arguments, words',
+    [
+        ({}, 'exactly one of'),
+        ({'macs': 0.5, 'params': 0.5}, 'exactly one of'),
+        ({'macs': 0.0}, 'above 0 and at most 1'),
+        ({'macs': 1.5}, 'above 0 and at most 1'),
+        ({'params': True}, 'above 0 and at most 1'),
+        ({'macs': '0.5'}, 'above 0 and at most 1'),
+        ({'memory_mb': math.nan}, 'a positive number'),
+        ({'latency_ms': -3}, 'a positive number'),
+        ({'macs': 0.5, 'method': 'magic'}, 'norton, coring'),
+        ({'macs': 0.5, 'calibration': []}, 'at least one'),
+        ({'macs': 0.5, 'calibration': torch.zeros(1, 3, 32, 32)}, 'a list of input batches'),
+        ({'macs': 0.5, 'calibration': 3}, 'iterable'),
+        ({'macs': 1e-6}, 'the least that can be attained is'),
+        ({'params': 1e-6}, 'the least that can be attained is'),
+        ({'memory_mb': 1e-3}, 'the least that can be attained is'),
+        ({'memory_mb': 1e4}, 'already needs only'),
+        ({'latency_ms': 1e6}, 'already needs only'),
+    ],
+)
+def test_bad_arguments_name_what_is_allowed(arguments: dict, words: str) -> None:
+    model = network('resnet20_cifar')
+    with pytest.raises(ValueError, match=words):
+        find_spec(model, example_input=images('resnet20_cifar', 1), **arguments)
+
+
+def test_least_attainable_can_be_attained() -> None:
+    model, x = network('resnet20_cifar'), images('resnet20_cifar', 1)
+    with pytest.raises(ValueError) as caught:
+        find_spec(model, macs=1e-6, example_input=x)
+    least = float(str(caught.value).split()[-1])
+    compressed, _ = compress(model, find_spec(model, macs=least, example_input=x), x)
+    assert count(compressed, x).macs / count(model, x).macs == pytest.approx(least, rel=0.01)
+
+
+def test_curve_function_covers_the_attainable_range() -> None:
+    points = trade_off(network('resnet20_cifar'), example_input=images('resnet20_cifar', 1))
+    assert points[0].target == 1 and points[-1].target <= 0.1
