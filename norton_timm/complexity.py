@@ -83,3 +83,22 @@ def count(model: nn.Module, input_size: int | Sequence[int] | Tensor | list[Tens
 def is_counted(module: nn.Module) -> bool:
     """Whether the module is a layer whose MACs are counted: a convolution, a CPDConv2d or a linear layer."""
     return isinstance(module, (nn.modules.conv._ConvNd, nn.Linear, CPDConv2d))
+
+
+class LayerCost(NamedTuple):
+    """Cost of one layer: filters, parameters (bias included), and multiply-accumulates."""
+
+    filters: int
+    params: int
+    macs: int
+
+
+def layer_costs(model: nn.Module, example_input: Any) -> dict[str, LayerCost]:
+    """Cost of every convolution, CPDConv2d and linear layer by name; '' is the whole model."""
+    macs = layer_macs(model, example_input)
+    costs = {'': LayerCost(0, count_params(model), macs[''])}
+    for name, module in model.named_modules():
+        if is_counted(module):
+            filters = module.out_features if isinstance(module, nn.Linear) else module.out_channels
+            costs[name] = LayerCost(int(filters), count_params(module), macs.get(name, 0))
+    return costs

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
-from norton_timm.complexity import Complexity, count_params, is_counted, layer_macs
+from norton_timm.calibrate import reestimate_batch_norm, refit
+from norton_timm.complexity import Complexity, layer_costs
 from norton_timm.cp import CPFactors, cp_decompose
 from norton_timm.groups import ChannelGraph
 from norton_timm.layers import CPDConv2d
@@ -41,6 +42,7 @@ def compress(
     model: nn.Module,
     spec: CompressionSpec,
     example_input: Any = None,
+    calibration: Iterable[Any] | None = None,
     between_shots: Step | None = None,
 ) -> tuple[nn.Module, CompressionReport]:
     """Compress a convolutional network.
@@ -49,6 +51,8 @@ def compress(
         model: any convolutional network; it is not changed.
         spec: what to decompose and prune.
         example_input: what the model's ``forward`` takes; by default one random image of the model's own size.
+        calibration: batches of images (labels, if any, are ignored), a list or a loader that can be read more than
+            once: layers are refitted to the dense network's outputs, and batch norms re-estimated, on them.
         between_shots: called with the model and the number of the round after each of ``spec.shots`` rounds but
             the last, to fine-tune in place.
 
@@ -62,44 +66,47 @@ def compress(
         raise ValueError(f'got a spec of type {type(spec).__name__}, expected a CompressionSpec')
     example_input = default_input(model) if example_input is None else example_input
     _check_finite(model)
-    model = copy.deepcopy(model)
+    dense, model = model, copy.deepcopy(model)
     facts = Metadata(model, example_input)
-    before = _snapshot(model, example_input)
+    before = layer_costs(model, example_input)
 
     ranks, dense_because = plan_ranks(model, spec)
     generator = torch.Generator().manual_seed(spec.seed)
     nmse = _decompose(model, ranks, generator) if spec.order == 'decompose-prune' else {}
     graph = ChannelGraph(model, example_input, freeze_outputs=not is_feature_extractor(model))
     plan = plan_pruning(model, graph, spec)
-    widths = [len(group.classes) for group, _, _ in plan]
-    for shot in range(1, spec.shots + 1):
-        # equal shares of the channels that go in all; the last round reaches the plan exactly
-        keeps = [keep + (n - keep) * (spec.shots - shot) // spec.shots for n, (_, keep, _) in zip(widths, plan)]
-        kept = _prune(graph, keeps, spec, ranks, generator)
+    kept = _prune(model, graph, [keep for _, keep, _ in plan], spec, ranks, generator, between_shots)
+    if spec.order == 'decompose-prune':
         nmse = {name: values[kept[name]] if name in kept else values for name, values in nmse.items()}
-        if between_shots is not None and shot < spec.shots:
-            between_shots(model, shot)
-    if spec.order == 'prune-decompose':
+    else:
         nmse = _decompose(model, ranks, generator)
-    unpruned_because = {name: why for group, _, why in plan for name in group.names}
+    if calibration is not None:
+        refit(model, dense, kept, calibration)
+        reestimate_batch_norm(model, calibration)
 
     facts.refresh(model, example_input)
-    after = _snapshot(model, example_input)
+    after = layer_costs(model, example_input)
+    unpruned_because = {name: why for group, _, why in plan for name in group.names}
     layers = [
         LayerReport(
-            name, type(model.get_submodule(name)).__name__, *_pair(old[0], after[name][0]),
-            *_pair(old[1], after[name][1]), *_pair(old[2], after[name][2]), rank=ranks.get(name, 0),
+            name,
+            type(model.get_submodule(name)).__name__,
+            channels=cost.filters,
+            kept=after[name].filters,
+            params=cost.params,
+            params_after=after[name].params,
+            macs=cost.macs,
+            macs_after=after[name].macs,
+            rank=ranks.get(name, 0),
             nmse=float(nmse[name].mean()) if name in nmse else None,
-            dense_because=dense_because.get(name, ''), unpruned_because=unpruned_because.get(name, ''),
+            dense_because=dense_because.get(name, ''),
+            unpruned_because=unpruned_because.get(name, ''),
         )
-        for name, old in before.items()
+        for name, cost in before.items()
         if name
-    ]  # fmt: skip
-    report = CompressionReport(
-        spec.to_dict(), Complexity(before[''][2], before[''][1]), Complexity(after[''][2], after[''][1]), layers,
-        dict(graph.unknown),
-    )  # fmt: skip
-    return model, report
+    ]
+    total, left = (Complexity(costs[''].macs, costs[''].params) for costs in (before, after))
+    return model, CompressionReport(spec.to_dict(), total, left, layers, dict(graph.unknown))
 
 
 def reshape(model: nn.Module, spec: CompressionSpec, example_input: Any = None) -> nn.Module:
@@ -111,9 +118,9 @@ def reshape(model: nn.Module, spec: CompressionSpec, example_input: Any = None) 
     facts = Metadata(model, example_input)
     ranks, _ = plan_ranks(model, spec)
     for name, rank in ranks.items():
-        conv: nn.Conv2d = model.get_submodule(name)  # type: ignore[assignment]
-        zeros = [conv.weight.new_zeros(conv.out_channels, n, rank) for n in (*conv.kernel_size, conv.weight.shape[1])]
-        layer = CPDConv2d.from_conv(conv, rank, factors=CPFactors(*zeros, conv.weight.new_zeros(conv.out_channels)))
+        conv: nn.Conv2d = model.get_submodule(name)
+        a, b, c = (conv.weight.new_zeros(conv.out_channels, n, rank) for n in (*conv.kernel_size, conv.weight.shape[1]))
+        layer = CPDConv2d.from_conv(conv, rank, factors=CPFactors(a, b, c, conv.weight.new_zeros(conv.out_channels)))
         layer.reset_parameters()
         replace_module(model, name, layer)
     graph = ChannelGraph(model, example_input, freeze_outputs=not is_feature_extractor(model))
@@ -130,7 +137,7 @@ def _decompose(model: nn.Module, ranks: dict[str, int], generator: torch.Generat
     """Replace the planned convolutions by their decompositions; NMSE (O,) by layer name."""
     nmse = {}
     for name, rank in ranks.items():
-        conv: nn.Conv2d = model.get_submodule(name)  # type: ignore[assignment]
+        conv: nn.Conv2d = model.get_submodule(name)
         factors = cp_decompose(conv.weight.detach(), rank, generator=generator)
         replace_module(model, name, CPDConv2d.from_conv(conv, rank, factors=factors))
         nmse[name] = factors.nmse
@@ -138,34 +145,35 @@ def _decompose(model: nn.Module, ranks: dict[str, int], generator: torch.Generat
 
 
 def _prune(
-    graph: ChannelGraph, keeps: list[int], spec: CompressionSpec, ranks: dict[str, int], generator: torch.Generator
+    model: nn.Module,
+    graph: ChannelGraph,
+    targets: list[int],
+    spec: CompressionSpec,
+    ranks: dict[str, int],
+    generator: torch.Generator,
+    between_shots: Step | None,
 ) -> dict[str, Tensor]:
-    """Bring every group to its number of channels; indices of the filters that each layer kept."""
-    gone: set[int] = set()
-    kept: dict[str, Tensor] = {}
-    for group, keep in zip(graph.groups, keeps):
-        left = torch.ones(len(group.classes), dtype=torch.bool)
-        left[removed_classes(group, keep, spec, ranks, generator)] = False
-        gone.update(int(c) for c in group.classes[~left.numpy()])
-        for name, places in zip(group.names, group.places):
-            kept[name] = left[torch.from_numpy(places)].nonzero().flatten()
-    remove_channels(graph, gone)
+    """Bring every group to its number of channels in ``spec.shots`` rounds.
+
+    Returns:
+        For each layer of a group, the indices of the filters it kept.
+    """
+    widths = [len(group.classes) for group in graph.groups]
+    kept = {name: torch.arange(len(p)) for g in graph.groups for name, p in zip(g.names, g.places)}
+    for shot in range(1, spec.shots + 1):
+        gone: set[int] = set()
+        for group, full, target in zip(graph.groups, widths, targets):
+            # equal shares of the channels that go in all; the last round reaches the target exactly
+            keep = target + (full - target) * (spec.shots - shot) // spec.shots
+            left = torch.ones(len(group.classes), dtype=torch.bool)
+            left[removed_classes(group, keep, spec, ranks, generator)] = False
+            gone.update(int(c) for c in group.classes[~left.numpy()])
+            for name, places in zip(group.names, group.places):
+                kept[name] = kept[name][left[torch.from_numpy(places)]]
+        remove_channels(graph, gone)
+        if between_shots is not None and shot < spec.shots:
+            between_shots(model, shot)
     return kept
-
-
-def _snapshot(model: nn.Module, example_input: Any) -> dict[str, tuple[int, int, int]]:
-    """(filters, params, MACs) of every counted layer; '' is the whole model."""
-    macs = layer_macs(model, example_input)
-    found = {'': (0, count_params(model), macs[''])}
-    for name, module in model.named_modules():
-        if is_counted(module):
-            width = module.out_features if isinstance(module, nn.Linear) else module.out_channels
-            found[name] = (int(width), count_params(module), macs.get(name, 0))  # type: ignore[arg-type]
-    return found
-
-
-def _pair(before: int, after: int) -> tuple[int, int]:
-    return before, after
 
 
 def _check_finite(model: nn.Module) -> None:

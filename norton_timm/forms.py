@@ -46,7 +46,8 @@ def measure_forms(layer: CPDConv2d, x: Tensor, training: bool = False, repeats: 
     if key in _fastest:
         return _fastest[key]
     x = x.detach().requires_grad_(training)
-    before, times = layer.form, {form: [] for form in _MEASURED}  # type: dict[str, list[float]]
+    times: dict[str, list[float]] = {form: [] for form in _MEASURED}
+    before = layer.form
     try:
         for repeat in range(repeats + 1):  # the first round warms up
             for form in _MEASURED:

@@ -13,7 +13,7 @@ from norton_timm.cp import CPFactors, cp_decompose
 
 FORMS = ('factored', 'merged', 'dense', 'auto')
 
-IntPair = int | tuple[int, int]
+IntPair = int | tuple[int, ...]
 
 
 def _pair(value: IntPair) -> tuple[int, int]:
@@ -147,7 +147,7 @@ class CPDConv2d(nn.Module):
             factors = cp_decompose(weight.detach(), rank, generator=generator)
         layer.set_factors(factors)
         with torch.no_grad():
-            if layer.bias is not None:
+            if layer.bias is not None and conv.bias is not None:
                 layer.bias.copy_(conv.bias)
         for parameter in layer.parameters():
             parameter.requires_grad_(weight.requires_grad)

@@ -1,0 +1,192 @@
+"""What images without labels can repair after compression: least-squares refits and batch-norm statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from norton_timm.layers import CPDConv2d, conv_padding
+from norton_timm.metadata import evaluating
+
+Batches = Iterable[Any]
+_CHUNK = 2**25  # float64 values of a temporary: 256 MiB
+
+
+def _images(batches: Batches, model: nn.Module) -> Iterator[Tensor]:
+    """The images of each batch, labels left out, on the model's device and in its type.
+
+    Raises:
+        ValueError: no batch, or something that is neither a tensor nor a tuple that starts with one.
+    """
+    parameter = next(model.parameters())
+    empty = True
+    for batch in batches:
+        images = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+        if not isinstance(images, Tensor) or images.dim() != 4:
+            raise ValueError(f'calibration: got {type(images).__name__}, expected batches of images (N, C, H, W)')
+        empty = False
+        yield images.to(parameter.device, parameter.dtype)
+    if empty:
+        raise ValueError('calibration: got no batch; pass a list or a loader, which can be read more than once')
+
+
+@torch.no_grad()
+def reestimate_batch_norm(model: nn.Module, batches: Batches) -> None:
+    """Set every batch norm's running mean and variance to the averages over ``batches``, in place."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    modes, momenta = {m: m.training for m in model.modules()}, [m.momentum for m in norms]
+    model.eval()
+    try:
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # a cumulative average
+            norm.train()
+        for images in _images(batches, model):
+            model(images)
+    finally:
+        for norm, momentum in zip(norms, momenta):
+            norm.momentum = momentum
+        for module, training in modes.items():
+            module.training = training
+
+
+class _Reached(Exception):
+    """Ends a forward pass at the layer that was wanted."""
+
+
+def _call(model: nn.Module, layer: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Input and output of a layer of ``model``; what comes behind it is not run."""
+    found: list[Tensor] = []
+
+    def stop(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+        found.extend((args[0], out))
+        raise _Reached
+
+    hook = layer.register_forward_hook(stop)
+    try:
+        model(images)
+    except _Reached:
+        pass
+    finally:
+        hook.remove()
+    return found[0], found[1]
+
+
+def _moments(
+    layer: nn.Conv2d | CPDConv2d, pairs: Iterable[tuple[Tensor, Tensor]], per_image: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Second moments of the input patches, (P, P), and of patches and wanted outputs, (P, O); P = I * Kh * Kw."""
+    padding = conv_padding(layer) if isinstance(layer, nn.Conv2d) else layer.padding
+    gram = cross = torch.zeros(())
+    count = 0
+    for x, y in pairs:
+        patches = F.unfold(x, layer.kernel_size, layer.dilation, padding, layer.stride)  # type: ignore[arg-type]
+        places = torch.randperm(patches.shape[2], generator=generator)[:per_image].to(x.device)
+        p = patches[:, :, places].transpose(1, 2).flatten(0, 1).double()
+        t = y.flatten(2)[:, :, places].transpose(1, 2).flatten(0, 1).double()
+        gram, cross, count = gram + p.mT @ p, cross + p.mT @ t, count + len(p)
+    return gram / count, cross / count
+
+
+def _refit_dense(weight: Tensor, gram: Tensor, cross: Tensor, ridge: float) -> Tensor:
+    """Kernel (O, I, Kh, Kw) of least squared output error, drawn to the present one by ``ridge``."""
+    eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device) * (ridge * gram.diagonal().mean())
+    old = weight.double().flatten(1).mT
+    return torch.linalg.solve(gram + eye, cross + eye @ old).mT.reshape(weight.shape)
+
+
+def _refit_cpd(layer: CPDConv2d, gram: Tensor, cross: Tensor, ridge: float) -> Tensor:
+    """Pointwise factors (O, R, I) of least squared output error with the spatial factors held."""
+    o, r, i = layer.out_channels, layer.rank, layer.in_channels
+    k = layer.kernel_size[0] * layer.kernel_size[1]
+    spatial = layer.merged_kernel().double().view(o, r, k)
+    gram, cross = gram.view(i, k, i, k), cross.view(i, k, o)
+    old = layer.pointwise.double().view(o, r, i)
+    new = torch.empty_like(old)
+    size = max(1, _CHUNK // (i * k * i * r))
+    for start in range(0, o, size):
+        s = spatial[start : start + size]
+        half = torch.einsum('ihjg,osg->oihjs', gram, s)
+        normal = torch.einsum('orh,oihjs->orisj', s, half).reshape(len(s), r * i, r * i)
+        right = torch.einsum('orh,iho->ori', s, cross[:, :, start : start + size]).reshape(len(s), r * i, 1)
+        weight = ridge * normal.diagonal(dim1=1, dim2=2).mean(1)[:, None, None].clamp_min(1e-30)
+        eye = torch.eye(r * i, dtype=gram.dtype, device=gram.device) * weight
+        before = old[start : start + size].reshape(len(s), r * i, 1)
+        new[start : start + size] = torch.linalg.solve(normal + eye, right + weight * before).view(len(s), r, i)
+    return new
+
+
+@torch.no_grad()
+def refit(
+    compressed: nn.Module,
+    dense: nn.Module,
+    kept: Mapping[str, Tensor],
+    batches: Batches,
+    *,
+    ridge: float = 1e-3,
+    per_image: int = 32,
+) -> list[str]:
+    """Refit each convolution of ``compressed``, in order, to give the dense network's output from its own input.
+
+    The input already carries the error of the layers before, so that each layer also makes up for theirs. A
+    CPDConv2d keeps its spatial factors and gets new pointwise ones. Batch norms that follow are re-estimated
+    before the next layer is fitted.
+
+    Args:
+        compressed: the network to repair, in place; its layers have the names they have in ``dense``.
+        dense: the network before compression.
+        kept: for each pruned layer the indices of the filters it kept; layers not named kept all.
+        batches: images, the same for every pass.
+        ridge: weight of the present parameters, relative to the mean energy of the input.
+        per_image: places of each output map that enter the fit.
+
+    Returns:
+        Names of the layers that were refitted.
+    """
+    generator = torch.Generator().manual_seed(0)
+    images = list(_images(batches, compressed))
+    layers = _in_order(compressed, images[0][:1])
+    fitted = []
+    with evaluating(compressed), evaluating(dense):
+        for name, layer in layers.items():
+            target = dense.get_submodule(name)
+            if isinstance(layer, nn.Conv2d) and not _changed(layer, target):
+                continue
+            index = kept.get(name)
+
+            def pairs(layer: Any = layer, target: Any = target, index: Tensor | None = index):
+                for x in images:
+                    given, _ = _call(compressed, layer, x)
+                    _, wanted = _call(dense, target, x)
+                    yield given, wanted if index is None else wanted[:, index.to(wanted.device)]
+
+            bias = layer.bias.view(1, -1, 1, 1) if layer.bias is not None else 0
+            gram, cross = _moments(layer, ((x, y - bias) for x, y in pairs()), per_image, generator)
+            if isinstance(layer, CPDConv2d):
+                layer.pointwise.copy_(_refit_cpd(layer, gram, cross, ridge).reshape(layer.pointwise.shape))
+            else:
+                layer.weight.copy_(_refit_dense(layer.weight, gram, cross, ridge))
+            fitted.append(name)
+    return fitted
+
+
+def _changed(layer: nn.Conv2d, target: nn.Module) -> bool:
+    return not isinstance(target, nn.Conv2d) or layer.weight.shape != target.weight.shape
+
+
+def _in_order(model: nn.Module, image: Tensor) -> dict[str, nn.Conv2d | CPDConv2d]:
+    """Ungrouped 2-d convolutions by name, in the order in which they run."""
+    names = {m: n for n, m in model.named_modules() if isinstance(m, (nn.Conv2d, CPDConv2d)) and m.groups == 1}
+    order: dict[str, nn.Conv2d | CPDConv2d] = {}
+    hooks = [m.register_forward_hook(lambda m, a, o: order.setdefault(names[m], m) and None) for m in names]
+    try:
+        with evaluating(model):
+            model(image)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return order
