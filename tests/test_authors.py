@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections import OrderedDict
 from pathlib import Path
 
@@ -21,6 +24,7 @@ from norton_timm.authors import (
 from norton_timm.layers import CPDConv2d
 from norton_timm.spec import parse_rates
 
+ROOT = Path(__file__).resolve().parents[1]
 R078 = '[0.]+[0.1]*2+[0.4]*5+[0.75]*12'
 
 
@@ -452,6 +456,49 @@ def test_unreadable_files(content: bytes | None, tmp_path: Path) -> None:
         (tmp_path / 'a.pt').write_bytes(content)
     with pytest.raises(ValueError, match=r'a\.pt'):
         convert_authors_checkpoint(tmp_path / 'a.pt')
+
+
+def run_tool(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / 'tools' / 'import_checkpoint.py'), *map(str, arguments)]
+    return subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, 'PYTHONPATH': str(ROOT)}
+    )
+
+
+def test_import_tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = 'norton_resnet56_cifar.r089'
+    theirs = settle(CifarResNet(56, parse_rates('[0.]+[0.18]*29'), 1, 'fc'))
+    torch.save({'state_dict': theirs.state_dict()}, tmp_path / 'resnet_56_pabs_.0.+.0.18.29_1_91.62.pt')
+    done = run_tool(tmp_path / 'resnet_56_pabs_.0.+.0.18.29_1_91.62.pt', '--output', tmp_path / f'{name}.safetensors')
+    assert done.returncode == 0, done.stderr
+    assert name in done.stdout and '87,633' in done.stdout
+    monkeypatch.setenv('NORTON_TIMM_WEIGHTS', str(tmp_path))
+    assert_same_logits(theirs, timm.create_model(name, pretrained=True).eval(), 32)
+    (tmp_path / 'bad.pt').write_bytes(b'x')
+    for arguments in ([tmp_path / 'bad.pt'], [tmp_path / 'nowhere.pt']):
+        done = run_tool(*arguments, '--output', tmp_path / 'out.safetensors')
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+        assert arguments[0].name in done.stderr and not (tmp_path / 'out.safetensors').exists()
+
+
+def test_import_tool_on_a_detector(tmp_path: Path) -> None:
+    from detection.checkpoint import load_detector
+    from detection.rcnn import build_detector
+
+    theirs = settle(ImageNetResNet50(parse_rates(R078), 1))
+    state = {k: v for k, v in build_detector('box').state_dict().items() if not k.startswith('backbone.body.')}
+    state |= {f'backbone.body.{k}': v for k, v in theirs.state_dict().items() if not k.startswith('fc.')}
+    torch.save({'model': state, 'epoch': 25}, tmp_path / 'model_25.pth')
+    done = run_tool(tmp_path / 'model_25.pth', '--output', tmp_path / 'faster.pt')
+    assert done.returncode == 0, done.stderr
+    assert 'box detector on norton_resnet50.r078' in done.stdout
+    model, meta = load_detector(tmp_path / 'faster.pt')
+    assert meta['task'] == 'box' and len(meta['class_names']) == 80
+    x = torch.randn(1, 3, 64, 64, dtype=torch.float64)
+    with torch.no_grad():
+        features = model.double().backbone.body(x)
+        for mine, expected in zip(features[-4:], theirs.double().body(x)):
+            torch.testing.assert_close(mine, expected, rtol=0, atol=1e-8)
 
 
 def cifar_test_images(data_dir: Path, limit: int | None = None) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import csv
+import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import timm
@@ -12,6 +17,9 @@ import norton_timm.models
 from norton_timm.complexity import count
 from norton_timm.layers import CPDConv2d
 from norton_timm.models import published_accuracy, spec_of, tags
+from norton_timm.models.table import to_markdown, zoo_names, zoo_rows
+
+ROOT = Path(__file__).resolve().parents[1]
 
 # conv + linear MACs, parameters
 DENSE = {
@@ -160,6 +168,43 @@ def test_bad_settings_are_told_in_one_line(name: str, kwargs: dict, told: str) -
     with pytest.raises(ValueError, match=told) as error:
         timm.create_model(name, **kwargs)
     assert '\n' not in str(error.value)
+
+
+def run_tool(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / 'tools' / 'model_zoo.py'), *map(str, arguments)]
+    return subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, 'PYTHONPATH': str(ROOT)}
+    )
+
+
+def test_table_tool(tmp_path: Path) -> None:
+    done = run_tool('*resnet56_cifar*', '--markdown', tmp_path / 'zoo.md', '--csv', tmp_path / 'zoo.csv')
+    assert done.returncode == 0, done.stderr
+    rows = list(csv.DictReader((tmp_path / 'zoo.csv').open()))
+    assert len(rows) == 8
+    for row in rows:
+        name = row['name']
+        assert (int(row['macs']), int(row['params'])) == {**DENSE, **COMPRESSED}[name]
+        assert float(row['dense_ms']) > 0 and float(row['ms']) > 0
+        assert row['weights'] == 'none' or Path(row['weights']).is_file() or row['weights'] == 'shipped'
+        if name != 'resnet56_cifar':  # the control needs no more MACs than the compressed network
+            assert int(row['control_px']) % 4 == 0 and float(row['control_ms']) > 0
+            side = int(row['control_px'])
+            assert count(timm.create_model('resnet56_cifar'), (3, side, side)).macs <= int(row['macs'])
+    text = (tmp_path / 'zoo.md').read_text()
+    assert '`norton_resnet56_cifar.r089`' in text and 'Latency: median' in text and text in done.stdout
+    for bad in (['nothing*'], ['resnet50', '--columns', 'size'], ['resnet50', '--csv', tmp_path / 'no' / 'zoo.csv']):
+        done = run_tool('--no-latency', *bad)
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+
+
+def test_table_of_everything_published() -> None:
+    assert set(zoo_names()) == {*DENSE, *COMPRESSED}
+    assert len(zoo_names(['*'])) == 46 + 5 + 20
+    (row,) = zoo_rows(['norton_resnet50.r078'], measure=False)
+    assert to_markdown([row], ['name', 'params', 'macs', 'top1']).splitlines()[-1] == (
+        '| `norton_resnet50.r078` | 5.89 M | 899.62 M | 73.65 |'
+    )
 
 
 def test_a_tag_is_built_within_a_second_or_so() -> None:
