@@ -1,36 +1,23 @@
-"""Compress a timm model by a recipe and keep it in one file.
+"""Compress a timm model by a recipe, or to a budget, and keep it in one file.
 
 python tools/compress.py resnet50 --pretrained --spec configs/recipes/norton_resnet50.r078.yaml --output out.safetensors
-python tools/compress.py mobilenetv2_100 --method norton --rank 4 --rates 0.3 --output out.safetensors
+python tools/compress.py mobilenetv2_100 --pretrained --rank 4 --rates 0.3 --output out.safetensors
+python tools/compress.py densenet121 --pretrained --macs 0.5 --output out.safetensors
 """
 
 from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any
 
 import torch
 from _cli import Parser, run
 
-FIELDS = ('method', 'rank', 'rates', 'criterion', 'strategy', 'order', 'shots', 'round_to', 'seed')
-
-
-def make_spec(args: Any) -> Any:
-    """The recipe of --spec (a file, or a tag of ours), with single fields changed by other options."""
-    from norton_timm import CompressionSpec
-    from norton_timm.models import spec_of
-
-    given = {name: getattr(args, name) for name in FIELDS if getattr(args, name) is not None}
-    if 'rates' in given and not given['rates'].lstrip().startswith('['):
-        given['rates'] = float(given['rates'])
-    if args.spec is None:
-        if not {'rank', 'rates'} & set(given):
-            raise ValueError('got no recipe, expected --spec FILE, or --rank or --rates')
-        return CompressionSpec.from_dict(given)
-    is_tag = args.spec.startswith(('norton_', 'coring_')) and not Path(args.spec).exists()
-    spec = spec_of(args.spec) if is_tag else CompressionSpec.from_yaml(Path(args.spec))
-    return CompressionSpec.from_dict({**spec.to_dict(), **given})
+FIELDS = ('method', 'rates', 'criterion', 'strategy', 'order', 'rank', 'shots', 'round_to', 'seed')
+BUDGETS = {
+    'macs': 'share of MACs to keep', 'params': 'share of parameters to keep', 'latency_ms': 'milliseconds here',
+    'memory_mb': 'megabytes of weights and activations',
+}  # fmt: skip
 
 
 def main() -> None:
@@ -40,10 +27,11 @@ def main() -> None:
     parser.add_argument('--spec', help='recipe: a YAML file, or a tag such as norton_resnet50.r078')
     parser.add_argument('--method', choices=('norton', 'coring'))
     parser.add_argument('--rates', help='pruning rate of all layers, or the list "[0.]+[0.1]*2+..."')
-    for name in ('criterion', 'strategy', 'order'):
-        parser.add_argument(f'--{name}', help='as in CompressionSpec')
-    for name in ('rank', 'shots', 'round-to', 'seed'):
-        parser.add_argument(f'--{name}', type=int, help='as in CompressionSpec')
+    for name in FIELDS[2:]:
+        kind = str if name in ('criterion', 'strategy', 'order') else int
+        parser.add_argument(f'--{name.replace("_", "-")}', type=kind, help='as in CompressionSpec')
+    for name, told in BUDGETS.items():
+        parser.add_argument(f'--{name.replace("_", "-")}', type=float, help=f'budget instead of a recipe: {told}')
     parser.add_argument('--pretrained', action='store_true', help="start from the model's published weights")
     parser.add_argument('--checkpoint', type=Path, help='weights of the dense model: .safetensors, .pt or .pth')
     parser.add_argument('--num-classes', type=int, help='outputs of the dense model')
@@ -53,15 +41,22 @@ def main() -> None:
 
     from norton_timm import compress, tune_forms
     from norton_timm.checkpoint import check_output, save, write_text
-    from norton_timm.dense import dense_model, image_of
+    from norton_timm.dense import dense_model, image_of, make_spec
     from norton_timm.latency import compare_latency
 
-    spec = make_spec(args)
     check_output(args.output, '.safetensors')
     if args.report is not None:
         check_output(args.report, '.json')
+    fields, budget = ({k: getattr(args, k) for k in n if getattr(args, k) is not None} for n in (FIELDS, BUDGETS))
+    spec = None if budget else make_spec(args.spec, **fields)
+    if budget and (args.spec or set(fields) - {'method'}):
+        raise ValueError(f'got a budget ({", ".join(budget)}) and a recipe, expected one of them')
     dense = dense_model(args.model, args.pretrained, args.checkpoint, num_classes=args.num_classes)
     image = image_of(dense, args.input_size)
+    if spec is None:
+        from norton_timm.budget import find_spec
+
+        spec = find_spec(dense, **budget, **fields, example_input=image)
     model, report = compress(dense, spec, image)
     tuned = copy.deepcopy(model)
     tune_forms(tuned, image)  # a copy: what is fastest on this machine is not written into the file
@@ -74,7 +69,7 @@ def main() -> None:
         f'measured: {before:.1f} -> {after:.1f} ms ({before / after:.2f} times as fast) for one image of '
         f'{tuple(image.shape[1:])} on {image.device.type} with {torch.get_num_threads()} threads, median of 7'
     )
-    print(f'wrote {args.output}: {args.output.stat().st_size / 2**20:.1f} MB')
+    print(f'wrote {args.output}: {args.output.stat().st_size / 1e6:.1f} MB')
 
 
 if __name__ == '__main__':
