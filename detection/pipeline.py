@@ -1,4 +1,4 @@
-"""Video in, annotated video out: reading, inference and drawing + writing overlap in three threads.
+"""Video in, annotated video out: reading, pre-processing, inference and drawing + writing overlap in threads.
 
 The calling thread draws, writes and shows, because windows and Ctrl-C belong to the main thread.
 """
@@ -19,7 +19,7 @@ import torch
 
 from detection.draw import Image, draw_caption, draw_detections, side_by_side
 from detection.latency import LatencyRecorder, RateMeter, Summary, summarize
-from detection.predictor import Predictor
+from detection.predictor import Predictor, Prepared
 from detection.video import Frame, FrameSource
 
 log = logging.getLogger(__name__)
@@ -206,18 +206,30 @@ def run(
     report = Report(source.name, (0, 0), float(source.fps), predictors, recorder)
     # live frames are not queued: they would be old when their turn comes
     frames: Channel[Frame] = Channel(4)
+    prepared: Channel[tuple[Frame, list[Prepared]]] = Channel(1)
+    # on an accelerator both would wait for each other at every synchronisation
+    ahead = not source.live and all(p.device.type == 'cpu' for p in predictors)
     results: Channel[tuple[Frame, list[dict[str, torch.Tensor]]]] = Channel(1 if source.live else 4)
 
     def read() -> None:
         _feed(_timed(source, recorder), frames, max_frames)
 
-    def infer() -> None:
-        incoming = _limited(source, max_frames) if source.live else frames
-        _feed(((f, [p(f.image) for p in predictors]) for f in incoming), results)
+    def prepare() -> None:
+        _feed(((f, [p.prepare(f.image) for p in predictors]) for f in frames), prepared)
 
-    workers = [threading.Thread(target=infer, name='inference', daemon=True)]
+    def infer() -> None:
+        if ahead:
+            _feed(((f, [p.detect(x) for p, x in zip(predictors, inputs)]) for f, inputs in prepared), results)
+        else:
+            incoming = _limited(source, max_frames) if source.live else frames
+            _feed(((f, [p(f.image) for p in predictors]) for f in incoming), results)
+
+    targets = {'inference': infer}
     if not source.live:
-        workers.append(threading.Thread(target=read, name='read', daemon=True))
+        targets['read'] = read
+    if ahead:
+        targets['prepare'] = prepare
+    workers = [threading.Thread(target=target, name=name, daemon=True) for name, target in targets.items()]
     try:
         for worker in workers:
             worker.start()
@@ -235,7 +247,7 @@ def run(
     except KeyboardInterrupt:
         report.stopped = 'interrupted'
     finally:
-        for channel in (frames, results):
+        for channel in (frames, prepared, results):
             channel.close(discard=True)
         if source.live:
             source.close()  # wakes the inference thread, which may be waiting for a picture

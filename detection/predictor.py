@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +35,15 @@ class ModelFacts:
     skeleton: Sequence[tuple[int, int]] | None = None
     params: int = 0
     random: bool = False
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A picture on the device: the network's input, its original (height, width), and what preparing it took."""
+
+    images: Any
+    size: tuple[int, int]
+    milliseconds: float
 
 
 class Predictor:
@@ -99,40 +109,45 @@ class Predictor:
         if isinstance(self.model, GeneralizedRCNN) and not self.facts.random:
             self.model.roi_heads.score_thresh = max(self._own_threshold, value)
 
-    @torch.inference_mode()
     def __call__(self, image: Image) -> dict[str, torch.Tensor]:
         """Detections in one RGB ``uint8 (H, W, 3)``, on the CPU, coordinates in its pixels."""
-        with self.recorder.stage('total', sync=True):
-            return self._stages(image)
+        return self.detect(self.prepare(image))
+
+    @torch.inference_mode()
+    def prepare(self, image: Image) -> Prepared:
+        """The first stage: to the device, scaled, normalised. Safe to run in another thread than ``detect``."""
+        start = time.perf_counter()
+        with self.recorder.stage('preprocess', sync=True):
+            tensor = self._tensor(image)
+            images = self.model.transform([tensor])[0] if isinstance(self.model, GeneralizedRCNN) else [tensor]
+        return Prepared(images, (image.shape[0], image.shape[1]), (time.perf_counter() - start) * 1e3)
+
+    @torch.inference_mode()
+    def detect(self, prepared: Prepared) -> dict[str, torch.Tensor]:
+        """The other two stages. The frame's ``total`` is the sum of all three."""
+        recorder, model, images = self.recorder, self.model, prepared.images
+        start = time.perf_counter()
+        with recorder.stage('network', sync=True), self._autocast():
+            if isinstance(model, GeneralizedRCNN):
+                features: Any = model.backbone(images.tensors)
+                if isinstance(features, torch.Tensor):
+                    features = {'0': features}
+                proposals, _ = model.rpn(images, features)
+                found = model.roi_heads(features, proposals, images.image_sizes)[0][0]
+            else:  # its stages cannot be told apart: all of it is the network
+                found = model(images)[0]
+        self.found += len(found['boxes'])
+        with recorder.stage('postprocess', sync=True):
+            output = self._above_score(found)
+            if isinstance(model, GeneralizedRCNN):
+                output = model.transform.postprocess([output], images.image_sizes, [prepared.size])[0]
+            output = self._to_cpu(output)
+        recorder.add('total', prepared.milliseconds + (time.perf_counter() - start) * 1e3)
+        return output
 
     def total(self) -> list[float]:
         """Time of each counted frame from picture to detections, in ms."""
         return self.recorder.times('total')
-
-    def _stages(self, image: Image) -> dict[str, torch.Tensor]:
-        recorder, model = self.recorder, self.model
-        if not isinstance(model, GeneralizedRCNN):  # no stages to tell apart: all of it is the network
-            with recorder.stage('preprocess', sync=True):
-                tensor = self._tensor(image)
-            with recorder.stage('network', sync=True), self._autocast():
-                output = model([tensor])[0]
-            self.found += len(output['boxes'])
-            with recorder.stage('postprocess', sync=True):
-                return self._to_cpu(self._above_score(output))
-        with recorder.stage('preprocess', sync=True):
-            tensor = self._tensor(image)
-            images, _ = model.transform([tensor])
-        with recorder.stage('network', sync=True), self._autocast():
-            features: Any = model.backbone(images.tensors)
-            if isinstance(features, torch.Tensor):
-                features = {'0': features}
-            proposals, _ = model.rpn(images, features)
-            detections, _ = model.roi_heads(features, proposals, images.image_sizes)
-        self.found += len(detections[0]['boxes'])
-        with recorder.stage('postprocess', sync=True):
-            kept = self._above_score(detections[0])
-            output = model.transform.postprocess([kept], images.image_sizes, [tuple(tensor.shape[-2:])])[0]
-            return self._to_cpu(output)
 
     def _tensor(self, image: Image) -> torch.Tensor:
         # bytes travel to the device, not floats: a quarter of the traffic

@@ -160,7 +160,7 @@ def test_every_frame_arrives_once_and_in_order():
     assert seen == list(range(7))
 
 
-def test_figures_agree_with_a_stop_watch_and_the_three_threads_overlap():
+def test_figures_agree_with_a_stop_watch_and_the_threads_overlap():
     stamps = []
 
     def show(image, frame):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.server
 import subprocess
 import sys
 import threading
@@ -351,3 +353,48 @@ def test_closing_ends_the_thread_and_releases_the_camera():
 def test_image_source_refuses_an_empty_list():
     with pytest.raises(ValueError, match='no pictures'):
         ImageSource([], 'folder')
+
+
+class Phone(http.server.BaseHTTPRequestHandler):
+    """What camera apps of phones serve: JPEGs in one endless multipart answer; it breaks after 20 pictures."""
+
+    visits = 0
+
+    def do_GET(self):
+        type(self).visits += 1
+        self.send_response(200)
+        self.send_header('Content-Type', 'multipart/x-mixed-replace; boundary=frame')
+        self.end_headers()
+        colour = (255, 40, 20)  # as RGB
+        jpeg = cv2.imencode('.jpg', np.full((48, 64, 3), colour[::-1], np.uint8))[1].tobytes()
+        head = f'--frame\r\nContent-Type: image/jpeg\r\nContent-Length: {len(jpeg)}\r\n\r\n'
+        with contextlib.suppress(ConnectionError):
+            for _ in range(20):
+                self.wfile.write(head.encode() + jpeg + b'\r\n')
+                time.sleep(0.01)
+
+    def log_message(self, *_: object) -> None: ...
+
+
+def test_a_phones_http_stream_is_read_and_reconnected():
+    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Phone)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        with open_source(f'http://127.0.0.1:{server.server_port}/video') as source:
+            assert source.live
+            frames = []
+            for frame in source:
+                frames.append(frame)
+                if source.reconnects == 2:
+                    break
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert np.abs(frames[-1].image[20, 20].astype(int) - (255, 40, 20)).max() < 12
+    assert Phone.visits >= 3
+    assert [f.time for f in frames] == sorted(f.time for f in frames)
+
+
+def test_a_dead_address_is_named():
+    with pytest.raises(ValueError, match=r'cannot open http://127\.0\.0\.1:9/video: it does not answer'):
+        open_source('http://127.0.0.1:9/video')
