@@ -9,7 +9,7 @@ from torch import Tensor
 
 from norton_timm.cp_solvers import compress_input_mode, khatri_rao, solve_exact, solve_iteratively, solve_matrix
 
-_CHUNK = 2**23  # float64 values of the weight handled at a time: 64 MiB
+_CHUNK = 2**18  # float64 values of the weight handled at a time: 2 MiB, which stays in cache
 
 
 class CPFactors(NamedTuple):
@@ -30,7 +30,7 @@ def cp_decompose(
     rank: int,
     *,
     n_iter: int = 200,
-    restarts: int = 1,
+    restarts: int = 3,
     tol: float = 1e-4,
     generator: torch.Generator | None = None,
     covariance: Tensor | None = None,
@@ -59,15 +59,28 @@ def cp_decompose(
     _check(weight, rank, n_iter, restarts, tol, covariance)
     filters, i, kh, kw = weight.shape
     if generator is None:
-        generator = torch.Generator(weight.device).manual_seed(0)
+        generator = torch.Generator().manual_seed(0)  # on the CPU, so that every device starts alike
     root = None if covariance is None else _square_root(covariance.detach().to(weight.device, torch.float64))
-    shape = (restarts, filters, kh + kw, rank)
+    shape = (restarts, 1, kh + kw, rank)  # all filters start alike, so that equal filters get equal factors
     noise = torch.randn(shape, generator=generator, device=generator.device, dtype=torch.float64).to(weight.device)
-    size = max(1, _CHUNK // (i * kh * kw))
-    parts = []
-    for start in range(0, filters, size):
-        part = slice(start, min(start + size, filters))
-        parts.append(_decompose(weight.detach()[part], rank, noise[:, part], n_iter, tol, root))
+    noise = noise.expand(-1, filters, -1, -1)
+    peak = _peak(weight)
+    bad = ~torch.isfinite(peak)
+    if bad.any():
+        raise ValueError(f'weight: filter {int(bad.nonzero()[0])} has NaN or infinite values')
+    scale = peak.to(torch.float64)[:, None, None]
+    chunks = torch.arange(filters).split(max(1, _CHUNK // (i * kh * kw)))
+    chunks = [slice(int(c[0]), int(c[-1]) + 1) for c in chunks]
+    weight = weight.detach().flatten(2)
+    cores = [compress_input_mode(_scaled(weight[c], scale[c], root), kh, kw) for c in chunks]
+    core = torch.cat(cores)
+    if rank >= min(i * kh, i * kw, kh * kw):
+        a, b = solve_exact(core, rank)
+    elif min(i, kh, kw) == 1:
+        a, b = solve_matrix(core, rank)
+    else:
+        a, b = solve_iteratively(core, rank, noise, n_iter, tol)
+    parts = [_finish(weight[c], scale[c], a[c], b[c], root) for c in chunks]
     return CPFactors(*(torch.cat(field) for field in zip(*parts)))
 
 
@@ -85,9 +98,6 @@ def _check(weight: Tensor, rank: int, n_iter: int, restarts: int, tol: float, co
             raise ValueError(f'{name}: expected an integer >= {low}, got {value!r}')
     if not 0 <= tol < 1:
         raise ValueError(f'tol: expected a number in [0, 1), got {tol!r}')
-    bad = ~torch.isfinite(_peak(weight))
-    if bad.any():
-        raise ValueError(f'weight: filter {int(bad.nonzero()[0])} has NaN or infinite values')
     if covariance is not None:
         i = weight.shape[1]
         if covariance.shape != (i, i) or not torch.isfinite(covariance).all():
@@ -108,31 +118,23 @@ def _square_root(covariance: Tensor) -> Tensor:
     return (values.clamp_min(0) / top).sqrt()[:, None] * vectors.mT
 
 
-def _decompose(
-    weight: Tensor, rank: int, noise: Tensor, n_iter: int, tol: float, root: Tensor | None
+def _scaled(weight: Tensor, scale: Tensor, root: Tensor | None) -> Tensor:
+    """Filters in float64, brought to a largest magnitude of 1, as the error measure sees them."""
+    x = weight.to(torch.float64, copy=True).div_(scale.where(scale > 0, 1))
+    return x if root is None else root @ x
+
+
+def _finish(
+    weight: Tensor, scale: Tensor, a: Tensor, b: Tensor, root: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Factors and NMSE of some filters; `noise (restarts, n, Kh + Kw, R)` seeds the random starts."""
-    n, i, kh, kw = weight.shape
-    scale = _peak(weight).to(torch.float64)[:, None, None]
-    x = weight.reshape(n, i, kh * kw).to(torch.float64) / scale.where(scale > 0, 1)
-    seen = x if root is None else root @ x
-    if rank >= min(i * kh, i * kw, kh * kw):
-        a, b = solve_exact(seen, kh, kw, rank)
-    else:
-        core = compress_input_mode(seen, kh, kw)
-        if kh == 1 or kw == 1 or i == 1:
-            a, b = solve_matrix(core, rank)
-        else:
-            a, b = solve_iteratively(core, rank, noise, n_iter, tol)
-    design = khatri_rao(a, b)
-    c = x @ _pseudo_inverse(design).mT
-    a, b, c = _balance(a, b, c, scale)
-    a, b, c = (f.to(weight.dtype) for f in (a, b, c))
-    # the error of what is returned, rounding included, from the residual itself
-    rest = torch.baddbmm(x, c.double() / scale.where(scale > 0, 1), khatri_rao(a.double(), b.double()).mT, alpha=-1)
-    rest = rest if root is None else root @ rest
-    energy = _energy(seen)
-    nmse = _energy(rest) / energy.where(energy > 0, 1)
+    """C by least squares, norms balanced, and the NMSE of what is returned, rounding included."""
+    x = _scaled(weight, scale, None)
+    c = x @ _pseudo_inverse(khatri_rao(a, b)).mT
+    a, b, c = (f.to(weight.dtype) for f in _balance(a, b, c, scale))
+    energy = _energy(x if root is None else root @ x)
+    design = khatri_rao(a.double(), b.double())
+    rest = x.baddbmm_(c.double() / scale.where(scale > 0, 1), design.mT, alpha=-1)
+    nmse = _energy(rest if root is None else root @ rest) / energy.where(energy > 0, 1)
     return a, b, c, nmse.to(weight.dtype)
 
 

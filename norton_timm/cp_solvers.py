@@ -7,8 +7,11 @@ import math
 import torch
 from torch import Tensor
 
-_NEARLY_LOW_RANK = 0.02  # squared relative error below which ALS crawls and Gauss-Newton does not
-_HAND_OVER = 25  # sweeps before such a filter leaves ALS
+_TRIAL = 10  # ALS sweeps after which only the best start of each filter goes on
+_NEARLY_LOW_RANK = 0.02  # squared relative error below which ALS tends to crawl and Newton's method not to
+_HAND_OVER = 25  # ALS sweeps of such a filter
+_MAX_NEWTON = 96  # entries of A and B together up to which Newton's matrices are cheap
+_EXACT = 1e-24  # squared relative error that counts as none
 
 
 def compress_input_mode(x: Tensor, kh: int, kw: int) -> Tensor:
@@ -25,20 +28,19 @@ def khatri_rao(a: Tensor, b: Tensor) -> Tensor:
     return (a[:, :, None, :] * b[:, None, :, :]).flatten(1, 2)
 
 
-def solve_exact(x: Tensor, kh: int, kw: int, rank: int) -> tuple[Tensor, Tensor]:
+def solve_exact(core: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """A and B at a rank that represents anything: unit vectors for the two smallest modes, fibres for the third."""
-    n, i, _ = x.shape
-    r = torch.arange(rank, device=x.device)
-    rows, cols = torch.eye(kh, dtype=x.dtype, device=x.device), torch.eye(kw, dtype=x.dtype, device=x.device)
-    fibres = x.reshape(n, i, kh, kw)
+    n, k, kh, kw = core.shape
+    r = torch.arange(rank, device=core.device)
+    rows, cols = (torch.eye(d, dtype=core.dtype, device=core.device) for d in (kh, kw))
     if rank >= kh * kw:
         r = r % (kh * kw)
         return rows[:, r // kw].expand(n, -1, -1), cols[:, r % kw].expand(n, -1, -1)
-    if rank >= i * kh:
-        r = r % (i * kh)
-        return rows[:, r % kh].expand(n, -1, -1), _unit(fibres[:, r // kh, r % kh].mT)
-    r = r % (i * kw)
-    return _unit(fibres[:, r // kw, :, r % kw].permute(1, 2, 0)), cols[:, r % kw].expand(n, -1, -1)
+    if rank >= k * kh:  # fewer input channels than kernel columns: the core is the filter itself
+        r = r % (k * kh)
+        return rows[:, r % kh].expand(n, -1, -1), _unit(core[:, r // kh, r % kh].mT)
+    r = r % (k * kw)
+    return _unit(core[:, r // kw, :, r % kw].permute(1, 2, 0)), cols[:, r % kw].expand(n, -1, -1)
 
 
 def solve_matrix(core: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -77,20 +79,24 @@ def solve_iteratively(core: Tensor, rank: int, noise: Tensor, n_iter: int, tol: 
     x, noise = x[rest], noise[:, rest]
     a0, b0 = _hosvd_start(x.unflatten(2, (kh, kw)), rank)
     starts_a, starts_b = torch.cat([a0, *_unit(noise[:, :, :kh])]), torch.cat([b0, *_unit(noise[:, :, kh:])])
-    repeated = x.repeat(len(noise) + 1, 1, 1)
-    starts_a, starts_b, error = _search(repeated, starts_a, starts_b, n_iter, tol)
-    best = error.reshape(-1, len(x)).argmin(0) * len(x) + torch.arange(len(x), device=x.device)
-    a[rest], b[rest], error = starts_a[best], starts_b[best], error[best]
+    if len(noise):
+        repeated = x.repeat(len(noise) + 1, 1, 1)
+        starts_a, starts_b, error, _ = _als(repeated, starts_a, starts_b, min(n_iter, _TRIAL), tol)
+        best = error.reshape(-1, len(x)).argmin(0) * len(x) + torch.arange(len(x), device=x.device)
+        starts_a, starts_b = starts_a[best], starts_b[best]
+    a[rest], b[rest], error = _search(x, starts_a, starts_b, max(0, n_iter - _TRIAL), tol)
     _rescue(x, a, b, error, rest, n_iter, tol)
     return a, b
 
 
 def _search(x: Tensor, a: Tensor, b: Tensor, n_iter: int, tol: float) -> tuple[Tensor, Tensor, Tensor]:
-    """ALS, then Levenberg-Marquardt for what ALS has not left unfinished."""
+    """ALS; where it came to its end, some steps of Newton's method, and for what is nearly of low rank all it takes."""
+    rank = a.shape[2]
     a, b, error, finished = _als(x, a, b, n_iter, tol)
-    todo = torch.nonzero(finished & (error < _NEARLY_LOW_RANK) & (error > 1e-15))[:, 0]
-    if len(todo) and a.shape[2] * (a.shape[1] + b.shape[1]) <= 96:
-        a[todo], b[todo], error[todo] = _polish(x[todo], a[todo], b[todo], error[todo])
+    if rank * (a.shape[1] + b.shape[1]) <= _MAX_NEWTON:
+        for limit, steps in ((math.inf, 8 // rank), (_NEARLY_LOW_RANK, 60)):
+            todo = torch.nonzero(finished & (error < limit) & (error > _EXACT))[:, 0]
+            a[todo], b[todo], error[todo] = _newton(x[todo], a[todo], b[todo], error[todo], steps, tol)
     return a, b, error
 
 
@@ -123,8 +129,8 @@ def _rescue(x: Tensor, a: Tensor, b: Tensor, error: Tensor, rows: Tensor, n_iter
 def _als(x: Tensor, a: Tensor, b: Tensor, n_iter: int, tol: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Proximal ALS with extrapolation on tensors `x (n, k, Kh*Kw)` of unit energy.
 
-    Returns A, B, the squared error of each, and whether it converged (or is nearly of low rank and better left to
-    `_polish`) rather than ran out of sweeps.
+    Returns A, B, the squared error of each, and whether it came to its end (it converged, or is nearly of low rank)
+    rather than ran out of sweeps.
 
     Each sweep starts beyond the last step and is undone where the error did not fall (as in Ang et al., 2019), so the
     error of what is kept never rises, and swamps are crossed two to four times faster.
@@ -178,46 +184,65 @@ def _als(x: Tensor, a: Tensor, b: Tensor, n_iter: int, tol: float) -> tuple[Tens
     return found_a, found_b, found_error, finished
 
 
-def _polish(x: Tensor, a: Tensor, b: Tensor, error: Tensor, n_iter: int = 60) -> tuple[Tensor, Tensor, Tensor]:
-    """Levenberg-Marquardt on A and B with C eliminated, for filters that are nearly of low rank.
+def _newton(x: Tensor, a: Tensor, b: Tensor, error: Tensor, n_iter: int, tol: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Damped Newton steps on A and B with C eliminated; steps that do not lower the error are not taken.
 
-    ALS crawls where the residual is small and components are nearly collinear; there Gauss-Newton converges in a few
-    steps (variable projection with Kaufman's Jacobian). Steps that do not lower the error are not taken.
+    ALS converges linearly at best and crawls where components are nearly collinear; from where it has come, Newton's
+    method needs a handful of steps. With E = X - C M^T, M = khatri_rao(A, B) and D the derivatives of M's columns, the
+    Hessian of |E|^2 / 2 with C at its optimum is a sum of Hadamard products of small Gram matrices.
     """
-    kh, kw, rank = a.shape[1], b.shape[1], a.shape[2]
+    a, b, error = a.clone(), b.clone(), error.clone()
     todo = torch.arange(len(x), device=x.device)
-    one_h, one_w = torch.eye(kh, dtype=x.dtype, device=x.device), torch.eye(kw, dtype=x.dtype, device=x.device)
+    kh, kw, rank = a.shape[1], b.shape[1], a.shape[2]
+    p = rank * (kh + kw)
     component = torch.cat([torch.arange(rank).repeat_interleave(k) for k in (kh, kw)]).to(x.device)
-    damping = x.new_full((len(todo), 1), 1e-3)
+    one_h, one_w = torch.eye(kh, dtype=x.dtype, device=x.device), torch.eye(kw, dtype=x.dtype, device=x.device)
     small = 1e-12 * torch.eye(rank, dtype=x.dtype, device=x.device)
+    damping = x.new_full((len(todo), 1), 1e-3)
     for _ in range(n_iter):
-        xs, a0, b0 = x[todo], a[todo], b[todo]
         n = len(todo)
+        if n == 0:
+            break
+        xs, a0, b0, before = x[todo], a[todo], b[todo], error[todo]
         q, r = torch.linalg.qr(khatri_rao(a0, b0))
         seen = xs @ q
-        c = torch.linalg.solve_triangular(r.mT + small, seen, upper=False, left=False)
+        inverse = torch.linalg.solve_triangular(r + small, torch.eye(rank, dtype=x.dtype, device=x.device), upper=True)
+        c = seen @ inverse.mT
         rest = xs - seen @ q.mT
-        # column (r, m) of `change`: how component r of the design moves with entry m of A, then of B
+        # column (r, m) of `change`: how component r of M moves with entry m of A, then of B
         by_a = (one_h[:, None, None, :] * b0[:, None, :, :, None]).flatten(3).flatten(1, 2)
         by_b = (a0[:, :, None, :, None] * one_w[:, None, :]).flatten(3).flatten(1, 2)
         change = torch.cat([by_a, by_b], 2)
-        outside = change - q @ (q.mT @ change)
+        inside = q.mT @ change
+        outside = change - q @ inside
+        slopes = c.mT @ rest  # (n, R, Kh*Kw)
+        by_component = slopes @ change  # (n, R, p)
+        gradient = by_component[:, component, torch.arange(p, device=x.device)]
         hessian = (outside.mT @ outside) * (c.mT @ c)[:, component][:, :, component]
-        slope = ((c.mT @ rest)[:, component] * outside.mT).sum(2)
-        ridge = damping * hessian.diagonal(dim1=1, dim2=2).amax(1, keepdim=True) + 1e-300
-        move = torch.linalg.solve_ex(hessian + torch.diag_embed(ridge.expand_as(slope)), slope[:, :, None])[0][..., 0]
+        # second-order terms: the curvature of M, and how C follows
+        curved = (before > _NEARLY_LOW_RANK)[:, None, None].to(x.dtype)
+        moved = rest @ change
+        cross = by_component[:, component] * (inverse @ inside)[:, component].mT
+        hessian += curved * (
+            cross + cross.mT - (moved.mT @ moved) * (inverse @ inverse.mT)[:, component][:, :, component]
+        )
+        pair = x.new_zeros(n, rank, kh, rank, kw)
+        pair.diagonal(dim1=1, dim2=3).copy_((curved * slopes).unflatten(2, (kh, kw)).permute(0, 2, 3, 1))
+        block = pair.flatten(3).flatten(1, 2)
+        hessian[:, : rank * kh, rank * kh :] -= block
+        hessian[:, rank * kh :, : rank * kh] -= block.mT
+        ridge = damping * hessian.diagonal(dim1=1, dim2=2).amax(1, keepdim=True).clamp_min(1e-300)
+        move = torch.linalg.solve_ex(hessian + torch.diag_embed(ridge.expand(n, p)), gradient[:, :, None])[0][..., 0]
         new_a = _unit(a0 + move[:, : rank * kh].reshape(n, rank, kh).mT)
         new_b = _unit(b0 + move[:, rank * kh :].reshape(n, rank, kw).mT)
         new_error = _projection_error(xs, new_a, new_b)
-        better = new_error < error[todo]
-        fell = torch.where(better, error[todo] - new_error, 0)
+        better = new_error < before
         taken = todo[better]
         a[taken], b[taken], error[taken] = new_a[better], new_b[better], new_error[better]
-        damping = (damping * torch.where(better, 0.3, 4.0)[:, None]).clamp(1e-12, 1e6)
-        going = (error[todo] > 1e-24) & ((fell > 1e-3 * error[todo]) | (~better & (damping[:, 0] < 1e3)))
+        damping = (damping * torch.where(better, 0.1, 4.0)[:, None]).clamp(1e-12, 1e6)
+        fell = before - error[todo]
+        going = (error[todo] > _EXACT) & torch.where(better, fell > tol * before, damping[:, 0] < 10)
         todo, damping = todo[going], damping[going]
-        if len(todo) == 0:
-            break
     return a, b, error
 
 

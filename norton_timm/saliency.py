@@ -155,6 +155,9 @@ def _largest_angle(factor: Tensor, eps: float, squared_sine: bool = False) -> Te
     basis, rank = _orthonormal(factor, eps)
     o, d, r = basis.shape
     out = basis.new_zeros(o, o)
+    whole = rank == d  # such a span holds every other one: no angle
+    if whole.all():
+        return out
     rows = max(1, _CHUNK // (o * r * r))
     flat = basis.mT.reshape(o * r, d)
     for start in range(0, o, rows):
@@ -164,8 +167,8 @@ def _largest_angle(factor: Tensor, eps: float, squared_sine: bool = False) -> Te
         angle = torch.arccos(cosine.clamp_(0, 1))
         # the cosine is blind to small angles; the sine, from the explicit residual, is not
         i, j = torch.nonzero(cosine > 1 - 5e-7, as_tuple=True)
-        upper = j > i
-        i, j = i[upper], j[upper]
+        ask = (j > i) & ~whole[i + start] & ~whole[j + start]
+        i, j = i[ask], j[ask]
         for part in torch.arange(len(i), device=i.device).split(max(1, _CHUNK // (d * r))):
             sine = _largest_sine(
                 basis[i[part] + start], basis[j[part] + start], rank[i[part] + start], rank[j[part] + start]
@@ -174,7 +177,7 @@ def _largest_angle(factor: Tensor, eps: float, squared_sine: bool = False) -> Te
         out[start:stop, start:] = angle
     both_empty = (rank[:, None] == 0) & (rank[None, :] == 0)
     one_empty = (rank[:, None] == 0) ^ (rank[None, :] == 0)
-    out.masked_fill_(one_empty, math.pi / 2).masked_fill_(both_empty, 0)
+    out.masked_fill_(whole[:, None] | whole[None, :] | both_empty, 0).masked_fill_(one_empty, math.pi / 2)
     return out.sin_().square_() if squared_sine else out
 
 
