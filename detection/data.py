@@ -139,7 +139,7 @@ class CocoDataset(Dataset):
     def __getitem__(self, index: int) -> tuple[torch.Tensor, dict[str, Any]]:
         image, target = self.load(index)
         if self.transforms is not None:
-            image, target = self.transforms(image, target, self.flip_indices, self._item_seed(index))
+            image, target = self.transforms(image, target, self.flip_indices, self.item_seed(index))
         tensors = {k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in target.items()}
         return to_tensor(image), tensors
 
@@ -172,14 +172,15 @@ class CocoDataset(Dataset):
         image_id = self.image_ids[index]
         return [self._labels[a['category_id']] for a, _ in self._objects(image_id, *self.height_and_width(index))]
 
-    def _item_seed(self, index: int) -> int:
+    def item_seed(self, index: int) -> int:
+        """Number that decides the random choices for an item in this epoch."""
         if self.seed is None:
             return int(torch.randint(2**62, ()))
         return int(np.random.SeedSequence([self.seed, int(self._epoch), index]).generate_state(1, np.uint64)[0] >> 2)
 
     def _objects(self, image_id: int, height: int, width: int) -> list[tuple[dict[str, Any], tuple[float, ...]]]:
         """Annotations to train on, each with its box clipped to the image (xyxy)."""
-        found = []
+        found: list[tuple[dict[str, Any], tuple[float, ...]]] = []
         for record in self.coco.imgToAnns.get(image_id, ()):
             if record['iscrowd'] or record['category_id'] not in self._labels:
                 continue

@@ -206,7 +206,9 @@ def _manifest(root: Path) -> dict[str, Any] | None:
 def _write_split(root: Path, split: str, count: int, size: tuple[int, int], seed: int) -> None:
     folder = root / f'{split}2017'
     folder.mkdir(parents=True, exist_ok=True)
-    images, objects, persons = [], [], []
+    images: list[dict[str, Any]] = []
+    objects: list[dict[str, Any]] = []
+    persons: list[dict[str, Any]] = []
     for index in range(count):
         rng = np.random.default_rng([seed, 0 if split == 'train' else 1, index])
         scene = _draw_scene(index, size, rng)
