@@ -47,10 +47,7 @@ def detector_from_config(config: RunConfig, meta: dict[str, Any]) -> Generalized
     rcnn = options.pop('rcnn')
     if meta['num_keypoints']:
         options['num_keypoints'] = meta['num_keypoints']
-    try:
-        return build_detector(config.task, num_classes=meta['num_classes'], **options, **rcnn)
-    except TypeError as error:
-        raise ValueError(f'model.rcnn: {error}') from error
+    return build_detector(config.task, num_classes=meta['num_classes'], **options, **rcnn)
 
 
 def save_checkpoint(path: str | Path, content: dict[str, Any]) -> Path:

@@ -18,7 +18,7 @@ import timm
 import yaml
 
 from detection.backbone import NORMS
-from detection.rcnn import RECIPES, TASKS
+from detection.rcnn import RCNN_OPTIONS, RECIPES, TASKS
 from detection.settings import ConfigError, build, merge, nested, parse, plain, read_yaml
 
 AMP = ('none', 'bf16', 'fp16')
@@ -161,6 +161,11 @@ def _check(config: RunConfig) -> list[str]:
         for key, value, allowed in choices
         if value not in allowed
     ]
+    for name in model.rcnn:
+        if name not in RCNN_OPTIONS:
+            near = get_close_matches(str(name), RCNN_OPTIONS, n=1, cutoff=0.5)
+            hint = f'did you mean {near[0]}?' if near else f'expected one of {", ".join(RCNN_OPTIONS)}'
+            problems.append(f'unknown key model.rcnn.{name}: {hint}')
     positive: dict[str, float | None] = {
         'data.batch_size': data.batch_size,
         'model.max_size': model.max_size,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +29,12 @@ DEFAULT_MIN_SIZE: dict[str, tuple[int, ...]] = {
     'keypoint': (640, 672, 704, 736, 768, 800),
 }
 ROI_SIZE = 7
+# torchvision hands names it does not know to its image transform, which ignores them: so they are checked here
+RCNN_OPTIONS = tuple(
+    name
+    for name in inspect.signature(FasterRCNN.__init__).parameters
+    if name.startswith(('rpn_', 'box_', 'bbox_')) and not name.endswith(('_generator', '_head', '_pool', '_predictor'))
+)
 
 
 class _KeypointPredictor(KeypointRCNNPredictor):
@@ -81,7 +88,7 @@ def build_detector(
         mask_layers: widths of the convolutions of the mask head.
         keypoint_layers: widths of the convolutions of the keypoint head.
         anchor_sizes: in pixels of the resized image, one for each of the five pyramid levels.
-        **rcnn: further arguments of torchvision's classes, e.g. `box_score_thresh`, `rpn_post_nms_top_n_test`.
+        **rcnn: further arguments of torchvision's classes, see `RCNN_OPTIONS`, e.g. `box_score_thresh`.
 
     Raises:
         ValueError: an argument is not one of the choices; the message lists them.
@@ -90,6 +97,9 @@ def build_detector(
         raise ValueError(f'task is {task!r}, expected one of {", ".join(TASKS)}')
     if recipe not in RECIPES:
         raise ValueError(f'recipe is {recipe!r}, expected one of {", ".join(RECIPES)}')
+    unknown = [name for name in rcnn if name not in RCNN_OPTIONS]
+    if unknown:
+        raise ValueError(f'unknown arguments {", ".join(unknown)}, expected some of {", ".join(RCNN_OPTIONS)}')
     if num_classes is None:
         num_classes = DEFAULT_CLASSES[task]
     if num_classes < 2:

@@ -105,6 +105,10 @@ def test_all_problems_are_reported_together(tmp_path: Path) -> None:
         ({'data': {'jitter': [2.0, 1.0]}}, 'data.jitter is [2.0, 1.0], expected two factors'),
         ({'model': {'keypoint_layers': []}}, 'model.keypoint_layers is [], expected one width or more'),
         ({'model': {'mask_layers': ['a']}}, "model.mask_layers is ['a'], expected a list of int"),
+        (
+            {'model': {'rcnn': {'box_nms_treshold': 1}}},
+            'unknown key model.rcnn.box_nms_treshold: did you mean box_nms_thresh?',
+        ),
         ({'model': {'norm': 'frozen'}}, "model.norm 'frozen' needs model.pretrained or model.weights"),
         ({'model': {'frozen_stages': 5}}, 'model.frozen_stages is 5, expected 0 to 4'),
     ],

@@ -164,6 +164,7 @@ def test_frozen_stages_stay_in_training() -> None:
     [
         ({'task': 'boxes'}, "task is 'boxes', expected one of box, mask, keypoint"),
         ({'recipe': 'half'}, "recipe is 'half', expected one of backbone"),
+        ({'colour': 1}, 'unknown arguments colour, expected some of rpn_pre_nms'),
         ({'norm': 'none'}, "norm is 'none', expected one of train, frozen, sync"),
         ({'norm': 'frozen'}, "norm='frozen' needs backbone weights"),
         ({'num_classes': 1}, 'num_classes is 1, expected 2 or more'),

@@ -98,7 +98,7 @@ def test_wrong_arguments_to_training(
     arguments: list[str], parts: list[str], tool, sample: Path, tmp_path: Path
 ) -> None:
     data = [] if '--data' in arguments else ['--data', str(sample)]
-    code, out, err = tool('train_det.py', *arguments, *data)
+    code, _, err = tool('train_det.py', *arguments, *data)
     lines = [line for line in err.splitlines() if not line.startswith(('train', 'evaluate'))]
     assert code == 2, err
     assert len(lines) == 1, err
