@@ -35,8 +35,8 @@ class DataConfig:
     workers: int = 4  # loading processes
     flip: float = 0.5  # probability of a horizontal flip
     color: float = 0.0  # strength of colour changes, 0 to 1
-    jitter: tuple[float, ...] = (1.0, 1.0)  # range of a random scale factor
-    crop: tuple[int, ...] | None = None  # height, width of a random crop; the factor is then relative to its size
+    jitter: tuple[float, float] = (1.0, 1.0)  # range of a random scale factor
+    crop: tuple[int, int] | None = None  # height, width of a random crop; the factor is then relative to its size
     safe_crop: float = 0.0  # probability of a random crop that cuts no object off entirely
 
 

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from timm.utils import ModelEmaV3
@@ -24,7 +24,7 @@ from detection.config import RunConfig
 from detection.data import CocoDataset
 from detection.distributed import is_main, rank, world_size
 from detection.evaluator import IOU_TYPES, CocoEvaluator
-from detection.loader import eval_loader, train_loader
+from detection.loader import BatchStream, eval_loader, train_loader
 from detection.optim import build_optimizer, learning_rate
 
 __all__ = ['Trainer', 'evaluate', 'load_checkpoint', 'load_detector', 'save_checkpoint']
@@ -199,7 +199,8 @@ class Trainer:
         epoch, done = divmod(self.iteration, self.steps_per_epoch)
         accumulate = self.config.optim.accumulate
         self.train_set.set_epoch(epoch)
-        self.loader.batch_sampler.set_epoch(epoch, done * accumulate)
+        stream = cast(BatchStream, self.loader.batch_sampler)
+        stream.set_epoch(epoch, done * accumulate)
         batches = []
         for batch in self.loader:
             batches.append(batch)
@@ -222,7 +223,7 @@ class Trainer:
             wait = contextlib.nullcontext() if last or world_size() == 1 else self.wrapped.no_sync()  # type: ignore
             with wait:
                 losses = self._losses(images, targets)
-                self.scaler.scale(sum(losses.values()) / len(batches)).backward()
+                self.scaler.scale(torch.stack(list(losses.values())).sum() / len(batches)).backward()
             values = torch.stack([v.detach().float() for v in losses.values()]).tolist()
             parts = dict(zip(losses, values))
             if not all(math.isfinite(v) for v in values):

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import cv2
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -99,10 +100,10 @@ def _enlarge(image: Image, found: dict[str, Tensor], side: int = 320) -> tuple[I
     factor = max(1, round(side / max(image.shape[:2])))
     if factor == 1:
         return image, found
-    image = cv2.resize(image, None, fx=factor, fy=factor, interpolation=cv2.INTER_CUBIC)
+    large = np.asarray(cv2.resize(image, None, fx=factor, fy=factor, interpolation=cv2.INTER_CUBIC), np.uint8)
     scaled = {**found, 'boxes': found['boxes'] * factor}
     if 'keypoints' in found:
         scaled['keypoints'] = found['keypoints'] * torch.tensor([factor, factor, 1.0])
     if 'masks' in found:
         scaled['masks'] = nn.functional.interpolate(found['masks'], scale_factor=factor, mode='bilinear')
-    return image, scaled
+    return large, scaled
