@@ -196,9 +196,9 @@ def _pack(
     return recipe, tensors
 
 
-def _digest(recipe: str, tensors: Mapping[str, Tensor]) -> str:
+def _digest(recipe: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 of the recipe and of every tensor's name, type, shape and bytes."""
-    digest = hashlib.sha256(recipe.encode())
+    digest = hashlib.sha256(json.dumps(recipe).encode())
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f'\0{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0'.encode())
@@ -246,8 +246,10 @@ def _umask() -> int:
 
 
 def _write(path: Path, recipe: Recipe, tensors: dict[str, Tensor]) -> None:
-    text = json.dumps(recipe.to_dict(), allow_nan=False)
-    save_file(tensors, path, {'format': 'pt', _RECIPE: text, _DIGEST: _digest(text, tensors)})
+    values = recipe.to_dict()
+    values = {_DIGEST: _digest(values, tensors), **values}
+    # one entry only: safetensors writes several in random order, and equal networks should give equal files
+    save_file(tensors, path, {_RECIPE: json.dumps(values, allow_nan=False)})
 
 
 def _weights_file(path: str | os.PathLike[str]) -> Path:
@@ -280,13 +282,11 @@ def _read(path: Path) -> tuple[Recipe, dict[str, Tensor]]:
         values = json.loads(metadata[_RECIPE])
     except (ValueError, RecursionError):
         raise ValueError(f'{path}: the recipe is not JSON') from None
-    if isinstance(values, dict) and values.get('format') == FORMAT and not _intact(metadata, tensors):
-        raise ValueError(f'{path}: the checksum does not hold, the file is damaged')
+    if isinstance(values, dict) and values.get('format') == FORMAT:  # others may have another kind of checksum
+        expected = values.pop(_DIGEST, None)
+        if expected != _digest(values, tensors):
+            raise ValueError(f'{path}: the checksum does not hold, the file is damaged')
     try:
         return Recipe.from_dict(values), tensors
     except ValueError as error:
         raise ValueError(f'{path}: {error}') from None
-
-
-def _intact(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> bool:
-    return metadata.get(_DIGEST) == _digest(metadata[_RECIPE], tensors)

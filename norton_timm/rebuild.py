@@ -19,7 +19,8 @@ from norton_timm.recipe import CFG_KEYS, KWARGS, SETTINGS, WIDTHS, Recipe, check
 from norton_timm.resize import Owned, decompose_shapes, first_channels, fit, owned_tensors, runs_through
 from norton_timm.shortcut import ChannelMap
 
-_STATE = ('training', 'grad_checkpointing', 'tuned', 'num_classes')  # not part of what a network is
+# not part of what a network is; `scales` are set by a detector's first image
+_STATE = ('training', 'grad_checkpointing', 'tuned', 'num_classes', 'scales')
 
 
 # ---- from a network to its recipe

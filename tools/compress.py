@@ -36,17 +36,19 @@ def main() -> None:
     parser.add_argument('--checkpoint', type=Path, help='weights of the dense model: .safetensors, .pt or .pth')
     parser.add_argument('--num-classes', type=int, help='outputs of the dense model')
     parser.add_argument('--input-size', type=int, help='pixels a side, for MACs and latency')
-    parser.add_argument('--report', type=Path, help='per-layer figures to write, .json')
+    parser.add_argument('--report', type=Path, help='per-layer figures to write, .json or .html')
     args = parser.parse_args()
 
     from norton_timm import compress, tune_forms
     from norton_timm.checkpoint import check_output, save, write_text
     from norton_timm.dense import dense_model, image_of, make_spec
     from norton_timm.latency import compare_latency
+    from norton_timm.measure import channels_last
+    from norton_timm.report_html import to_html
 
     check_output(args.output, '.safetensors')
     if args.report is not None:
-        check_output(args.report, '.json')
+        check_output(args.report, '.json', '.html')
     fields, budget = ({k: getattr(args, k) for k in n if getattr(args, k) is not None} for n in (FIELDS, BUDGETS))
     spec = None if budget else make_spec(args.spec, **fields)
     if budget and (args.spec or set(fields) - {'method'}):
@@ -59,15 +61,17 @@ def main() -> None:
         spec = find_spec(dense, **budget, **fields, example_input=image)
     model, report = compress(dense, spec, image)
     tuned = copy.deepcopy(model)
-    tune_forms(tuned, image)  # a copy: what is fastest on this machine is not written into the file
-    before, after = compare_latency({'dense': dense, 'compressed': tuned}, image).values()
-    save(model, args.output, spec=spec, latency_ms={'dense': before, 'compressed': after})
+    tune_forms(tuned, channels_last(image))  # a copy: what is fastest here is not written into the file
+    times = compare_latency({'dense': dense, 'compressed': model, 'tuned': tuned}, image)
+    before, after, best = times.values()
+    save(model, args.output, spec=spec, latency_ms=times)
     if args.report is not None:
-        write_text(args.report, report.to_json())
+        page = args.report.suffix == '.html'
+        write_text(args.report, to_html(report, args.model, (before, after)) if page else report.to_json())
     print(report)
     print(
-        f'measured: {before:.1f} -> {after:.1f} ms ({before / after:.2f} times as fast) for one image of '
-        f'{tuple(image.shape[1:])} on {image.device.type} with {torch.get_num_threads()} threads, median of 7'
+        f'measured: {before:.1f} -> {after:.1f} ms ({before / after:.2f} times as fast; {best:.1f} ms with forms tuned '
+        f'here) for one image of {tuple(image.shape[1:])} on {image.device.type}, {torch.get_num_threads()} threads'
     )
     print(f'wrote {args.output}: {args.output.stat().st_size / 1e6:.1f} MB')
 
