@@ -3,6 +3,9 @@
 ``import norton_timm`` registers the compressed networks with timm.
 """
 
+from norton_timm.authors import convert_authors_checkpoint
+from norton_timm.budget import find_spec
+from norton_timm.checkpoint import load, save
 from norton_timm.complexity import Complexity, count
 from norton_timm.compress import compress, reshape
 from norton_timm.cp import CPFactors, cp_decompose
@@ -20,16 +23,20 @@ __version__ = '0.1.0'
 __all__ = [
     'CPDConv2d',
     'CPFactors',
+    'Complexity',
     'CompressionReport',
     'CompressionSpec',
-    'Complexity',
     'compress',
+    'convert_authors_checkpoint',
     'count',
     'cp_decompose',
     'filter_distance',
+    'find_spec',
     'hosvd',
+    'load',
     'models',
     'reshape',
+    'save',
     'select_filters',
     'set_form',
     'tune_forms',

@@ -58,36 +58,65 @@ class _Reached(Exception):
     """Ends a forward pass at the layer that was wanted."""
 
 
-def _call(model: nn.Module, layer: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Input and output of a layer of ``model``; what comes behind it is not run."""
+def _input_of(model: nn.Module, layer: nn.Module, images: Tensor) -> Tensor:
+    """Input of a layer of ``model``; the layer and what comes behind it are not run."""
     found: list[Tensor] = []
 
-    def stop(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
-        found.extend((args[0], out))
+    def stop(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        found.append(args[0])
         raise _Reached
 
-    hook = layer.register_forward_hook(stop)
+    hook = layer.register_forward_pre_hook(stop)
     try:
         model(images)
     except _Reached:
         pass
     finally:
         hook.remove()
-    return found[0], found[1]
+    return found[0]
+
+
+class _Samples:
+    """Outputs of the dense network's layers, at the same few places of every map, from one pass per batch.
+
+    Attributes:
+        places: layer name -> indices into the flattened output map.
+        wanted: layer name -> for each batch, outputs (N, O, places).
+    """
+
+    def __init__(self, dense: nn.Module, names: Iterable[str], batches: list[Tensor], per_image: int) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.places: dict[str, Tensor] = {}
+        self.wanted: dict[str, list[Tensor]] = {name: [] for name in names}
+
+        def record(name: str, y: Tensor) -> None:
+            if name not in self.places:
+                self.places[name] = torch.randperm(y[0, 0].numel(), generator=generator)[:per_image].to(y.device)
+            self.wanted[name].append(y.flatten(2)[:, :, self.places[name]])
+
+        hooks = [
+            dense.get_submodule(name).register_forward_hook(lambda m, a, y, name=name: record(name, y))
+            for name in self.wanted
+        ]
+        try:
+            for images in batches:
+                dense(images)
+        finally:
+            for hook in hooks:
+                hook.remove()
 
 
 def _moments(
-    layer: nn.Conv2d | CPDConv2d, pairs: Iterable[tuple[Tensor, Tensor]], per_image: int, generator: torch.Generator
+    layer: nn.Conv2d | CPDConv2d, inputs: Iterable[Tensor], wanted: Iterable[Tensor], places: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Second moments of the input patches, (P, P), and of patches and wanted outputs, (P, O); P = I * Kh * Kw."""
     padding = conv_padding(layer) if isinstance(layer, nn.Conv2d) else layer.padding
     gram = cross = torch.zeros(())
     count = 0
-    for x, y in pairs:
+    for x, y in zip(inputs, wanted):
         patches = F.unfold(x, layer.kernel_size, layer.dilation, padding, layer.stride)  # type: ignore[arg-type]
-        places = torch.randperm(patches.shape[2], generator=generator)[:per_image].to(x.device)
         p = patches[:, :, places].transpose(1, 2).flatten(0, 1).double()
-        t = y.flatten(2)[:, :, places].transpose(1, 2).flatten(0, 1).double()
+        t = y.transpose(1, 2).flatten(0, 1).double()
         gram, cross, count = gram + p.mT @ p, cross + p.mT @ t, count + len(p)
     return gram / count, cross / count
 
@@ -133,8 +162,7 @@ def refit(
     """Refit each convolution of ``compressed``, in order, to give the dense network's output from its own input.
 
     The input already carries the error of the layers before, so that each layer also makes up for theirs. A
-    CPDConv2d keeps its spatial factors and gets new pointwise ones. Batch norms that follow are re-estimated
-    before the next layer is fitted.
+    CPDConv2d keeps its spatial factors and gets new pointwise ones. Layers of several groups are left as they are.
 
     Args:
         compressed: the network to repair, in place; its layers have the names they have in ``dense``.
@@ -147,31 +175,27 @@ def refit(
     Returns:
         Names of the layers that were refitted.
     """
-    generator = torch.Generator().manual_seed(0)
     images = list(_images(batches, compressed))
-    layers = _in_order(compressed, images[0][:1])
-    fitted = []
+    layers = {
+        name: layer
+        for name, layer in _in_order(compressed, images[0][:1]).items()
+        if isinstance(layer, CPDConv2d) or _changed(layer, dense.get_submodule(name))
+    }
     with evaluating(compressed), evaluating(dense):
+        samples = _Samples(dense, layers, images, per_image)
         for name, layer in layers.items():
-            target = dense.get_submodule(name)
-            if isinstance(layer, nn.Conv2d) and not _changed(layer, target):
-                continue
-            index = kept.get(name)
-
-            def pairs(layer: Any = layer, target: Any = target, index: Tensor | None = index):
-                for x in images:
-                    given, _ = _call(compressed, layer, x)
-                    _, wanted = _call(dense, target, x)
-                    yield given, wanted if index is None else wanted[:, index.to(wanted.device)]
-
-            bias = layer.bias.view(1, -1, 1, 1) if layer.bias is not None else 0
-            gram, cross = _moments(layer, ((x, y - bias) for x, y in pairs()), per_image, generator)
+            wanted = samples.wanted.pop(name)
+            if name in kept:
+                wanted = [y[:, kept[name].to(y.device)] for y in wanted]
+            if layer.bias is not None:
+                wanted = [y - layer.bias[:, None] for y in wanted]
+            inputs = (_input_of(compressed, layer, x) for x in images)
+            gram, cross = _moments(layer, inputs, wanted, samples.places[name])
             if isinstance(layer, CPDConv2d):
                 layer.pointwise.copy_(_refit_cpd(layer, gram, cross, ridge).reshape(layer.pointwise.shape))
             else:
                 layer.weight.copy_(_refit_dense(layer.weight, gram, cross, ridge))
-            fitted.append(name)
-    return fitted
+    return list(layers)
 
 
 def _changed(layer: nn.Conv2d, target: nn.Module) -> bool:

@@ -261,7 +261,7 @@ def test_whole_detector(kind):
     assert compressed.roi_heads.box_head.fc6.in_features == 128 * 49
     with torch.no_grad():
         assert compressed(image)[0].keys() == model(image)[0].keys()
-    assert report.after.macs < 0.6 * report.before.macs
+    assert report.after.macs < (0.6 if kind == 'fasterrcnn' else 0.8) * report.before.macs
     targets = [dict(boxes=torch.tensor([[5.0, 5, 60, 60]]), labels=torch.tensor([1]))]
     if kind == 'maskrcnn':
         targets[0]['masks'] = torch.ones(1, 96, 128, dtype=torch.uint8)
