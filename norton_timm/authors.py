@@ -174,14 +174,14 @@ def guess_architecture(tensors: Mapping[str, Tensor]) -> str:
     if blocks[3] == 0 and blocks[0] and blocks[0] == blocks[1] == blocks[2]:
         return f'resnet{6 * blocks[0] + 2}_cifar'
     deep = 'layer1.0.conv3.weight' in tensors
-    known = {
+    known: dict[tuple[bool, tuple[int, ...]], str] = {
         (True, (3, 4, 6, 3)): 'resnet50',
         (True, (3, 4, 23, 3)): 'resnet101',
         (True, (3, 8, 36, 3)): 'resnet152',
         (False, (2, 2, 2, 2)): 'resnet18',
         (False, (3, 4, 6, 3)): 'resnet34',
     }
-    found = known.get((deep, tuple(blocks)))  # type: ignore[call-overload]
+    found = known.get((deep, tuple(blocks)))
     if found is None:
         some = ', '.join(list(tensors)[:3])
         raise ValueError(
@@ -390,5 +390,5 @@ def _numpy_scalars() -> list[Any]:
     try:
         from numpy._core.multiarray import scalar
     except ImportError:  # NumPy 1
-        from numpy.core.multiarray import scalar
+        from numpy.core.multiarray import scalar  # type: ignore[no-redef]
     return [scalar, np.dtype, Float64DType, Float32DType, Int64DType]

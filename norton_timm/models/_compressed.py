@@ -67,9 +67,9 @@ def uniform_rates(model: nn.Module, rate: float) -> str:
     return f'[0.]+[{rate / 2:g}]*{len(layout) - inner - 1}+[{rate:g}]*{inner}'
 
 
-def compressed_cfgs() -> dict[str, dict[str, Any]]:
+def compressed_cfgs() -> dict[str, dict[str, Any] | PretrainedCfg]:
     """`pretrained_cfg` of every tag, from its base's."""
-    cfgs = {}
+    cfgs: dict[str, dict[str, Any] | PretrainedCfg] = {}
     for method, bases in tags().items():
         for base, rows in bases.items():
             dense = get_pretrained_cfg(base, allow_unregistered=False)

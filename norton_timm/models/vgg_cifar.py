@@ -138,7 +138,7 @@ class VGGCifar(CifarNet):
         return self.classifier(x)
 
 
-_CFG = dict(first_conv='features.conv0', classifier='classifier.linear2', pool_size=(2, 2))
+_CFG: dict[str, Any] = dict(first_conv='features.conv0', classifier='classifier.linear2', pool_size=(2, 2))
 default_cfgs = generate_default_cfgs({f'vgg{depth}_bn_cifar': cifar_cfg(**_CFG) for depth in (16, 19)})
 
 
