@@ -71,8 +71,8 @@ class CocoDataset(Dataset):
         split: 'train' or 'val', or any other split that has an annotation file.
         task: 'box', 'mask' or 'keypoint'.
         transforms: What ``build_transforms`` returns.
-        min_keypoints: In the keypoint task, objects with fewer labelled keypoints are left out; by default 1 in
-            the training split, so that every person teaches the keypoint head, else 0.
+        min_keypoints: In the keypoint task, objects with fewer labelled keypoints are left out. By default none is:
+            a person without keypoints teaches the box head, and left out it would be taught as background.
         flip_pairs: Names or indices of keypoints that trade places in a mirror; by default those whose names differ
             in left / right only.
         annotations: Annotation file, if its name or place is not the usual one.
@@ -103,7 +103,7 @@ class CocoDataset(Dataset):
         task: str,
         transforms: Transform | None = None,
         *,
-        min_keypoints: int | None = None,
+        min_keypoints: int = 0,
         flip_pairs: Sequence[tuple[str | int, str | int]] | None = None,
         annotations: str | os.PathLike[str] | None = None,
         images: str | os.PathLike[str] | None = None,
@@ -125,7 +125,7 @@ class CocoDataset(Dataset):
             self.keypoint_names, self.skeleton = (), ()
         self.num_keypoints = len(self.keypoint_names)
         self.flip_indices = mirror_indices(self.keypoint_names, flip_pairs)
-        self.min_keypoints = min_keypoints if min_keypoints is not None else int(split.startswith('train'))
+        self.min_keypoints = min_keypoints
         # shared, so that persistent workers see it change
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 

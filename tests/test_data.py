@@ -143,9 +143,9 @@ def test_objects_without_a_mask_are_left_out_of_the_mask_task_only(tmp_path: Pat
     assert int(target['masks'].sum()) == 200
 
 
-def test_persons_without_keypoints_stay_for_evaluation(tiny_coco: Path) -> None:
-    every = CocoDataset(tiny_coco, 'train', 'keypoint', min_keypoints=0)
-    labelled = CocoDataset(tiny_coco, 'train', 'keypoint')
+def test_persons_without_keypoints_stay_unless_left_out(tiny_coco: Path) -> None:
+    every = CocoDataset(tiny_coco, 'train', 'keypoint')
+    labelled = CocoDataset(tiny_coco, 'train', 'keypoint', min_keypoints=1)
     count = sum(len(every[i][1]['boxes']) for i in range(50))
     records = [a for a in raw(tiny_coco, 'person_keypoints', 'train')['annotations'] if not a['iscrowd']]
     assert count == len(records)
