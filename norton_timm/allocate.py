@@ -57,13 +57,18 @@ class Allocator:
             self.coefficients.append(terms[useful])
             if is_layer and name in layers:
                 self.weight[k] = table.weights.get(name, 1.0)
-        self.members = {
-            g: ([costs.index[n] for n in who if n in costs.index], curves[[n in costs.index for n in who]])
-            for g, (who, curves) in table.left_at_keep.items()
-        }
+        self.read_selection()
         self.ranked = [k for k, o in enumerate(self.options) if len(o) > 1]
         self.touched = {g: np.flatnonzero(costs.makes[:, g] + costs.reads[:, g]) for g in self.members}
         self.unit = max(self.cost(self.dense()), 1e-12)
+
+    def read_selection(self) -> None:
+        """Take over the table's curves of what selection leaves of each layer."""
+        index = self.costs.index
+        self.members = {
+            g: ([index[n] for n in who if n in index], curves[[n in index for n in who]])
+            for g, (who, curves) in self.table.left_at_keep.items()
+        }
 
     # ---- what a choice costs and loses
 
@@ -159,27 +164,41 @@ class Allocator:
         """The cheapest choice."""
         return self.descend(1e12, self.descend(1e6, self.dense()))
 
-    def solve(self, target: float) -> Choice | None:
-        """The choice of least error found whose cost is at most ``target`` and, if possible, close to it."""
-        best: Choice | None = None
+    def solve(self, target: float) -> list[Choice]:
+        """Good choices whose cost is at most ``target`` and, if possible, close to it; the best by the table first."""
         starts = [*self._bracket(target, self.dense(), False)]
-        ranks = sorted({r for k in self.ranked for r in self.options[k]})
-        starts += [self.uniform(r) for r in ranks]
-        tried = set()
-        for start in starts:
-            key = start.option.tobytes()
-            if key in tried:
-                continue
-            tried.add(key)
-            _, below = self._bracket(target, start, True)
-            if self.cost(below) > target:
-                continue
-            below = self._swap_ranks(self.fill(below, target), target)
-            if best is None or self._order(below, target) < self._order(best, target):
-                best = below
-        return best
+        starts += [self.uniform(r) for r in sorted({r for k in self.ranked for r in self.options[k]})]
+        found: dict[bytes, Choice] = {}
+        for start in [*starts, self.dense()]:
+            choice = self.solve_channels(start, target)
+            if choice is not None:
+                choice = self._swap_ranks(choice, target)
+                found.setdefault(choice.option.tobytes(), choice)
+        return sorted(found.values(), key=lambda choice: self.order(choice, target))
 
-    def _order(self, choice: Choice, target: float) -> tuple[bool, float]:
+    def solve_channels(self, start: Choice, target: float) -> Choice | None:
+        """The best kept channels at the ranks of ``start``; None where they cannot meet the target."""
+        _, below = self._bracket(target, start, True)
+        return self.fill(below, target) if self.cost(below) <= target else None
+
+    def one_rate(self, rank: int, target: float) -> tuple[Choice, Choice] | None:
+        """One rank and one rate for all that meets the target, and the same with the rest of the budget spent."""
+        widths = self.costs.widths.astype(int)
+
+        def at(rate: float) -> Choice:
+            choice = self.uniform(rank)
+            for g in self.members:
+                choice.keep[g] = max(self.table.least[g], int(widths[g] * (1 - rate)))
+            return choice
+
+        low, high = 0.0, 1.0
+        for _ in range(16):
+            middle = (low + high) / 2
+            low, high = (middle, high) if self.cost(at(middle)) > target else (low, middle)
+        choice = at(high)
+        return (choice, self.fill(choice, target)) if self.cost(choice) <= target else None
+
+    def order(self, choice: Choice, target: float) -> tuple[bool, float]:
         """A choice that leaves much of the budget unused comes after all that meet it."""
         return self.cost(choice) < (1 - _SLACK) * target, self.error(choice)
 
@@ -228,11 +247,8 @@ class Allocator:
             better = self.descend(price, choice)
             if (better.option == choice.option).all():
                 return choice
-            _, below = self._bracket(target, better, True)
-            if self.cost(below) > target:
-                return choice
-            below = self.fill(below, target)
-            if self.error(below) >= self.error(choice):
+            below = self.solve_channels(better, target)
+            if below is None or self.order(below, target) >= self.order(choice, target):
                 return choice
             choice, price = below, self._price_of(below)
         return choice
@@ -251,6 +267,10 @@ class Allocator:
                 if slope + bend > 0 and gain > 0:
                     prices.append(gain / (slope + bend) * self.unit)
         return float(np.median(prices)) if prices else 1.0
+
+    def key(self, choice: Choice) -> tuple[str, bytes, bytes]:
+        """What tells one choice from another."""
+        return self.kind, choice.keep.tobytes(), choice.option.tobytes()
 
     def ranks(self, choice: Choice) -> dict[str, int]:
         """Rank by layer name of the layers that the choice decomposes."""

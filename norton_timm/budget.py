@@ -19,13 +19,15 @@ from norton_timm.cost import CostModel
 from norton_timm.groups import ChannelGraph
 from norton_timm.measure import MEGABYTE, latencies, layer_latencies, peak_memory
 from norton_timm.metadata import is_feature_extractor
-from norton_timm.sensitivity import Sensitivity, measure_sensitivity
+from norton_timm.sensitivity import Sensitivity, measure_sensitivity, refresh_selection, weighted_nmse
 from norton_timm.spec import METHODS, CompressionSpec
 
 logger = logging.getLogger(__name__)
 
 TOLERANCE = {'macs': 0.01, 'params': 0.01, 'memory_mb': 0.01, 'latency_ms': 0.05}
 _TRIALS = 12
+_CLOSE = 0.1  # a uniform setting within this share of the best error is compared exactly
+_REFINED = 3  # best choices by the table that are solved again with the selection at their own ranks
 
 
 def find_spec(
@@ -99,6 +101,10 @@ class Budget:
 
     Args:
         model, method, calibration, example_input: as for :func:`find_spec`.
+
+    Attributes:
+        table: the sensitivity table.
+        measure_seconds: how long a latency is measured.
     """
 
     def __init__(
@@ -118,7 +124,9 @@ class Budget:
         self.table: Sensitivity = measure_sensitivity(model, self.graph, method)
         if batches is not None:
             self.table.weights = loss_weights(model, self.graph, self.table, batches, method)
+        self.measure_seconds = 2.0
         self._allocators: dict[str, Allocator] = {}
+        self._errors: dict[tuple[str, bytes, bytes], float] = {}
 
     def allocator(self, kind: str) -> Allocator:
         """The solver for a cost kind: ``macs``, ``params`` or ``ms``."""
@@ -147,6 +155,59 @@ class Budget:
 
     # ---- targets
 
+    def solve(self, allocator: Allocator, budget: float) -> Choice:
+        """The choice of least error at a cost budget, with the selection that its own ranks lead to."""
+        refresh_selection(self.table, self.graph, self.method, {})
+        allocator.read_selection()
+        found = allocator.solve(budget)
+        if not found:
+            return allocator.least()
+        dense = [choice for choice in found[_REFINED:] if not choice.option.any()]
+        refined = []
+        for choice in found[:_REFINED] + dense:
+            self._select_at(choice, allocator)
+            refined.append(allocator.solve_channels(choice, budget) or choice)
+        refined.sort(key=lambda choice: self._order(choice, allocator, budget))
+        return self._settle(refined, allocator, budget)
+
+    def _select_at(self, choice: Choice, allocator: Allocator) -> None:
+        refresh_selection(self.table, self.graph, self.method, allocator.ranks(choice))
+        allocator.read_selection()
+
+    def _order(self, choice: Choice, allocator: Allocator, budget: float) -> tuple[bool, float]:
+        return allocator.order(choice, budget)[0], self.error(choice, allocator)
+
+    def _settle(self, found: list[Choice], allocator: Allocator, budget: float) -> Choice:
+        """The best of ``found``; where a uniform setting comes close by the table, all close ones are worked out.
+
+        Random starts of the decomposition make the selection of a group vary by more than the table resolves,
+        above all in narrow layers.
+        """
+        close: list[Choice] = []
+        limit = self._order(found[0], allocator, budget)
+        limit = (limit[0], limit[1] * (1 + _CLOSE))
+        for rank in [0, *sorted({r for k in allocator.ranked for r in allocator.options[k]} - {0})]:
+            pair = allocator.one_rate(rank, budget)
+            close += [c for c in pair or () if self._order(c, allocator, budget) <= limit]
+        if not close:
+            return found[0]
+        close += [c for c in found if self._order(c, allocator, budget) <= limit]
+        logger.info('%d choices are close to the best: working out their errors', len(close))
+        errors = [
+            weighted_nmse(self.model, self.spec(c, allocator), self.example_input, self.table.weights) for c in close
+        ]
+        best = close[min(range(len(close)), key=lambda k: errors[k])]
+        self._errors[allocator.key(best)] = min(errors)
+        return best
+
+    def error(self, choice: Choice, allocator: Allocator) -> float:
+        """Total weighted NMSE of a choice, by the table at the choice's ranks."""
+        key = allocator.key(choice)
+        if key not in self._errors:
+            self._select_at(choice, allocator)
+            self._errors[key] = allocator.error(choice)
+        return self._errors[key]
+
     def find(self, kind: str, target: float) -> CompressionSpec:
         """See :func:`find_spec`.
 
@@ -161,10 +222,14 @@ class Budget:
             return self._hit(kind, kind, target, lambda m: getattr(self.complexity(m), kind) / whole)
         if kind == 'memory_mb':
             return self._memory(target)
-        (whole,) = latencies([self.model], self.example_input)
+
+        def measure(model: nn.Module) -> float:
+            return latencies([model], self.example_input, self.measure_seconds)[0]
+
+        whole = measure(self.model)
         self.costs.set_latency(layer_latencies(self.model, self.example_input), whole)
         self._allocators.pop('ms', None)
-        return self._hit('ms', kind, target, lambda m: latencies([m], self.example_input)[0])
+        return self._hit('ms', kind, target, measure)
 
     def _memory(self, target: float) -> CompressionSpec:
         """Both parameters and MACs shrink memory; of the two ways, the one that loses less."""
@@ -201,10 +266,9 @@ class Budget:
         high = (1.0, whole)
         fraction = target / whole
         nearest: tuple[float, Choice] | None = None
-        aim = TOLERANCE[name] / 5
+        aim = TOLERANCE[name] / (2 if name == 'latency_ms' else 5)
         for _ in range(_TRIALS):
-            choice = allocator.solve(fraction * dense) if fraction > floor else None
-            choice = least if choice is None else choice
+            choice = self.solve(allocator, fraction * dense) if fraction > floor else least
             got = measure(self.build(self.spec(choice, allocator)))
             gap = abs(got / target - 1)
             logger.info('%s: budget %.4f of %s gives %.5g, wanted %.5g', name, fraction, kind, got, target)
@@ -213,7 +277,7 @@ class Budget:
             if gap <= aim:
                 break
             at = allocator.cost(choice) / dense
-            if choice is least and got > target:
+            if at <= floor * (1 + 1e-9) and got > target:
                 if nearest[0] > TOLERANCE[name]:
                     raise ValueError(f'{name}: got {target:g}, but the least that can be attained is {got:.4g}')
                 break
@@ -229,7 +293,7 @@ class Budget:
                 f'{name}: got {target:g}, but the nearest that was reached is {target * (1 + gap):.4g} or '
                 f'{target * (1 - gap):.4g} ({100 * gap:.1f} % off)'
             )
-        self._last_error = allocator.error(choice)
+        self._last_error = self.error(choice, allocator)
         return self.spec(choice, allocator)
 
     @staticmethod
@@ -272,15 +336,14 @@ class Budget:
         points: list[TradeOffPoint] = []
         best: Choice | None = None
         for fraction in sorted(set(fractions)):
-            choice = allocator.dense() if fraction == 1 else allocator.solve(fraction * dense)
-            if choice is None or (best is not None and allocator.error(best) < allocator.error(choice)):
-                choice = best or allocator.least()
+            choice = allocator.dense() if fraction == 1 else self.solve(allocator, fraction * dense)
+            if best is not None and self.error(best, allocator) < self.error(choice, allocator):
+                choice = best
             best = choice
             ranks, keep = allocator.ranks(choice), choice.keep.astype(float)
             shares = {k: self.costs.total(k, keep, ranks) / self.costs.dense[k] for k in ('macs', 'params')}
-            points.append(
-                TradeOffPoint(fraction, **shares, error=allocator.error(choice), spec=self.spec(choice, allocator))
-            )
+            spec, error = self.spec(choice, allocator), self.error(choice, allocator)
+            points.append(TradeOffPoint(fraction, **shares, error=error, spec=spec))
         return points[::-1]
 
 

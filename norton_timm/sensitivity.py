@@ -33,7 +33,8 @@ from norton_timm.selection import filters_of, layer_distance, removed_classes
 from norton_timm.spec import CompressionSpec
 from norton_timm.surgery import replace_module
 
-_KEPT_AT = np.linspace(0, 1, 11)  # fractions of a group's free channels at which the selection is run
+_KEPT_AT = np.linspace(0, 1, 17)  # fractions of a group's free channels at which the selection is run
+_EVERY_KEEP = 32  # groups of up to so many channels are selected at every number
 _MOST_RANKS = 12
 _LEAST_LEFT = 1e-9  # a layer always keeps this share of its energy, so that errors stay finite
 _CACHED = 16_384
@@ -76,27 +77,35 @@ def measure_sensitivity(model: nn.Module, graph: ChannelGraph, method: str = 'no
         method: ``norton`` or ``coring`` (which has no ranks).
     """
     table = Sensitivity()
-    spec = CompressionSpec(method=method, rank={'*': 1})
-    candidates, table.reasons = plan_ranks(model, spec)
-    first = next((n for n, m in model.named_modules() if isinstance(m, (nn.modules.conv._ConvNd, CPDConv2d))), '')
-    if candidates.pop(first, None) is not None:
-        table.reasons[first] = 'protected: first layer'
-    digests = {s.name: _digest(filters_of(s.module)) for g in graph.groups for s in g.members}
+    candidates, table.reasons = plan_ranks(model, CompressionSpec(method=method, rank={'*': 1}))
+    for name, why in plan_ranks(model, CompressionSpec(method=method))[1].items():
+        if why.startswith('protected') and name in candidates:
+            del candidates[name]
+            table.reasons[name] = why
     for name in candidates:
         weight = filters_of(model.get_submodule(name))
         ranks = _candidate_ranks(weight)
         if ranks:
-            key = digests.get(name) or _digest(weight)
+            key = _digest(weight)
             table.left_at_rank[name] = {0: 1.0, **{r: _left_at_rank(weight, key, r) for r in ranks}}
         else:
             table.reasons[name] = 'no rank would make it smaller'
-    convs = [s.name for g in graph.groups for s in g.members if not isinstance(s.module, nn.Linear)]
-    for number, group in enumerate(graph.groups):
-        if group.why_frozen or not set(group.names) & set(convs) or set(group.names) & {convs[0], convs[-1]}:
-            continue
-        table.least[number] = max(1, len(group.frozen))
-        table.left_at_keep[number] = group.names, _left_at_keep(group, digests, spec)
+    uniform = CompressionSpec(method=method, rates=0.5)  # what a single rate may prune, all rates may
+    for number, (group, keep, _) in enumerate(plan_pruning(model, graph, uniform)):
+        if keep < len(group.classes):
+            table.least[number] = max(1, len(group.frozen))
+    refresh_selection(table, graph, method, {})
     return table
+
+
+def refresh_selection(table: Sensitivity, graph: ChannelGraph, method: str, ranks: Mapping[str, int]) -> None:
+    """Set ``left_at_keep`` to what the selection of ``compress`` leaves at these ranks, on which distances depend."""
+    spec = CompressionSpec(method=method)
+    other = max(ranks.values(), default=1)
+    for number in table.least:
+        group = graph.groups[number]
+        used = [ranks.get(slot.name, other) for slot in group.members]
+        table.left_at_keep[number] = group.names, _left_at_keep(group, used, spec)
 
 
 def _digest(weight: Tensor) -> str:
@@ -133,32 +142,36 @@ def _left_at_rank(weight: Tensor, digest: str, rank: int) -> float:
     return max(float(_cache[key]), _LEAST_LEFT)
 
 
-def _left_at_keep(group: ChannelGroup, digests: Mapping[str, str], spec: CompressionSpec) -> np.ndarray:
+def _left_at_keep(group: ChannelGroup, ranks: list[int], spec: CompressionSpec) -> np.ndarray:
     """Energy left in each member (members, classes + 1) by the number of classes kept, by the spec's criterion."""
-    key = ('keep', spec.method, tuple(digests[n] for n in group.names), tuple(group.frozen), len(group.classes))
+    filters = [filters_of(slot.module) for slot in group.members]
+    # a 1x1 filter is a vector whatever the rank
+    ranks = [min(rank, f.shape[2] * f.shape[3]) if spec.method == 'norton' else 1 for rank, f in zip(ranks, filters)]
+    key = ('keep', spec.method, *map(_digest, filters), *ranks, tuple(group.frozen), len(group.classes))
     if key in _cache:
         return _cache[key]
     n = len(group.classes)
-    energy = torch.stack([_class_energy(s.module, p, n) for s, p in zip(group.members, group.places)]).numpy()
+    energy = torch.stack([_class_energy(f, p, n) for f, p in zip(filters, group.places)]).numpy()
+    stays = np.array([*group.frozen], dtype=int)
     free = np.array([k for k in range(n) if k not in group.frozen], dtype=int)
-    distances = [layer_distance(s.module, spec, 1, None).double().cpu() for s in group.members]
+    distances = [layer_distance(s.module, spec, r, None).double().cpu() for s, r in zip(group.members, ranks)]
     index = torch.from_numpy(free)
     distance = selection._merge(distances, group, n)[index][:, index]
-    points = sorted({1, *(round(f * len(free)) for f in _KEPT_AT[1:])})
-    known_at, known = [len(group.frozen)], [energy[:, list(group.frozen)].sum(1)]
+    few = len(free) <= _EVERY_KEEP
+    points = range(1, len(free) + 1) if few else sorted({1, *(round(f * len(free)) for f in _KEPT_AT[1:])})
+    known_at, known = [len(stays)], [energy[:, stays].sum(1)]
     for stay in points:
-        kept = np.concatenate([free[select_filters(distance, stay).numpy()], np.array([*group.frozen], dtype=int)])
-        known_at.append(stay + len(group.frozen))
+        kept = np.concatenate([free[select_filters(distance, stay).numpy()], stays])
+        known_at.append(stay + len(stays))
         known.append(energy[:, kept].sum(1))
     total = np.maximum(energy.sum(1), 1e-300)
     left = np.stack([np.interp(np.arange(n + 1), known_at, k) for k in np.array(known).T / total[:, None]])
+    left[:, n] = 1
     return _remember(key, np.maximum(left, _LEAST_LEFT))
 
 
-def _class_energy(module: nn.Module, places: np.ndarray, classes: int) -> Tensor:
-    return torch.zeros(classes, dtype=torch.float64).index_add_(
-        0, torch.from_numpy(places), _energy(filters_of(module))
-    )
+def _class_energy(filters: Tensor, places: np.ndarray, classes: int) -> Tensor:
+    return torch.zeros(classes, dtype=torch.float64).index_add_(0, torch.from_numpy(places), _energy(filters))
 
 
 # ---------------------------------------------------------------------------------------- errors of a given spec
