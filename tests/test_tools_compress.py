@@ -19,6 +19,7 @@ from torch import nn
 
 from norton_timm import CompressionSpec, CPDConv2d, count
 from norton_timm.checkpoint import load, read_metadata
+from norton_timm.dense import dense_model
 from norton_timm.latency import compare_latency
 from norton_timm.models import spec_of, tags
 
@@ -82,17 +83,16 @@ def test_options_and_weights_from_a_file(tmp_path):
     dense = timm.create_model('resnet20_cifar', num_classes=4)
     save_file(dense.state_dict(), tmp_path / 'a.safetensors')
     torch.save({'state_dict': dense.state_dict()}, tmp_path / 'b.pt')
-    models = []
+    out = tmp_path / 'out.safetensors'
+    options = ['--rank', 1, '--rates', 0.3, '--criterion', 'cosine', '--num-classes', 4]
+    done = tool('resnet20_cifar', *options, '--checkpoint', tmp_path / 'b.pt', '--output', out)
+    assert done.returncode == 0, done.stderr
+    model = load(out)
     for source in ('a.safetensors', 'b.pt'):
-        out = tmp_path / f'{source}.out.safetensors'
-        options = ['--rank', 1, '--rates', 0.3, '--criterion', 'cosine', '--num-classes', 4]
-        done = tool('resnet20_cifar', *options, '--checkpoint', tmp_path / source, '--output', out)
-        assert done.returncode == 0, done.stderr
-        models.append(load(out))
-    for name, tensor in models[0].state_dict().items():
-        assert torch.equal(tensor, models[1].state_dict()[name])
-    assert torch.equal(models[0].conv1.weight, dense.conv1.weight)  # the protected stem shows whose weights these are
-    assert any(isinstance(m, CPDConv2d) for m in models[0].modules())
+        read = dense_model('resnet20_cifar', checkpoint=tmp_path / source, num_classes=4)
+        assert all(torch.equal(t, dense.state_dict()[name]) for name, t in read.state_dict().items())
+    assert torch.equal(model.conv1.weight, dense.conv1.weight)  # the protected stem shows whose weights these are
+    assert any(isinstance(m, CPDConv2d) for m in model.modules())
 
 
 def test_compress_to_a_budget(tmp_path):
