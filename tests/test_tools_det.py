@@ -167,7 +167,7 @@ def test_three_processes_evaluate_as_one(sample: Path, tiny_coco: Path, tool, tm
 
 
 @pytest.mark.slow
-def test_two_processes_train_to_equal_weights(sample: Path, tmp_path: Path) -> None:
+def test_two_processes_train_one_run(sample: Path, tmp_path: Path) -> None:
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node=2',
                str(TOOLS / 'train_det.py'), '--task', 'keypoint', '--data', str(sample), '--iterations', '2',
                '--output', str(tmp_path / 'run'), *TINY]  # fmt: skip
