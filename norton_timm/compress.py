@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
-from norton_timm.calibrate import reestimate_batch_norm, refit
+from norton_timm.calibrate import refit
 from norton_timm.complexity import Complexity, layer_costs
 from norton_timm.cp import CPFactors, cp_decompose
 from norton_timm.groups import ChannelGraph
@@ -52,7 +52,7 @@ def compress(
         spec: what to decompose and prune.
         example_input: what the model's ``forward`` takes; by default one random image of the model's own size.
         calibration: batches of images (labels, if any, are ignored), a list or a loader that can be read more than
-            once: layers are refitted to the dense network's outputs, and batch norms re-estimated, on them.
+            once: each layer is refitted to the dense network's outputs on them.
         between_shots: called with the model and the number of the round after each of ``spec.shots`` rounds but
             the last, to fine-tune in place.
 
@@ -82,7 +82,6 @@ def compress(
         nmse = _decompose(model, ranks, generator)
     if calibration is not None:
         refit(model, dense, kept, calibration)
-        reestimate_batch_norm(model, calibration)
 
     facts.refresh(model, example_input)
     after = layer_costs(model, example_input)

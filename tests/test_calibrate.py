@@ -1,0 +1,93 @@
+"""Repair on images without labels, against exact solutions."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from families import build, images, relative_error
+from torch import nn
+
+from norton_timm import CompressionSpec, CPDConv2d, compress
+from norton_timm.calibrate import reestimate_batch_norm, refit
+
+
+class Chain(nn.Module):
+    """Two convolutions in a row; the first makes channel 5 as a multiple of channel 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 4, 3, padding=1)
+        with torch.no_grad():
+            self.a.weight[5] = 2 * self.a.weight[1]
+            self.a.bias[5] = 2 * self.a.bias[1]
+
+    def forward(self, x):
+        return self.b(self.a(x))
+
+
+def test_refit_makes_up_exactly_for_a_channel_that_others_can_stand_in_for():
+    dense = Chain().double()
+    batches = [torch.randn(8, 3, 10, 10, dtype=torch.float64) for _ in range(4)]
+    pruned = copy.deepcopy(dense)
+    keep = [0, 1, 2, 3, 4]
+    pruned.a = nn.Conv2d(3, 5, 3, padding=1).double()
+    pruned.b = nn.Conv2d(5, 4, 3, padding=1).double()
+    with torch.no_grad():
+        pruned.a.weight.copy_(dense.a.weight[keep])
+        pruned.a.bias.copy_(dense.a.bias[keep])
+        pruned.b.weight.copy_(dense.b.weight[:, keep])
+        pruned.b.bias.copy_(dense.b.bias)
+        x = torch.randn(2, 3, 10, 10, dtype=torch.float64)
+        before = relative_error(pruned(x), dense(x))
+        names = refit(pruned, dense, {'a': torch.tensor(keep)}, batches, ridge=1e-9)
+        assert names == ['a', 'b']
+        assert before > 0.1 and relative_error(pruned(x)[..., 1:-1, 1:-1], dense(x)[..., 1:-1, 1:-1]) < 1e-4
+
+
+def test_refit_of_a_cpd_layer_is_the_least_squares_solution():
+    """With the spatial factors held, no other pointwise factors give a smaller error on the same patches."""
+    dense = nn.Sequential(nn.Conv2d(5, 3, 3))
+    small = nn.Sequential(CPDConv2d.from_conv(dense[0], 2)).double()
+    dense = dense.double()
+    x = torch.randn(6, 5, 7, 7, dtype=torch.float64)
+    refit(small, dense, {}, [x], ridge=0.0, per_image=25)
+    layer = small[0]
+    loss = (small(x) - dense(x)).square().sum()
+    (gradient,) = torch.autograd.grad(loss, layer.pointwise)
+    assert gradient.abs().max() < 1e-6 * loss.item() + 1e-8
+
+
+def test_calibration_brings_a_network_nearer_to_the_dense_one():
+    model, x = build('resnet20_cifar'), images('resnet20_cifar')
+    # images with some structure: neighbours are alike, as in photographs
+    batches = [nn.functional.avg_pool2d(torch.randn(32, 3, 36, 36), 5, 1) * 5 for _ in range(2)]
+    test = nn.functional.avg_pool2d(torch.randn(32, 3, 36, 36), 5, 1) * 5
+    for spec, share in ((CompressionSpec(rank={'*': 2}), 0.8), (CompressionSpec(method='coring', rates=0.3), 1.0)):
+        plain, _ = compress(model, spec, x)
+        repaired, report = compress(model, spec, x, calibration=[(b, torch.zeros(32)) for b in batches])
+        with torch.no_grad():
+            expected = model(test)
+            assert relative_error(repaired(test), expected) < share * relative_error(plain(test), expected)
+        assert [p.shape for p in repaired.parameters()] == [p.shape for p in plain.parameters()]
+        assert report.after.params == sum(p.numel() for p in repaired.parameters())
+
+
+def test_batch_norm_statistics_are_the_averages_over_the_batches():
+    model = nn.Sequential(nn.BatchNorm2d(3, momentum=0.3), nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    model.train()
+    model[2].eval()
+    batches = [torch.randn(8, 3, 5, 5) + 2 for _ in range(3)]
+    reestimate_batch_norm(model, batches)
+    mean = torch.stack([b.mean((0, 2, 3)) for b in batches]).mean(0)
+    var = torch.stack([b.var((0, 2, 3)) for b in batches]).mean(0)
+    torch.testing.assert_close(model[0].running_mean, mean)
+    torch.testing.assert_close(model[0].running_var, var)
+    assert model[0].momentum == 0.3 and model[0].training and not model[2].training
+
+
+@pytest.mark.parametrize(('batches', 'told'), [([], 'no batch'), ([3], 'got int'), ([torch.zeros(3, 4)], 'expected')])
+def test_bad_calibration_data(batches, told):
+    with pytest.raises(ValueError, match=told):
+        reestimate_batch_norm(nn.Sequential(nn.BatchNorm2d(3)), batches)
