@@ -5,7 +5,7 @@
 
 from norton_timm.authors import convert_authors_checkpoint
 from norton_timm.budget import find_spec
-from norton_timm.checkpoint import load, save
+from norton_timm.checkpoint import load, save, save_folder
 from norton_timm.complexity import Complexity, count
 from norton_timm.compress import compress, reshape
 from norton_timm.cp import CPFactors, cp_decompose
@@ -37,6 +37,7 @@ __all__ = [
     'models',
     'reshape',
     'save',
+    'save_folder',
     'select_filters',
     'set_form',
     'tune_forms',

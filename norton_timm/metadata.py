@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 
-def _infos(model: nn.Module) -> list[dict[str, Any]]:
+def feature_entries(model: nn.Module) -> list[dict[str, Any]]:
+    """The model's ``feature_info`` as its own list of dicts; empty where it has none."""
     info = getattr(model, 'feature_info', None)
     entries = getattr(info, 'info', info)
     return [e for e in entries if isinstance(e, dict)] if isinstance(entries, (list, tuple)) else []
@@ -38,7 +39,7 @@ def _measure(model: nn.Module, example_input: Any) -> dict[str, tuple[int, ...]]
     shapes: dict[str, tuple[int, ...]] = {}
     hooks = []
     if not is_feature_extractor(model):
-        for number, entry in enumerate(_infos(model)):
+        for number, entry in enumerate(feature_entries(model)):
             try:
                 module = model.get_submodule(entry.get('module', ''))
             except AttributeError:
@@ -100,7 +101,7 @@ class Metadata:
 
     @staticmethod
     def _claims(model: nn.Module) -> dict[str, int]:
-        claims = {f'feature{k}': int(e['num_chs']) for k, e in enumerate(_infos(model)) if 'num_chs' in e}
+        claims = {f'feature{k}': int(e['num_chs']) for k, e in enumerate(feature_entries(model)) if 'num_chs' in e}
         for name in ('num_features', 'head_hidden_size'):
             if isinstance(getattr(model, name, None), int):
                 claims[name] = getattr(model, name)
@@ -109,7 +110,7 @@ class Metadata:
     def refresh(self, model: nn.Module, example_input: Any) -> None:
         """Write the numbers that hold after surgery into ``model``; this runs it once."""
         shapes = _measure(model, example_input)
-        infos = _infos(model)
+        infos = feature_entries(model)
         for key, dim in self._dims.items():
             if key.startswith('feature'):
                 infos[int(key[7:])]['num_chs'] = shapes[key][dim]

@@ -13,7 +13,7 @@ from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
 from norton_timm.bases import base_name, build_base
 from norton_timm.layers import CPDConv2d
-from norton_timm.metadata import _infos as feature_entries
+from norton_timm.metadata import feature_entries as feature_entries
 from norton_timm.metadata import is_feature_extractor
 from norton_timm.recipe import CFG_KEYS, KWARGS, SETTINGS, WIDTHS, Recipe, check_kwargs, is_whole
 from norton_timm.resize import Owned, decompose_shapes, first_channels, fit, owned_tensors, runs_through
