@@ -80,7 +80,7 @@ def _check(weight: Tensor, rank: int | tuple[int, int, int]) -> tuple[int, int, 
         )
     if weight.numel() == 0:
         raise ValueError(f'weight: expected at least one filter and value, got shape {tuple(weight.shape)}')
-    ranks = (rank,) * 3 if isinstance(rank, int) else tuple(rank)
+    ranks = tuple(rank) if isinstance(rank, (tuple, list)) else (rank,) * 3
     if len(ranks) != 3 or any(isinstance(r, bool) or not isinstance(r, int) or r < 1 for r in ranks):
         raise ValueError(f'rank: expected an integer >= 1 or three of them, got {rank!r}')
     bad = ~torch.isfinite(weight).flatten(1).all(1)
