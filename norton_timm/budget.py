@@ -155,8 +155,14 @@ class Budget:
 
     # ---- targets
 
-    def solve(self, allocator: Allocator, budget: float) -> Choice:
-        """The choice of least error at a cost budget, with the selection that its own ranks lead to."""
+    def solve(self, allocator: Allocator, budget: float, settle: bool = True) -> Choice:
+        """The choice of least error at a cost budget, with the selection that its own ranks lead to.
+
+        Args:
+            allocator: the solver, which says what the budget limits.
+            budget: in the unit of the cost.
+            settle: also work out the errors of uniform settings that come close.
+        """
         refresh_selection(self.table, self.graph, self.method, {})
         allocator.read_selection()
         found = allocator.solve(budget)
@@ -168,7 +174,7 @@ class Budget:
             self._select_at(choice, allocator)
             refined.append(allocator.solve_channels(choice, budget) or choice)
         refined.sort(key=lambda choice: self._order(choice, allocator, budget))
-        return self._settle(refined, allocator, budget)
+        return self._settle(refined, allocator, budget) if settle else refined[0]
 
     def _select_at(self, choice: Choice, allocator: Allocator) -> None:
         refresh_selection(self.table, self.graph, self.method, allocator.ranks(choice))
@@ -187,8 +193,9 @@ class Budget:
         limit = self._order(found[0], allocator, budget)
         limit = (limit[0], limit[1] * (1 + _CLOSE))
         for rank in [0, *sorted({r for k in allocator.ranked for r in allocator.options[k]} - {0})]:
-            pair = allocator.one_rate(rank, budget)
-            close += [c for c in pair or () if self._order(c, allocator, budget) <= limit]
+            pair = allocator.one_rate(rank, budget) or ()
+            likely = [c for c in pair if allocator.error(c) <= (1 + _CLOSE) * limit[1]]  # at any ranks' selection
+            close += [c for c in likely if self._order(c, allocator, budget) <= limit]
         if not close:
             return found[0]
         close += [c for c in found if self._order(c, allocator, budget) <= limit]
@@ -268,7 +275,7 @@ class Budget:
         nearest: tuple[float, Choice] | None = None
         aim = TOLERANCE[name] / (2 if name == 'latency_ms' else 5)
         for _ in range(_TRIALS):
-            choice = self.solve(allocator, fraction * dense) if fraction > floor else least
+            choice = self.solve(allocator, fraction * dense, kind == name) if fraction > floor else least
             got = measure(self.build(self.spec(choice, allocator)))
             gap = abs(got / target - 1)
             logger.info('%s: budget %.4f of %s gives %.5g, wanted %.5g', name, fraction, kind, got, target)
@@ -336,7 +343,7 @@ class Budget:
         points: list[TradeOffPoint] = []
         best: Choice | None = None
         for fraction in sorted(set(fractions)):
-            choice = allocator.dense() if fraction == 1 else self.solve(allocator, fraction * dense)
+            choice = allocator.dense() if fraction == 1 else self.solve(allocator, fraction * dense, settle=False)
             if best is not None and self.error(best, allocator) < self.error(choice, allocator):
                 choice = best
             best = choice

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from families import build, images
+from families import build
 from torch import nn
 
 from norton_timm import sensitivity
@@ -20,6 +20,7 @@ from norton_timm.cost import CostModel
 from norton_timm.groups import ChannelGraph
 from norton_timm.layers import CPDConv2d
 from norton_timm.measure import MEGABYTE, latencies, peak_memory
+from norton_timm.models.resnet_cifar import ResNetCifar
 from norton_timm.plan import plan_pruning, plan_ranks
 from norton_timm.sensitivity import layer_errors, weighted_nmse
 from norton_timm.spec import CompressionSpec
@@ -27,8 +28,19 @@ from norton_timm.spec import CompressionSpec
 SIZE = {'mobilenetv2_050': 64, 'regnety_002': 64, 'densenet40_cifar': 32, 'resnet20_cifar': 32}
 
 
-def network(name: str) -> nn.Module:
-    return build(name)
+def small() -> nn.Module:
+    """Six 3x3 convolutions in three stages, with batch norms that matter."""
+    torch.manual_seed(0)
+    model = ResNetCifar(depth=8).eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            module.running_var.uniform_(0.5, 1.5)
+    return model
+
+
+def pictures(n: int = 1) -> torch.Tensor:
+    return torch.randn(n, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
 
 def uniform_settings(budget: Budget, macs: float, ranks: range) -> list[CompressionSpec]:
@@ -48,19 +60,19 @@ def uniform_settings(budget: Budget, macs: float, ranks: range) -> list[Compress
         for _ in range(14):
             middle = (low + high) / 2
             low, high = (middle, high) if cost(rank, middle) > macs else (low, middle)
-        if cost(rank, high) > 0.98 * macs:
+        if cost(rank, high) > 0.97 * macs:
             found.append(CompressionSpec(rank=rank, rates=high))
     return found
 
 
 @pytest.fixture(scope='module')
 def resnet() -> Budget:
-    return Budget(network('resnet20_cifar'), example_input=images('resnet20_cifar', 1))
+    return Budget(small(), example_input=pictures())
 
 
 @pytest.mark.parametrize('name', list(SIZE))
 def test_cost_model_agrees_with_counting_the_network(name: str) -> None:
-    model, x = network(name), torch.randn(1, 3, SIZE[name], SIZE[name])
+    model, x = build(name), torch.randn(1, 3, SIZE[name], SIZE[name])
     costs = CostModel(model, graph := ChannelGraph(model, x), x)
     for spec in (CompressionSpec(rank=2, rates=0.3), CompressionSpec(rank={'*': 3}, rates={'*': 0.0})):
         ranks, _ = plan_ranks(model, spec)
@@ -74,7 +86,7 @@ def test_cost_model_agrees_with_counting_the_network(name: str) -> None:
 @pytest.mark.parametrize('method', ['norton', 'coring'])
 @pytest.mark.parametrize('kind, target', [('macs', 0.4), ('params', 0.6)])
 def test_fraction_is_met_by_the_compressed_network(method: str, kind: str, target: float) -> None:
-    model, x = network('resnet20_cifar'), images('resnet20_cifar', 1)
+    model, x = small(), pictures()
     spec = find_spec(model, method=method, example_input=x, **{kind: target})
     compressed, _ = compress(model, spec, x)
     before, after = count(model, x), count(compressed, x)
@@ -84,7 +96,7 @@ def test_fraction_is_met_by_the_compressed_network(method: str, kind: str, targe
 
 
 def test_mobilenet_meets_its_macs() -> None:
-    model, x = network('mobilenetv2_050'), torch.randn(1, 3, 64, 64)
+    model, x = build('mobilenetv2_050'), torch.randn(1, 3, 64, 64)
     compressed, _ = compress(model, find_spec(model, macs=0.3, example_input=x), x)
     assert count(compressed, x).macs / count(model, x).macs == pytest.approx(0.3, rel=0.01)
 
@@ -114,7 +126,7 @@ def test_peak_memory_sees_tensors_held_for_later() -> None:
 
 
 def test_weighted_nmse_of_ranks_against_the_kernels(resnet: Budget) -> None:
-    spec = CompressionSpec(rank={'layer1.0.conv1': 2, 'layer3.2.conv2': 5}, rates={})
+    spec = CompressionSpec(rank={'layer1.0.conv1': 2, 'layer3.0.conv2': 5}, rates={})
     compressed, _ = compress(resnet.model, spec, resnet.example_input)
     total = 0.0
     for name in spec.rank:
@@ -126,7 +138,7 @@ def test_weighted_nmse_of_ranks_against_the_kernels(resnet: Budget) -> None:
 
 
 def test_weighted_nmse_of_pruning_against_the_filters_that_left(resnet: Budget) -> None:
-    name, spec = 'layer2.1.conv1', CompressionSpec(rank={}, rates={'layer2.1.conv1': 0.25})
+    name, spec = 'layer2.0.conv1', CompressionSpec(rank={}, rates={'layer2.0.conv1': 0.25})
     compressed, _ = compress(resnet.model, spec, resnet.example_input)
     old, new = (m.get_submodule(name).weight.detach().flatten(1) for m in (resnet.model, compressed))
     stayed = (new[:, None] == old[None]).all(2).any(0)
@@ -157,7 +169,7 @@ def test_what_a_uniform_setting_protects_stays_as_it_is(resnet: Budget) -> None:
     def told(spec: CompressionSpec) -> dict:
         return {layer.name: layer for layer in compress(resnet.model, spec, resnet.example_input)[1].layers}
 
-    uniform, ours = told(CompressionSpec(rank=1, rates=0.5)), told(resnet.find('macs', 0.3))
+    uniform, ours = told(CompressionSpec(rank=1, rates=0.5)), told(resnet.find('macs', 0.5))
     protected = [name for name, layer in uniform.items() if 'protected' in layer.unpruned_because]
     assert 'conv1' in protected and len(protected) > 1
     for name in protected:
@@ -177,7 +189,7 @@ def test_trade_off_is_monotone_and_meets_its_fractions(resnet: Budget) -> None:
     assert points[2].error == pytest.approx(exact, rel=0.15)
 
 
-@pytest.mark.parametrize('target', [0.3, 0.5, 0.7])
+@pytest.mark.parametrize('target', [0.5, *[pytest.param(t, marks=pytest.mark.slow) for t in (0.3, 0.7)]])
 def test_no_uniform_setting_loses_less(resnet: Budget, target: float) -> None:
     ours = weighted_nmse(resnet.model, resnet.find('macs', target), resnet.example_input)
     settings = uniform_settings(resnet, target, range(7))
@@ -224,7 +236,7 @@ def test_latency_is_met_on_this_device() -> None:
 
 def test_latency_target_makes_the_network_faster() -> None:
     """The machine may be busy: only that the compressed network takes clearly less time, side by side."""
-    model, x = network('resnet20_cifar'), torch.randn(16, 3, 32, 32)
+    model, x = small(), torch.randn(16, 3, 32, 32)
     budget = Budget(model, example_input=x)
     budget.measure_seconds = 0.3
     (dense,) = latencies([model], x, seconds=0.5)
@@ -237,23 +249,23 @@ def test_latency_target_makes_the_network_faster() -> None:
 
 
 def test_calibration_spares_what_the_outputs_depend_on() -> None:
-    model, x = network('resnet20_cifar'), images('resnet20_cifar', 8)
+    model, x = small(), pictures(8)
     with torch.no_grad():
-        block = model.get_submodule('layer2.1')
+        block = model.get_submodule('layer2.0')
         block.bn2.weight.zero_()  # the block now adds a constant: its filters do not matter
     budget = Budget(model, calibration=[x], example_input=x[:1])
     weights = budget.table.weights
     assert sum(weights.values()) / len(weights) == pytest.approx(1, rel=0.05)
-    assert weights['layer2.1.conv1'] < 0.01 * weights['layer2.0.conv1']
+    assert weights['layer2.0.conv1'] < 0.01 * weights['layer1.0.conv1']
 
     def kept(spec: CompressionSpec) -> int:
-        return next(r.kept for r in compress(model, spec, x[:1])[1].layers if r.name == 'layer2.1.conv1')
+        return next(r.kept for r in compress(model, spec, x[:1])[1].layers if r.name == 'layer2.0.conv1')
 
     assert kept(budget.find('macs', 0.6)) < kept(find_spec(model, macs=0.6, example_input=x[:1]))
 
 
 def test_table_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, x, calls = network('resnet20_cifar'), images('resnet20_cifar', 1), []
+    model, x, calls = small(), pictures(), []
     real = sensitivity.cp_decompose
     monkeypatch.setattr(sensitivity, 'cp_decompose', lambda *a, **k: calls.append(1) or real(*a, **k))
     with torch.no_grad():
@@ -270,16 +282,15 @@ def test_table_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_input_model_is_untouched() -> None:
-    model, x = network('resnet20_cifar').train(), images('resnet20_cifar', 2)
+    model, x = small().train(), pictures(2)
     state = {k: v.clone() for k, v in model.state_dict().items()}
     find_spec(model, macs=0.5, calibration=[x], example_input=x[:1])
     assert model.training and all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
 
 
-def test_same_model_same_spec() -> None:
-    x = images('resnet20_cifar', 1)
-    a, b = (find_spec(network('resnet20_cifar'), macs=0.45, example_input=x) for _ in range(2))
-    assert a == b
+def test_same_model_same_spec(resnet: Budget) -> None:
+    x = pictures()
+    assert find_spec(small(), macs=0.5, example_input=x) == resnet.find('macs', 0.5)
 
 
 @pytest.mark.parametrize('filters', [1, 2, 3, 7, 16, 64, 96, 2048])
@@ -317,13 +328,13 @@ def test_whole_model_needs_no_change(resnet: Budget) -> None:
     ],
 )
 def test_bad_arguments_name_what_is_allowed(arguments: dict, words: str) -> None:
-    model = network('resnet20_cifar')
+    model = small()
     with pytest.raises(ValueError, match=words):
-        find_spec(model, example_input=images('resnet20_cifar', 1), **arguments)
+        find_spec(model, example_input=pictures(), **arguments)
 
 
 def test_least_attainable_can_be_attained() -> None:
-    model, x = network('resnet20_cifar'), images('resnet20_cifar', 1)
+    model, x = small(), pictures()
     with pytest.raises(ValueError) as caught:
         find_spec(model, macs=1e-6, example_input=x)
     least = float(str(caught.value).split()[-1])
@@ -333,4 +344,4 @@ def test_least_attainable_can_be_attained() -> None:
 
 def test_curve_function_stops_at_what_is_attainable() -> None:
     with pytest.raises(ValueError, match='the least that can be attained'):
-        trade_off(network('resnet20_cifar'), fractions=[0.5, 1e-5], example_input=images('resnet20_cifar', 1))
+        trade_off(small(), fractions=[0.5, 1e-5], example_input=pictures())
