@@ -59,7 +59,7 @@ def filter_distance(
     """
     if criterion not in CRITERIA:
         raise ValueError(f'criterion: got {criterion!r}, expected one of {", ".join(CRITERIA)}')
-    weights = (alpha, beta, gamma)
+    weights: tuple[float, ...] = (alpha, beta, gamma)
     if any(not 0 <= w <= 1 for w in weights) or abs(sum(weights) - 1) > 1e-6:
         raise ValueError(f'alpha, beta, gamma: expected three weights in [0, 1] that sum to 1, got {weights}')
     angles = criterion in ('pabs', 'csa')

@@ -17,7 +17,8 @@ from norton_timm import kernel_benchmark as kernels
 
 def main() -> None:
     parser = Parser(__doc__)
-    commands = parser.add_subparsers(dest='command', required=True, metavar='kernels', parser_class=_subparser)
+    make: Any = _subparser  # any callable will do, whatever argparse's type says
+    commands = parser.add_subparsers(dest='command', required=True, metavar='kernels', parser_class=make)
     _add_kernels(commands)
     args = parser.parse_args()
     if args.output is not None and not args.output.parent.is_dir():
