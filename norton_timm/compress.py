@@ -85,7 +85,9 @@ def compress(
 
     facts.refresh(model, example_input)
     after = layer_costs(model, example_input)
-    unpruned_because = {name: why for group, _, why in plan for name in group.names}
+    traced = {slot.name for slot in graph.slots}
+    unpruned_because = {name: 'did not run on the example input' for name in before if name not in traced}
+    unpruned_because.update((name, why) for group, _, why in plan for name in group.names)
     layers = [
         LayerReport(
             name,

@@ -90,7 +90,8 @@ class CompressionReport:
             nmse = f'{layer.nmse:6.3f}' if layer.nmse is not None else '     -'
             lines.append(
                 f'{layer.name:{width}}  {layer.channels:>5}>{layer.kept:<5}  {layer.rank or "-":>4} {nmse}  '
-                f'{layer.params:>10}>{layer.params_after:<10}  {layer.macs / 1e6:>8.1f}>{layer.macs_after / 1e6:<8.1f}  '
+                f'{layer.params:>10}>{layer.params_after:<10}  '
+                f'{layer.macs / 1e6:>8.1f}>{layer.macs_after / 1e6:<8.1f}  '
                 + '; '.join(r for r in (layer.dense_because if not layer.rank else '', layer.unpruned_because) if r)
             )
         macs, params = self.before.macs, self.before.params

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import pytest
 import timm
 import torch
+import torchvision
 from torch import nn
 
 from norton_timm.groups import ChannelGraph
@@ -23,7 +24,7 @@ SLOW = [
     'inception_v3', 'mobilenetv3_large_100', 'efficientnet_b0', 'cspresnet50', 'darknet53', 'resnest14d',
     'dpn68', 'hrnet_w18_small', 'rexnet_100', 'dla34', 'xception41', 'resnetblur50', 'nf_resnet50', 'ese_vovnet19b_dw',
     'tresnet_m', 'repvgg_a0', 'mixnet_s', 'densenet40_cifar', 'vgg16_bn_cifar', 'resnet56_cifar', 'resnet110_cifar',
-    'googlenet_cifar', 'mobilenetv2_cifar',
+    'googlenet_cifar', 'mobilenetv2_cifar', 'torchvision/googlenet',
 ]  # fmt: skip
 FAMILIES = [*QUICK, *[pytest.param(name, marks=pytest.mark.slow) for name in SLOW]]
 
@@ -36,7 +37,11 @@ def image_size(name: str) -> int:
 def build(name: str, **kwargs) -> nn.Module:
     """A network whose batch norms have statistics and affine parameters that matter."""
     torch.manual_seed(0)
-    model = timm.create_model(name, **kwargs).eval()
+    if name.startswith('torchvision/'):
+        options = dict(weights=None, init_weights=False, aux_logits=False)
+        model = torchvision.models.get_model(name.removeprefix('torchvision/'), **options, **kwargs).eval()
+    else:
+        model = timm.create_model(name, **kwargs).eval()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.normal_(0, 0.1)
