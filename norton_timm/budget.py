@@ -26,7 +26,6 @@ logger = logging.getLogger(__name__)
 
 TOLERANCE = {'macs': 0.01, 'params': 0.01, 'memory_mb': 0.01, 'latency_ms': 0.05}
 _TRIALS = 12
-_CLOSE = 0.1  # a uniform setting within this share of the best error is compared exactly
 _REFINED = 3  # best choices by the table that are solved again with the selection at their own ranks
 
 
@@ -186,15 +185,16 @@ class Budget:
     def _settle(self, found: list[Choice], allocator: Allocator, budget: float) -> Choice:
         """The best of ``found``; where a uniform setting comes close by the table, all close ones are worked out.
 
-        Random starts of the decomposition make the selection of a group vary by more than the table resolves,
-        above all in narrow layers.
+        Random starts of the decomposition make the selection of a group vary by more than the table resolves; the
+        fewer channels there are in all, the less it averages out.
         """
+        share = min(0.1, 2 / math.sqrt(1 + sum(allocator.costs.widths[g] for g in allocator.members)))
         close: list[Choice] = []
         limit = self._order(found[0], allocator, budget)
-        limit = (limit[0], limit[1] * (1 + _CLOSE))
+        limit = (limit[0], limit[1] * (1 + share))
         for rank in [0, *sorted({r for k in allocator.ranked for r in allocator.options[k]} - {0})]:
             pair = allocator.one_rate(rank, budget) or ()
-            likely = [c for c in pair if allocator.error(c) <= (1 + _CLOSE) * limit[1]]  # at any ranks' selection
+            likely = [c for c in pair if allocator.error(c) <= (1 + share) * limit[1]]  # at any ranks' selection
             close += [c for c in likely if self._order(c, allocator, budget) <= limit]
         if not close:
             return found[0]
