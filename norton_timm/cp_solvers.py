@@ -10,6 +10,7 @@ from torch import Tensor
 _TRIAL = 10  # ALS sweeps after which only the best start of each filter goes on
 _NEARLY_LOW_RANK = 0.02  # squared relative error below which ALS tends to crawl and Newton's method not to
 _HAND_OVER = 25  # ALS sweeps of such a filter
+_SMALL = 0.25  # squared relative error below which Newton's method runs to convergence
 _MAX_NEWTON = 96  # entries of A and B together up to which Newton's matrices are cheap
 _EXACT = 1e-24  # squared relative error that counts as none
 
@@ -79,12 +80,13 @@ def solve_iteratively(core: Tensor, rank: int, noise: Tensor, n_iter: int, tol: 
     x, noise = x[rest], noise[:, rest]
     a0, b0 = _hosvd_start(x.unflatten(2, (kh, kw)), rank)
     starts_a, starts_b = torch.cat([a0, *_unit(noise[:, :, :kh])]), torch.cat([b0, *_unit(noise[:, :, kh:])])
+    alternate, trial = (_alternate_rank_one, min(n_iter, 5 * _TRIAL)) if rank == 1 else (_als, min(n_iter, _TRIAL))
     if len(noise):
         repeated = x.repeat(len(noise) + 1, 1, 1)
-        starts_a, starts_b, error, _ = _als(repeated, starts_a, starts_b, min(n_iter, _TRIAL), tol)
+        starts_a, starts_b, error, _ = alternate(repeated, starts_a, starts_b, trial, tol)
         best = error.reshape(-1, len(x)).argmin(0) * len(x) + torch.arange(len(x), device=x.device)
         starts_a, starts_b = starts_a[best], starts_b[best]
-    a[rest], b[rest], error = _search(x, starts_a, starts_b, max(0, n_iter - _TRIAL), tol)
+    a[rest], b[rest], error = _search(x, starts_a, starts_b, max(0, n_iter - trial), tol)
     _rescue(x, a, b, error, rest, n_iter, tol)
     return a, b
 
@@ -92,11 +94,12 @@ def solve_iteratively(core: Tensor, rank: int, noise: Tensor, n_iter: int, tol: 
 def _search(x: Tensor, a: Tensor, b: Tensor, n_iter: int, tol: float) -> tuple[Tensor, Tensor, Tensor]:
     """ALS; where it came to its end, some steps of Newton's method, and for what is nearly of low rank all it takes."""
     rank = a.shape[2]
-    a, b, error, finished = _als(x, a, b, n_iter, tol)
+    alternate = _alternate_rank_one if rank == 1 else _als
+    a, b, error, finished = alternate(x, a, b, n_iter, tol)
     if rank * (a.shape[1] + b.shape[1]) <= _MAX_NEWTON:
-        for limit, steps in ((math.inf, 8 // rank), (_NEARLY_LOW_RANK, 60)):
+        for limit, steps in ((math.inf, max(2, 5 // rank)), (_SMALL, 60)):
             todo = torch.nonzero(finished & (error < limit) & (error > _EXACT))[:, 0]
-            a[todo], b[todo], error[todo] = _newton(x[todo], a[todo], b[todo], error[todo], steps, tol)
+            a[todo], b[todo], error[todo] = _newton(x[todo], a[todo], b[todo], error[todo], steps, 1e-3 * tol)
     return a, b, error
 
 
@@ -184,6 +187,50 @@ def _als(x: Tensor, a: Tensor, b: Tensor, n_iter: int, tol: float) -> tuple[Tens
     return found_a, found_b, found_error, finished
 
 
+def _alternate_rank_one(
+    x: Tensor, a: Tensor, b: Tensor, n_iter: int, tol: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What `_als` does, for one component: a and b in turn become leading eigenvectors, found by repeated squaring.
+
+    For a of unit norm the best b is the leading eigenvector of the Gram matrix of `x` contracted with a on both sides.
+    """
+    kh, kw = a.shape[1], b.shape[1]
+    found_a, found_b, found_error = a.clone(), b.clone(), 1 - (x @ khatri_rao(a, b)).square().sum((1, 2))
+    todo = torch.arange(len(x), device=x.device)
+    gram = (x.mT @ x).unflatten(2, (kh, kw)).unflatten(1, (kh, kw)).transpose(2, 3).flatten(3).flatten(1, 2)
+    a, b, error = a[:, :, 0], b[:, :, 0], found_error
+    for sweep in range(n_iter):
+        b, _ = _leading_eigenvector(gram.mT, a, b)
+        a, value = _leading_eigenvector(gram, b, a)
+        if sweep % 3 == 2 or sweep == n_iter - 1:
+            previous, error = error, torch.minimum(error, 1 - value)
+            found_a[todo, :, 0], found_b[todo, :, 0], found_error[todo] = a, b, error
+            if sweep % 3 < 2:
+                break  # out of sweeps: nobody has come to an end
+            going = previous - error > 3 * tol * error
+            gram, a, b, error, todo = (v[going] for v in (gram, a, b, error, todo))
+            if len(todo) == 0:
+                break
+    finished = torch.ones_like(found_error, dtype=torch.bool)
+    finished[todo] = False
+    return found_a, found_b, found_error, finished
+
+
+def _leading_eigenvector(gram: Tensor, fixed: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+    """Of `gram (n, d*d, e*e)` contracted twice with `fixed (n, e)`: 17 power steps from `start`; Rayleigh quotients."""
+    d = start.shape[1]
+    outer = (fixed[:, :, None] * fixed[:, None, :]).flatten(1)[:, :, None]
+    matrix = (gram @ outer).reshape(-1, d, d)
+    power = matrix
+    for _ in range(4):
+        power = power / power.diagonal(dim1=1, dim2=2).sum(1)[:, None, None].clamp_min(1e-300)
+        power = power @ power
+    vector = power @ start[:, :, None]
+    norm = (vector * vector).sum(1, keepdim=True).sqrt()
+    vector = torch.where(norm > 1e-100, vector / norm.clamp_min(1e-100), start[:, :, None])
+    return vector[:, :, 0], (vector * (matrix @ vector)).sum((1, 2))
+
+
 def _newton(x: Tensor, a: Tensor, b: Tensor, error: Tensor, n_iter: int, tol: float) -> tuple[Tensor, Tensor, Tensor]:
     """Damped Newton steps on A and B with C eliminated; steps that do not lower the error are not taken.
 
@@ -247,9 +294,13 @@ def _newton(x: Tensor, a: Tensor, b: Tensor, error: Tensor, n_iter: int, tol: fl
 
 
 def _projection_error(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """Squared error left by the best C, from the residual itself."""
-    q, _ = torch.linalg.qr(khatri_rao(a, b))
-    return (x - (x @ q) @ q.mT).square().sum((1, 2))
+    """Squared error left by the best C, from the residual itself; infinite where components are all but collinear.
+
+    Such components need a C of huge norm, cancel each other, and would drown in rounding (degeneracy of the CPD).
+    """
+    q, r = torch.linalg.qr(khatri_rao(a, b))
+    error = (x - (x @ q) @ q.mT).square().sum((1, 2))
+    return error.masked_fill(r.diagonal(dim1=1, dim2=2).abs().amin(1) < 1e-4, math.inf)
 
 
 def _solve_high_rank(x: Tensor, kh: int, kw: int, rank: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -49,12 +49,14 @@ def test_shapes_and_nmse_match_the_reference(shape: tuple[int, ...], rank: int) 
 @pytest.mark.parametrize('rank', [1, 2, 4, 8])
 def test_mean_nmse_is_no_higher_than_tensorlys_on_trained_filters(data_dir, rank: int) -> None:
     state = torch.load(data_dir / 'resnet56_cifar10.th', map_location='cpu', weights_only=False)['state_dict']
-    weight = state['module.layer2.4.conv1.weight'][:12]
+    weight = state['module.layer2.4.conv1.weight'].double()
     theirs = []
     for w in weight.numpy():
         cp = parafac(w, rank, n_iter_max=300, init='random', random_state=0)
         theirs.append(((w - tensorly.cp_to_tensor(cp)) ** 2).sum() / (w**2).sum())
-    assert cp_decompose(weight, rank).nmse.mean() <= sum(theirs) / len(theirs)
+    assert cp_decompose(weight, rank).nmse.mean() <= (sum(theirs) / len(theirs)) * (
+        1 + 1e-6
+    )  # local optima this close are luck
 
 
 def test_random_filters_reach_what_tensorly_reaches_from_many_starts() -> None:
