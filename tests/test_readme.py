@@ -1,0 +1,33 @@
+"""What the README shows is what the project does: its table, and its Python blocks, run in order."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from norton_timm.models.table import to_markdown, zoo_names, zoo_rows
+
+README = (Path(__file__).resolve().parents[1] / 'README.md').read_text()
+
+
+def test_zoo_table():
+    table = to_markdown(list(zoo_rows(zoo_names([]), False, 1)), ['name', 'rank', 'params', 'macs', 'top1'])
+    assert table.strip() in README
+
+
+def test_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r'```python\n(.*?)```', README, re.S)
+    assert len(blocks) == 4
+    names: dict[str, object] = {}
+    for block in blocks:
+        exec(block, names)  # our own text
+    assert (tmp_path / 'small.safetensors').is_file()
+
+
+def test_relative_links_lead_somewhere():
+    root = Path(__file__).resolve().parents[1]
+    for target in re.findall(r'\]\((?!https?:)([^)#]+)\)', README):
+        assert (root / target).exists(), target
