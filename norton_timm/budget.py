@@ -13,8 +13,8 @@ from torch import nn
 
 from norton_timm.allocate import Allocator, Choice
 from norton_timm.calibration_weights import check_calibration, loss_weights
-from norton_timm.complexity import Complexity, count_params, layer_macs
-from norton_timm.compress import default_input, reshape
+from norton_timm.complexity import Complexity, count_params, layer_macs, make_input
+from norton_timm.compress import reshape
 from norton_timm.cost import CostModel
 from norton_timm.groups import ChannelGraph
 from norton_timm.measure import MEGABYTE, latencies, layer_latencies, peak_memory
@@ -117,7 +117,7 @@ class Budget:
             raise ValueError(f'method: got {str(method)[:60]!r}, expected one of {", ".join(METHODS)}')
         batches = None if calibration is None else check_calibration(calibration)
         self.model, self.method = model, method
-        self.example_input = default_input(model) if example_input is None else example_input
+        self.example_input = make_input(model, example_input)
         self.graph = ChannelGraph(model, self.example_input, freeze_outputs=not is_feature_extractor(model))
         self.costs = CostModel(model, self.graph, self.example_input)
         self.table: Sensitivity = measure_sensitivity(model, self.graph, method)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -23,15 +24,19 @@ def _images(batches: Batches, model: nn.Module) -> Iterator[Tensor]:
         ValueError: no batch, or something that is neither a tensor nor a tuple that starts with one.
     """
     parameter = next(model.parameters())
-    empty = True
+    empty, size = True, None
     for batch in batches:
         images = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
         if not isinstance(images, Tensor) or images.dim() != 4:
             raise ValueError(f'calibration: got {type(images).__name__}, expected batches of images (N, C, H, W)')
-        empty = False
+        if size is not None and images.shape[1:] != size:
+            raise ValueError(
+                f'calibration: got images of {tuple(images.shape[1:])} after {tuple(size)}, expected one size'
+            )
+        empty, size = False, images.shape[1:]
         yield images.to(parameter.device, parameter.dtype)
     if empty:
-        raise ValueError('calibration: got no batch; pass a list or a loader, which can be read more than once')
+        raise ValueError('calibration: got no batch, expected at least one')
 
 
 @torch.no_grad()
@@ -162,13 +167,14 @@ def refit(
     """Refit each convolution of ``compressed``, in order, to give the dense network's output from its own input.
 
     The input already carries the error of the layers before, so that each layer also makes up for theirs. A
-    CPDConv2d keeps its spatial factors and gets new pointwise ones. Layers of several groups are left as they are.
+    CPDConv2d keeps its spatial factors and gets new pointwise ones. Layers of several groups,
+    or that run more than once in a pass (heads shared by the levels of a pyramid), are left as they are.
 
     Args:
         compressed: the network to repair, in place; its layers have the names they have in ``dense``.
         dense: the network before compression.
         kept: for each pruned layer the indices of the filters it kept; layers not named kept all.
-        batches: images, the same for every pass.
+        batches: images, read once and held in memory: a few hundred are enough.
         ridge: weight of the present parameters, relative to the mean energy of the input.
         per_image: places of each output map that enter the fit.
 
@@ -203,14 +209,20 @@ def _changed(layer: nn.Conv2d, target: nn.Module) -> bool:
 
 
 def _in_order(model: nn.Module, image: Tensor) -> dict[str, nn.Conv2d | CPDConv2d]:
-    """Ungrouped 2-d convolutions by name, in the order in which they run."""
+    """Ungrouped 2-d convolutions that run once a pass, by name, in the order in which they run."""
     names = {m: n for n, m in model.named_modules() if isinstance(m, (nn.Conv2d, CPDConv2d)) and m.groups == 1}
     order: dict[str, nn.Conv2d | CPDConv2d] = {}
-    hooks = [m.register_forward_hook(lambda m, a, o: order.setdefault(names[m], m) and None) for m in names]
+    calls: Counter[str] = Counter()
+
+    def note(module: nn.Conv2d | CPDConv2d) -> None:
+        order.setdefault(names[module], module)
+        calls[names[module]] += 1
+
+    hooks = [m.register_forward_hook(lambda m, a, o: note(m)) for m in names]
     try:
         with evaluating(model):
             model(image)
     finally:
         for hook in hooks:
             hook.remove()
-    return order
+    return {name: layer for name, layer in order.items() if calls[name] == 1}

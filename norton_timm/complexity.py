@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
 from norton_timm.layers import CPDConv2d, use_form
 
@@ -22,17 +23,51 @@ class Complexity(NamedTuple):
     params: int
 
 
-def make_input(model: nn.Module, input_size: int | Sequence[int] | Tensor | list[Tensor]) -> Any:
-    """An input on the model's device: 224, (C, H, W), (N, C, H, W), or tensors, which pass unchanged."""
-    if isinstance(input_size, Tensor):
-        return input_size
-    if isinstance(input_size, list) and input_size and isinstance(input_size[0], Tensor):
-        return input_size
+def default_input(model: nn.Module, size: int | None = None) -> Any:
+    """One random image for the model; a list of one for a detector.
+
+    Args:
+        model: its first convolution tells the channels, its ``pretrained_cfg`` the size (else 224 pixels).
+        size: pixels a side, instead.
+
+    Raises:
+        ValueError: a model without a 2-d convolution.
+    """
+    first = next((m for m in model.modules() if isinstance(m, (nn.Conv2d, CPDConv2d))), None)
+    if first is None:
+        raise ValueError(f'got {type(model).__name__} without a 2-d convolution, expected a convolutional network')
+    cfg = getattr(model, 'pretrained_cfg', None) or {}
+    pixels = (size, size) if size is not None else tuple(cfg.get('input_size', (3, 224, 224)))[-2:]
+    image = make_input(model, (first.in_channels, *pixels))
+    return [image[0]] if isinstance(model, GeneralizedRCNN) else image
+
+
+def make_input(model: nn.Module, source: int | Sequence[int] | Tensor | list[Tensor] | None = None) -> Any:
+    """An input on the model's device and in its type.
+
+    Args:
+        model: the network that is to take it.
+        source: 224, (C, H, W), (N, C, H, W), or images themselves; None is :func:`default_input`.
+
+    Raises:
+        ValueError: anything else; a tuple of tensors, since networks of one argument are meant.
+    """
+    if source is None:
+        return default_input(model)
     parameter = next(iter(model.parameters()), torch.empty(0))
-    size = (3, input_size, input_size) if isinstance(input_size, int) else tuple(input_size)
-    if len(size) not in (3, 4) or any(not isinstance(s, int) or s < 1 for s in size):
-        raise ValueError(f'got input size {input_size!r}, expected an integer, (C, H, W) or (N, C, H, W)')
-    size = size if len(size) == 4 else (1, *size)
+    if isinstance(source, Tensor):
+        return source.to(parameter.device, parameter.dtype if source.is_floating_point() else source.dtype)
+    if isinstance(source, list) and source and all(isinstance(t, Tensor) for t in source):
+        return [make_input(model, t) for t in source]
+    size = (3, source, source) if isinstance(source, int) else source
+    if (
+        not isinstance(size, (tuple, list))
+        or len(size) not in (3, 4)
+        or not all(type(s) is int and s > 0 for s in size)
+    ):
+        got = type(source).__name__ if not isinstance(source, (int, tuple, list)) else str(source)[:80]
+        raise ValueError(f'got input size {got}, expected a size 224, (C, H, W) or (N, C, H, W), or a tensor of images')
+    size = tuple(size) if len(size) == 4 else (1, *size)
     generator = torch.Generator().manual_seed(0)
     return torch.randn(size, generator=generator).to(parameter.device, parameter.dtype)
 
@@ -67,12 +102,12 @@ def count_params(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def count(model: nn.Module, input_size: int | Sequence[int] | Tensor | list[Tensor] = 224) -> Complexity:
+def count(model: nn.Module, input_size: int | Sequence[int] | Tensor | list[Tensor] | None = None) -> Complexity:
     """Convolution + linear multiply-accumulates and parameters.
 
     Args:
         model: any network, dense or compressed; a detector takes a list of images.
-        input_size: 224, (C, H, W), (N, C, H, W), or the input itself.
+        input_size: 224, (C, H, W), (N, C, H, W), or the input itself; by default the model's own size.
 
     Raises:
         ValueError: an input size that is not one of these.

@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
 from norton_timm.calibrate import refit
-from norton_timm.complexity import Complexity, layer_costs
+from norton_timm.complexity import Complexity, layer_costs, make_input
 from norton_timm.cp import CPFactors, cp_decompose
 from norton_timm.groups import ChannelGraph
 from norton_timm.layers import CPDConv2d
@@ -23,19 +22,6 @@ from norton_timm.spec import CompressionSpec
 from norton_timm.surgery import remove_channels, replace_module
 
 Step = Callable[[nn.Module, int], None]
-
-
-def default_input(model: nn.Module) -> Any:
-    """One random image of the size that the model's ``pretrained_cfg`` names (else 224); a list for a detector."""
-    first = next((m for m in model.modules() if isinstance(m, (nn.Conv2d, CPDConv2d))), None)
-    if first is None:
-        raise ValueError(f'got {type(model).__name__} without a 2-d convolution, expected a convolutional network')
-    cfg = getattr(model, 'pretrained_cfg', None) or {}
-    size = tuple(cfg.get('input_size', (3, 224, 224)))[-2:]
-    parameter = next(model.parameters())
-    image = torch.randn(first.in_channels, *size, generator=torch.Generator().manual_seed(0))
-    image = image.to(parameter.device, parameter.dtype)
-    return [image] if isinstance(model, GeneralizedRCNN) else image[None]
 
 
 def compress(
@@ -50,9 +36,10 @@ def compress(
     Args:
         model: any convolutional network; it is not changed.
         spec: what to decompose and prune.
-        example_input: what the model's ``forward`` takes; by default one random image of the model's own size.
-        calibration: batches of images (labels, if any, are ignored), a list or a loader that can be read more than
-            once: each layer is refitted to the dense network's outputs on them.
+        example_input: the one argument of the model's ``forward``, an image batch or a detector's list of images; by
+            default one random image of the model's own size.
+        calibration: batches of images of one size (labels, if any, are ignored); each layer is refitted to the dense
+            network's outputs on them. They are held in memory: a few hundred images are enough.
         between_shots: called with the model and the number of the round after each of ``spec.shots`` rounds but
             the last, to fine-tune in place.
 
@@ -64,7 +51,7 @@ def compress(
     """
     if not isinstance(spec, CompressionSpec):
         raise ValueError(f'got a spec of type {type(spec).__name__}, expected a CompressionSpec')
-    example_input = default_input(model) if example_input is None else example_input
+    example_input = make_input(model, example_input)
     _check_finite(model)
     dense, model = model, copy.deepcopy(model)
     facts = Metadata(model, example_input)
@@ -98,7 +85,7 @@ def compress(
             params_after=after[name].params,
             macs=cost.macs,
             macs_after=after[name].macs,
-            rank=ranks.get(name, 0),
+            rank=getattr(model.get_submodule(name), 'rank', 0),
             nmse=float(nmse[name].mean()) if name in nmse else None,
             dense_because=dense_because.get(name, ''),
             unpruned_because=unpruned_because.get(name, ''),
@@ -115,7 +102,7 @@ def reshape(model: nn.Module, spec: CompressionSpec, example_input: Any = None) 
 
     Layers to decompose become CPDConv2d with fresh factors, and every group keeps its first channels.
     """
-    example_input = default_input(model) if example_input is None else example_input
+    example_input = make_input(model, example_input)
     facts = Metadata(model, example_input)
     ranks, _ = plan_ranks(model, spec)
     for name, rank in ranks.items():

@@ -10,10 +10,9 @@ import timm
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.models import is_model
-from torch import Tensor, nn
+from torch import nn
 
 from norton_timm.authors import network_tensors, read_checkpoint
-from norton_timm.complexity import make_input
 from norton_timm.models._build import adapt_state_dict
 from norton_timm.models._compressed import spec_of
 from norton_timm.spec import CompressionSpec
@@ -63,17 +62,6 @@ def load_weights(model: nn.Module, path: Path) -> None:
     except RuntimeError as error:
         told = ' '.join(str(error).split())
         raise ValueError(f'{path} does not fit {type(model).__name__}: {told[:300]}') from None
-
-
-def image_of(model: nn.Module, size: int | None = None) -> Tensor:
-    """One random image (1, C, H, W) of the size that the model is meant for, or of ``size`` pixels a side.
-
-    Raises:
-        ValueError: a size below 1.
-    """
-    cfg: dict[str, Any] = getattr(model, 'pretrained_cfg', None) or {}
-    channels, *pixels = cfg.get('input_size', (3, 224, 224))
-    return make_input(model, (channels, *([size, size] if size is not None else pixels)))
 
 
 def make_spec(source: str | None = None, **fields: Any) -> CompressionSpec:

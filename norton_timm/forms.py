@@ -27,6 +27,7 @@ def _key(layer: CPDConv2d, x: Tensor, training: bool) -> tuple[Any, ...]:
         layer.out_channels,
         geometry,
         training,
+        layer.pointwise.requires_grad,
         torch.get_num_threads(),
     )
 
@@ -57,7 +58,7 @@ def measure_forms(layer: CPDConv2d, x: Tensor, training: bool = False, repeats: 
                 with torch.set_grad_enabled(training):
                     y = layer(x)
                 if training:
-                    torch.autograd.grad(y.sum(), [x, *layer.parameters()])
+                    torch.autograd.grad(y.sum(), [x, *(p for p in layer.parameters() if p.requires_grad)])
                 _synchronise(x.device)
                 if repeat:
                     times[form].append(1000 * (time.perf_counter() - start))

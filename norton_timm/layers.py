@@ -17,6 +17,8 @@ IntPair = int | tuple[int, ...]
 
 
 def _pair(value: IntPair) -> tuple[int, int]:
+    if isinstance(value, str):
+        raise ValueError(f'got padding {value!r}, expected numbers; from_conv translates names')
     return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
 
 
@@ -141,8 +143,8 @@ class CPDConv2d(nn.Module):
         layer = cls(
             conv.in_channels, conv.out_channels, _pair(conv.kernel_size), rank, _pair(conv.stride),
             conv_padding(conv), _pair(conv.dilation), conv.groups, conv.bias is not None, form,
-            device=weight.device, dtype=weight.dtype,
-        )  # fmt: skip
+            device='meta', dtype=weight.dtype,
+        ).to_empty(device=weight.device)  # fmt: skip
         if factors is None:
             factors = cp_decompose(weight.detach(), rank, generator=generator)
         layer.set_factors(factors)

@@ -13,6 +13,7 @@ from norton_timm.groups import ChannelGraph, ChannelGroup
 from norton_timm.layers import CPDConv2d, conv_padding
 from norton_timm.layouts import layout_of, widths_of
 from norton_timm.spec import CompressionSpec
+from norton_timm.trace import tied_modules
 
 
 def plan_ranks(model: nn.Module, spec: CompressionSpec) -> tuple[dict[str, int], dict[str, str]]:
@@ -24,13 +25,15 @@ def plan_ranks(model: nn.Module, spec: CompressionSpec) -> tuple[dict[str, int],
     ranks: dict[str, int] = {}
     reasons: dict[str, str] = {}
     convs = {name: m for name, m in model.named_modules() if isinstance(m, (nn.modules.conv._ConvNd, CPDConv2d))}
+    tied = tied_modules(model)
     if spec.method == 'coring':
         return {}, dict.fromkeys(convs, 'coring keeps convolutions dense')
     if isinstance(spec.rank, Mapping):
         _check_patterns('rank', spec.rank, list(convs))
     for number, (name, conv) in enumerate(convs.items()):
         rank = spec.rank_of(name)
-        why = _why_dense(conv, rank, uniform=not isinstance(spec.rank, Mapping))
+        why = 'shares parameters with another layer' if conv in tied else ''
+        why = why or _why_dense(conv, rank, uniform=not isinstance(spec.rank, Mapping))
         if not spec.touches(name):
             why = 'excluded by the spec'
         elif number == 0 and 'first' in spec.protect and not isinstance(spec.rank, Mapping):
@@ -59,8 +62,13 @@ def _why_dense(conv: nn.Module, rank: int, uniform: bool) -> str | None:
     except ValueError:
         return 'padding that is not symmetric'
     fan_in = conv.in_channels // conv.groups
+    if uniform and fan_in == 1:
+        return 'depthwise: a thin kernel already'
     if uniform and rank * (fan_in + kh + kw) >= fan_in * kh * kw:
         return f'rank {rank} would not make it smaller'
+    sh, sw = conv.stride
+    if uniform and rank * (fan_in * sh * sw + kh * sw + kw) >= fan_in * kh * kw:  # the 1x1 runs before the stride
+        return f'rank {rank} would not lower its MACs'
     return None
 
 

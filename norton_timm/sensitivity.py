@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from norton_timm import selection
-from norton_timm.compress import default_input
+from norton_timm.complexity import make_input
 from norton_timm.cp import cp_decompose
 from norton_timm.groups import ChannelGraph, ChannelGroup
 from norton_timm.layers import CPDConv2d
@@ -185,7 +185,7 @@ def layer_errors(model: nn.Module, spec: CompressionSpec, example_input: Any = N
     Returns:
         ``|W - W'|^2 / |W|^2`` in [0, 1] by layer name.
     """
-    example_input = default_input(model) if example_input is None else example_input
+    example_input = make_input(model, example_input)
     ranks, _ = plan_ranks(model, spec)
     energies = {n: _energy(filters_of(m)) for n, m in model.named_modules() if isinstance(m, nn.modules.conv._ConvNd)}
     left = dict(energies)

@@ -82,7 +82,7 @@ def _check_rates(rates: Any) -> str | float | tuple[float, ...] | dict[str, floa
 
 def _check_int(value: Any, field: str, low: int, high: int = 2**31) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value < high:
-        raise ValueError(f'{field}: got {str(value)[:60]!r}, expected an integer of at least {low}')
+        raise ValueError(f'{field}: got {str(value)[:60]!r}, expected an integer from {low} to {high - 1}')
     return value
 
 

@@ -139,6 +139,9 @@ def _slice_map(module: ChannelMap, kind: str, keep: Tensor) -> None:
 
 
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
-    """Put ``new`` in the place of the submodule of this dotted name."""
-    parent, _, child = name.rpartition('.')
-    setattr(model.get_submodule(parent), child, new)
+    """Put ``new`` in the place of the submodule of this dotted name, everywhere that it is used."""
+    old = model.get_submodule(name)
+    for parent in list(model.modules()):
+        for key, child in list(parent._modules.items()):
+            if child is old:
+                parent._modules[key] = new

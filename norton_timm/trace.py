@@ -65,8 +65,8 @@ UNARY = frozenset(
     """relu relu_ relu6 hardtanh hardtanh_ silu silu_ hardswish hardswish_ hardsigmoid hardsigmoid_ gelu gelu_ sigmoid
     sigmoid_ tanh tanh_ mish leaky_relu leaky_relu_ elu elu_ selu dropout dropout2d feature_dropout clamp clamp_
     contiguous clone to float half bfloat16 double type_as max_pool2d max_pool2d_with_indices avg_pool2d lp_pool2d
-    adaptive_avg_pool2d adaptive_max_pool2d interpolate upsample identity detach alias neg abs exp softplus batch_norm
-    prelu square sqrt pow requires_grad_""".split()
+    adaptive_avg_pool2d adaptive_max_pool2d interpolate upsample identity detach alias neg abs exp softplus square
+    sqrt pow requires_grad_""".split()
 )
 BINARY = frozenset(
     """add add_ __add__ __iadd__ __radd__ mul mul_ __mul__ __imul__ __rmul__ sub sub_ __sub__ __isub__ div div_
@@ -83,6 +83,15 @@ def tensors_in(value: Any) -> list[Tensor]:
     if isinstance(value, (list, tuple)):
         return [t for v in value for t in tensors_in(v)]
     return tensors_in(value.tensors) if hasattr(value, 'tensors') else []
+
+
+def tied_modules(model: nn.Module) -> set[nn.Module]:
+    """Modules with a parameter that is also another module's."""
+    owners: dict[int, list[nn.Module]] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(module)
+    return {module for modules in owners.values() if len(modules) > 1 for module in modules}
 
 
 class ChannelTracer(TorchFunctionMode):
@@ -109,6 +118,7 @@ class ChannelTracer(TorchFunctionMode):
             for key, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
                 self._owned[id(tensor)] = (f'{name}.{key}'.lstrip('.'), module)
         self._of: MutableMapping[Tensor, Channels | None] = WeakTensorKeyDictionary()
+        self._tied = tied_modules(model)
         for module in model.modules():  # constants kept as plain attributes, such as anchors
             for value in vars(module).values():
                 for tensor in tensors_in(value):
@@ -210,6 +220,8 @@ class ChannelTracer(TorchFunctionMode):
                 self.freeze(found.labels, f'normalised over channels by {name}')
             self.set_channels(out, found if found and out.shape == x.shape else None)
         elif type(module) in PER_CHANNEL:
+            if found and module in self._tied:
+                self.freeze(found.labels, f'{name} shares parameters with another layer')
             if found and module not in self._calls:
                 self._calls[module] = (found.labels, found.labels)
                 self.slots.append(Slot(name, module, 'channel', found.labels))
@@ -250,6 +262,8 @@ class ChannelTracer(TorchFunctionMode):
                     for g in range(1, groups):
                         self.tie(labels[g * width : (g + 1) * width], labels[:width])
             self.slots += [Slot(name, module, 'in', reads), Slot(name, module, 'out', makes)]
+        if module in self._tied:
+            self.freeze([*reads.tolist(), *makes.tolist()], f'{name} shares parameters with another layer')
         self._calls[module] = (reads, makes)
         self.set_channels(out, Channels(makes, dim))
 

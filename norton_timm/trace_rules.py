@@ -39,7 +39,7 @@ def apply_rule(
                 tracer.set_channels(output, found)
             return True
     elif name in BINARY:
-        result = _binary(tracer, args, labelled, out)
+        result = _binary(tracer, [*tensors_in(args), *tensors_in(kwargs)], labelled, out)
     elif name in ('cat', 'concat', 'concatenate'):
         result = _concatenate(tracer, args, kwargs, labelled, out)
     elif name == 'roi_align':
@@ -70,7 +70,7 @@ def _dim(args: tuple[Any, ...], kwargs: dict[str, Any], position: int, default: 
     return int(args[position] if len(args) > position else kwargs.get('dim', default)) % ndim
 
 
-def _binary(tracer: ChannelTracer, args: tuple[Any, ...], labelled: Labelled, out: Tensor) -> Channels | None:
+def _binary(tracer: ChannelTracer, operands: list[Tensor], labelled: Labelled, out: Tensor) -> Channels | None:
     aligned = [(c.labels, c.dim + out.dim() - t.dim()) for t, c in labelled]
     dim = aligned[0][1]
     if any(d != dim for _, d in aligned):
@@ -82,7 +82,7 @@ def _binary(tracer: ChannelTracer, args: tuple[Any, ...], labelled: Labelled, ou
     for labels, _ in aligned:
         if len(labels) != width:
             tracer.freeze(labels, 'broadcast over channels')
-    for other in tensors_in(args[:2]):
+    for other in operands:
         if tracer.channels(other) is None:
             place = dim - out.dim() + other.dim()
             if place >= 0 and other.shape[place] > 1:  # per-channel values from outside: they would not shrink

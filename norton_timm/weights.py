@@ -88,7 +88,7 @@ def no_weights_message(name: str) -> str:
     return (
         f'no pretrained weights of {name} were found. Three ways to get them: '
         f"(1) the authors' released checkpoint: python tools/import_checkpoint.py FILE --output {name}.safetensors; "
-        '(2) compress a dense timm model and fine-tune it: python tools/compress.py, then python tools/train_cls.py; '
+        '(2) compress a dense timm model and fine-tune it: python tools/compress.py, then your own training loop; '
         f"(3) a file of your own: create_model(..., pretrained_cfg_overlay=dict(file='FILE')). Files named like "
         f'{name}.safetensors are found in the directory that {ENV} names. For random weights use pretrained=False.'
     )
@@ -171,7 +171,7 @@ def _expected_hash(fragment: str, name: str) -> str | None:
             raise ValueError(f'url fragment is {fragment!r}, expected sha256=<8 to 64 hexadecimal digits>')
         return match[1].lower()
     match = re.search(r'-([0-9a-f]{8,64})\.', name)
-    return match[1] if match else None
+    return match[1] if match and re.search('[a-f]', match[1]) else None  # digits alone may be a date
 
 
 def _sha256(path: Path) -> str:
@@ -203,6 +203,9 @@ def _download(url: str, partial: Path, progress: bool) -> None:
                     file.write(chunk)
                     bar.update(len(chunk))
     except urllib.error.HTTPError as error:
+        if error.code == 416 and start:  # all of it was there already, but perhaps of another version: begin anew
+            partial.unlink(missing_ok=True)
+            return _download(url, partial, progress)
         raise ConnectionError(f'{url}: the server answered {error.code} {error.reason}') from error
     except (urllib.error.URLError, OSError) as error:
         reason = getattr(error, 'reason', error)

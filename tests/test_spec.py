@@ -82,7 +82,7 @@ def test_yaml_file(tmp_path):
     ('field', 'value', 'told'),
     [
         ('method', 'svd', 'norton, coring'),
-        ('rank', -1, 'at least 0'),
+        ('rank', -1, 'from 0'),
         ('rank', 1.5, 'integer'),
         ('rank', True, 'integer'),
         ('rank', {'conv1': 'x'}, 'integer'),
@@ -95,10 +95,10 @@ def test_yaml_file(tmp_path):
         ('strategy', 'best', 'min_sum'),
         ('include', 'conv1', 'list'),
         ('protect', ['middle'], 'first, last'),
-        ('round_to', 0, 'at least 1'),
+        ('round_to', 0, 'from 1'),
         ('order', 'both', 'decompose-prune'),
-        ('shots', 0, 'at least 1'),
-        ('seed', -1, 'at least 0'),
+        ('shots', 0, 'from 1'),
+        ('seed', -1, 'from 0'),
     ],
 )
 def test_nonsense_names_field_value_and_choices(field, value, told):

@@ -85,7 +85,7 @@ def test_without_weights_it_says_within_a_second_how_to_get_them() -> None:
         assert time.perf_counter() - start < 1
         message = str(error.value)
         assert '\n' not in message and name in message
-        for way in ('tools/import_checkpoint.py', 'tools/compress.py', 'tools/train_cls.py', 'file of your own'):
+        for way in ('tools/import_checkpoint.py', 'tools/compress.py', 'training loop', 'file of your own'):
             assert way in message
         assert weights.ENV in message
 

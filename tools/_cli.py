@@ -42,7 +42,7 @@ def run(main: Callable[[], None]) -> None:
         main()
     except (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
         fail(error, USAGE)
-    except FloatingPointError as error:
+    except (FloatingPointError, ConnectionError) as error:
         fail(error, FAILURE)
     except KeyboardInterrupt:
         fail('interrupted', INTERRUPTED)

@@ -7,7 +7,6 @@ python tools/compress.py densenet121 --pretrained --macs 0.5 --output out.safete
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 
 import torch
@@ -41,9 +40,10 @@ def main() -> None:
 
     from norton_timm import compress, tune_forms
     from norton_timm.checkpoint import check_output, save, write_text
-    from norton_timm.dense import dense_model, image_of, make_spec
+    from norton_timm.complexity import default_input
+    from norton_timm.dense import dense_model, make_spec
     from norton_timm.latency import compare_latency
-    from norton_timm.measure import channels_last
+    from norton_timm.measure import channels_last, ready_to_run
     from norton_timm.report_html import to_html
 
     check_output(args.output, '.safetensors')
@@ -54,14 +54,14 @@ def main() -> None:
     if budget and (args.spec or set(fields) - {'method'}):
         raise ValueError(f'got a budget ({", ".join(budget)}) and a recipe, expected one of them')
     dense = dense_model(args.model, args.pretrained, args.checkpoint, num_classes=args.num_classes)
-    image = image_of(dense, args.input_size)
+    image = default_input(dense, args.input_size)
     if spec is None:
         from norton_timm.budget import find_spec
 
         spec = find_spec(dense, **budget, **fields, example_input=image)
     model, report = compress(dense, spec, image)
-    tuned = copy.deepcopy(model)
-    tune_forms(tuned, channels_last(image))  # a copy: what is fastest here is not written into the file
+    tuned = ready_to_run(model)  # a copy: what is fastest here is not written into the file
+    tune_forms(tuned, channels_last(image))
     times = compare_latency({'dense': dense, 'compressed': model, 'tuned': tuned}, image)
     before, after, best = times.values()
     save(model, args.output, spec=spec, latency_ms=times)

@@ -128,10 +128,12 @@ def _weights_source(name: str) -> str:
 def _measured(row: ZooRow, model: nn.Module, base: str, size: Sequence[int], batch: int) -> ZooRow:
     from norton_timm.forms import tune_forms
     from norton_timm.latency import compare_latency
+    from norton_timm.measure import channels_last, ready_to_run
 
     image = torch.randn(batch, *size)
     dense = timm.create_model(base).eval()
-    tune_forms(model, image)
+    model = ready_to_run(model)
+    tune_forms(model, channels_last(image))
     times = compare_latency({'dense': dense, 'compressed': model}, image)
     values = asdict(row)
     values.update(dense_ms=times['dense'], ms=times['compressed'], speedup=times['dense'] / times['compressed'])
@@ -145,7 +147,7 @@ def _measured(row: ZooRow, model: nn.Module, base: str, size: Sequence[int], bat
 def control_side(dense: nn.Module, macs: int, size: Sequence[int]) -> int | None:
     """Largest image side (pixels) below the network's own at which `dense` needs at most `macs`; None if there is none.
 
-    Sides are multiples of an eighth of the stride at which most networks end: 4 pixels for CIFAR's, 32 for ImageNet's.
+    Sides are multiples of 4 pixels for networks of CIFAR's size, of 32 for others.
     """
     step = 4 if size[-1] <= 64 else 32
     sides = range(size[-1] - step, step - 1, -step)
