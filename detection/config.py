@@ -38,6 +38,8 @@ class DataConfig:
     jitter: tuple[float, float] = (1.0, 1.0)  # range of a random scale factor
     crop: tuple[int, int] | None = None  # height, width of a random crop; the factor is then relative to its size
     safe_crop: float = 0.0  # probability of a random crop that cuts no object off entirely
+    copy_paste: float = 0.0  # probability of pasting objects of another image (task mask only)
+    repeat_threshold: float | None = None  # classes in a smaller fraction of the images come more often (LVIS)
 
 
 @dataclass(frozen=True)
@@ -190,9 +192,14 @@ def _check(config: RunConfig) -> list[str]:
         'optim.momentum': optim.momentum,
     }
     problems += [f'{key} is {v}, expected 0 or more' for key, v in not_negative.items() if not v >= 0]
-    for key, p in (('flip', data.flip), ('color', data.color), ('safe_crop', data.safe_crop)):
+    for key in ('flip', 'color', 'safe_crop', 'copy_paste'):
+        p = getattr(data, key)
         if not 0 <= p <= 1:
             problems.append(f'data.{key} is {p}, expected 0 to 1')
+    if data.copy_paste and config.task in TASKS and config.task != 'mask':
+        problems.append(f'data.copy_paste is {data.copy_paste}, expected 0 for task {config.task}: it needs masks')
+    if data.repeat_threshold is not None and not 0 < data.repeat_threshold <= 1:
+        problems.append(f'data.repeat_threshold is {data.repeat_threshold}, expected a fraction above 0, up to 1')
     if optim.ema is not None and not 0 < optim.ema < 1:
         problems.append(f'optim.ema is {optim.ema}, expected a decay between 0 and 1')
     if len(data.jitter) != 2 or not 0 < data.jitter[0] <= data.jitter[1]:

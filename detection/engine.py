@@ -117,7 +117,7 @@ class Trainer:
                 self.model, device_ids=[device] if device.type == 'cuda' else None, gradient_as_bucket_view=True
             )
         data = config.data
-        self.loader = train_loader(train_set, data.batch_size, data.workers, config.seed, pin=device.type == 'cuda')
+        self.loader = train_loader(train_set, data, config.seed, pin=device.type == 'cuda')
         self.steps_per_epoch = max(1, len(self.loader) // config.optim.accumulate)
         self.total = config.optim.iterations or max(1, round(config.optim.epochs * self.steps_per_epoch))
         self.step_images = data.batch_size * world_size() * config.optim.accumulate

@@ -3,26 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader, Sampler, Subset
 
+from detection.config import DataConfig, RunConfig
 from detection.data import CocoDataset, collate
 from detection.distributed import rank, world_size
+from detection.samplers import CopyPaste, RepeatFactorSampler, aspect_groups, repeat_factors
+from detection.transforms import build_transforms
 
 
 class BatchStream(Sampler[list[int]]):
-    """Batches of one epoch for this process: all processes together take each image at most once.
+    """Batches of one epoch for this process: without factors, all processes together take each image at most once.
 
     Args:
         groups: a group number for every image; batches hold one group where possible (e.g. wide or tall images, so
             that little of a batch is padding). One group: plain shuffling.
         batch_size: images of one process.
         seed: with the epoch, decides the order.
+        factors: how often each image comes in an epoch, on average; once by default.
     """
 
-    def __init__(self, groups: Sequence[int], batch_size: int, seed: int = 0) -> None:
+    def __init__(
+        self, groups: Sequence[int], batch_size: int, seed: int = 0, factors: torch.Tensor | None = None
+    ) -> None:
         self.groups, self.batch_size, self.seed = list(groups), batch_size, seed
+        self.repeats = None if factors is None else RepeatFactorSampler(factors, seed)
+        # epochs of one length, or the step of a resumed run would not tell its epoch
+        self.size = len(self.groups) if factors is None else int(factors.sum())
         self.epoch, self.start = 0, 0
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
@@ -31,12 +41,15 @@ class BatchStream(Sampler[list[int]]):
 
     def __len__(self) -> int:
         """Batches of a whole epoch."""
-        return max(1, len(self.groups) // (self.batch_size * world_size()))
+        return max(1, self.size // (self.batch_size * world_size()))
 
     def __iter__(self) -> Iterator[list[int]]:
         step = self.batch_size * world_size()
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         order = torch.randperm(len(self.groups), generator=generator).tolist()
+        if self.repeats is not None:
+            self.repeats.set_epoch(self.epoch)
+            order = (self.repeats.indices() + order)[: self.size]  # the rounding is random: fill up or cut off
         if len(order) < step:  # fewer images than a step takes: some come twice
             order = (order * (step // len(order) + 1))[:step]
         buckets: dict[int, list[int]] = {}
@@ -55,17 +68,34 @@ class BatchStream(Sampler[list[int]]):
             yield batches[k][first : first + self.batch_size]
 
 
-def train_loader(dataset: CocoDataset, batch_size: int, workers: int, seed: int, pin: bool = False) -> DataLoader:
+def training_sets(config: RunConfig, root: Path) -> tuple[CocoDataset, CocoDataset]:
+    """The training split, augmented as configured, and the validation split of a folder in COCO layout."""
+    data = config.data
+    augment = build_transforms(
+        config.task,
+        True,
+        flip=data.flip,
+        color=data.color,
+        crop=data.crop,
+        jitter=data.jitter,
+        safe_crop=data.safe_crop,
+    )
+    train_set = CocoDataset(root, 'train', config.task, augment, seed=config.seed)
+    return train_set, CocoDataset(root, 'val', config.task)
+
+
+def train_loader(dataset: CocoDataset, data: DataConfig, seed: int, pin: bool = False) -> DataLoader:
     """Loader over a `BatchStream` (its `batch_sampler`), wide and tall images apart."""
-    sizes = [dataset.height_and_width(i) for i in range(len(dataset))]
-    stream = BatchStream([int(h > w) for h, w in sizes], batch_size, seed)
+    factors = None
+    if data.repeat_threshold is not None:
+        factors = repeat_factors([dataset.labels_of(i) for i in range(len(dataset))], data.repeat_threshold)
     return DataLoader(
-        dataset,
-        batch_sampler=stream,
-        num_workers=workers,
+        CopyPaste(dataset, data.copy_paste) if data.copy_paste else dataset,
+        batch_sampler=BatchStream(aspect_groups(dataset), data.batch_size, seed, factors),
+        num_workers=data.workers,
         collate_fn=collate,
         pin_memory=pin,
-        persistent_workers=workers > 0,
+        persistent_workers=data.workers > 0,
     )
 
 

@@ -110,6 +110,8 @@ def test_all_problems_are_reported_together(tmp_path: Path) -> None:
             'unknown key model.rcnn.box_nms_treshold: did you mean box_nms_thresh?',
         ),
         ({'model': {'norm': 'frozen'}}, "model.norm 'frozen' needs model.pretrained or model.weights"),
+        ({'data': {'copy_paste': 0.5}}, 'data.copy_paste is 0.5, expected 0 for task box: it needs masks'),
+        ({'data': {'repeat_threshold': 0}}, 'data.repeat_threshold is 0.0, expected a fraction above 0, up to 1'),
         ({'model': {'frozen_stages': 5}}, 'model.frozen_stages is 5, expected 0 to 4'),
     ],
 )

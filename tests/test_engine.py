@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -249,6 +250,43 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
         save_checkpoint(path, {'model': lambda: None})
     assert load_checkpoint(path)['model'] == 1
     assert [p.name for p in tmp_path.iterdir()] == ['c.pt']
+
+
+def test_repeated_images_come_as_often_as_their_factors_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    factors = torch.tensor([1.0] * 8 + [2.5, 3.0])
+    stream = BatchStream([0] * 10, 2, seed=1, factors=factors)
+    assert len(stream) == 6  # 13.5 images
+    counts = torch.zeros(10)
+    for epoch in range(400):
+        stream.set_epoch(epoch)
+        batches = list(stream)
+        assert len(batches) == 6
+        counts += torch.bincount(torch.tensor(batches).flatten(), minlength=10)
+    assert torch.allclose(counts / counts[:8].mean(), factors, rtol=0.08)
+    stream.set_epoch(3)
+    whole = list(stream)
+    stream.set_epoch(3, 4)
+    assert list(stream) == whole[4:]
+    monkeypatch.setattr('detection.loader.world_size', lambda: 3)
+    parts = []
+    for r in range(3):
+        monkeypatch.setattr('detection.loader.rank', lambda r=r: r)
+        parts.append(list(stream))
+    assert [len(p) for p in parts] == [0, 0, 0]  # started at batch 4 of 2
+    assert len(stream) == 2
+
+
+def test_sampling_and_copy_paste_reach_the_network(sample: Path, tmp_path: Path) -> None:
+    plain = trainer(settings('mask'), sample, tmp_path / 'plain')
+    config = settings('mask')
+    data = dataclasses.replace(config.data, copy_paste=1.0, repeat_threshold=1.0)
+    mixed = trainer(dataclasses.replace(config, data=data), sample, tmp_path / 'mixed')
+    assert mixed.steps_per_epoch > plain.steps_per_epoch
+    objects = [
+        sum(len(t['labels']) for _, targets in run.loader for t in targets) / len(run.loader) for run in (plain, mixed)
+    ]
+    assert objects[1] > 1.2 * objects[0]
+    assert set(mixed.run()) == {'bbox', 'segm'}
 
 
 def test_table_has_every_figure() -> None:

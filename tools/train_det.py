@@ -22,6 +22,7 @@ def main() -> None:
     parser.add_argument('--backbone', help='timm name, such as norton_resnet50.r078')
     parser.add_argument('--output', help='folder for what is written, by default runs/TASK')
     parser.add_argument('--resume', action='store_true', help='continue from checkpoint.pt in the output folder')
+    parser.add_argument('--check-data', action='store_true', help='only read all of the data and list what is wrong')
     parser.add_argument('--iterations', type=int, help='length of the run in steps')
     parser.add_argument('--epochs', type=float, help='length of the run in passes over the data')
     parser.add_argument('--device', help='auto, cpu, cuda, cuda:1, ...')
@@ -32,11 +33,12 @@ def main() -> None:
 
     from detection.checkpoint import describe, detector_from_config, write_text
     from detection.config import load_config
-    from detection.data import CocoDataset, find_data
+    from detection.data import find_data
     from detection.distributed import choose_device, is_main, process_group
+    from detection.doctor import check_data
     from detection.engine import Trainer
+    from detection.loader import training_sets
     from detection.report import describe_run, format_table, save_predictions
-    from detection.transforms import build_transforms
 
     if args.task is None and args.config is None:
         raise ValueError('--task is missing, expected box, mask or keypoint')
@@ -51,14 +53,12 @@ def main() -> None:
     if args.config is None:
         kind = 'sample_' if (source.root / 'sample.json').is_file() else ''
         config = load_config(CONFIGS / f'{kind}{config.task}.yaml', overrides, values)
+    if args.check_data:
+        print(report := check_data(source.root, config.task))
+        raise SystemExit(0 if report.ok else 1)
     if args.resume and not (output / 'checkpoint.pt').is_file():
         raise FileNotFoundError(f'--resume: no {output / "checkpoint.pt"}')
-
-    data = config.data
-    augment = build_transforms(config.task, True, flip=data.flip, color=data.color, crop=data.crop,
-                               jitter=data.jitter, safe_crop=data.safe_crop)  # fmt: skip
-    train_set = CocoDataset(source.root, 'train', config.task, augment, seed=config.seed)
-    val_set = CocoDataset(source.root, 'val', config.task)
+    train_set, val_set = training_sets(config, source.root)
     torch.manual_seed(config.seed)
     model = detector_from_config(config, describe(train_set, config.task))
     with process_group(device):
