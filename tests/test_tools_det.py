@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import cv2
 import pytest
+import torch
 
+from detection.checkpoint import load_checkpoint
 from detection.sample import write_sample
 
 TOOLS = Path(__file__).resolve().parents[1] / 'tools'
@@ -164,6 +169,57 @@ def test_three_processes_evaluate_as_one(sample: Path, tiny_coco: Path, tool, tm
             )
             texts.append(result.read_text())
         assert texts[0] == texts[1] == texts[2]
+
+
+def test_data_are_checked_without_training(tool, sample: Path, tmp_path: Path) -> None:
+    code, out, _ = tool('train_det.py', '--task', 'mask', '--data', sample, '--check-data')
+    assert code == 0
+    assert 'the data can be used' in out
+    broken = tmp_path / 'broken'
+    shutil.copytree(sample, broken)
+    next((broken / 'train2017').glob('*.*')).unlink()
+    code, out, _ = tool('train_det.py', '--task', 'mask', '--data', broken, '--check-data')
+    assert code == 1
+    assert 'ERROR: missing image (1)' in out
+    assert out.splitlines()[-1] == 'the data must be repaired first'
+    assert not (tmp_path / 'runs').exists()
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_the_run_ends_with_the_same_weights(sample: Path, tmp_path: Path) -> None:
+    """SIGKILL leaves no time for anything; the kills fall into steps, writes of checkpoints and the evaluation."""
+    chance = random.Random(0)
+
+    def start(output: Path) -> subprocess.Popen:
+        command = [sys.executable, str(TOOLS / 'train_det.py'), '--task', 'box', '--data', str(sample), '--backbone',
+                   'resnet18', '--iterations', '30', '--output', str(output), *TINY, '--set', 'log_every=1',
+                   '--set', 'save_every=0.001']  # fmt: skip
+        if (output / 'checkpoint.pt').exists():
+            command.append('--resume')
+        env = {**os.environ, 'OMP_NUM_THREADS': '1'}
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=env, text=True)
+
+    whole = start(tmp_path / 'whole')
+    killed, rows = tmp_path / 'killed', tmp_path / 'killed' / 'metrics.jsonl'
+    for k in range(1, 6):
+        process = start(killed)
+        while process.poll() is None and not (rows.exists() and rows.read_text().count('loss_classifier') >= 5 * k):
+            time.sleep(0.01)
+        time.sleep(chance.uniform(0, 0.2))
+        assert process.poll() is None, process.communicate()[1]
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+        if process.stderr:
+            process.stderr.close()
+    for process in (start(killed), whole):
+        assert process.communicate(timeout=100)[1] is not None
+        assert process.returncode == 0
+    expected, got = (load_checkpoint(tmp_path / name / 'checkpoint.pt') for name in ('whole', 'killed'))
+    assert got['iteration'] == expected['iteration'] == 30
+    assert all(torch.equal(value, got['model'][key]) for key, value in expected['model'].items())
+    assert got['results'] == expected['results']
+    steps = [json.loads(line)['iteration'] for line in rows.read_text().splitlines() if 'loss_classifier' in line]
+    assert steps == list(range(1, 31))
 
 
 @pytest.mark.slow
