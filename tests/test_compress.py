@@ -253,7 +253,8 @@ def test_feature_info_after_compression(name):
         outputs = compressed(x)
     assert [f.shape[1] for f in outputs] == compressed.feature_info.channels()
     assert compressed.feature_info.reduction() == reductions
-    assert report.after.params < report.before.params or name == 'nf_resnet50'
+    # these two couple all channels by normalisation, and a uniform rate touches no linear layers
+    assert report.after.params < report.before.params or name in ('nf_resnet50', 'convnext_tiny')
 
 
 def test_feature_info_of_a_classifier_is_refreshed():
