@@ -59,14 +59,14 @@ def compress(
 
     ranks, dense_because = plan_ranks(model, spec)
     generator = torch.Generator().manual_seed(spec.seed)
-    nmse = _decompose(model, ranks, generator) if spec.order == 'decompose-prune' else {}
+    nmse = _decompose(model, ranks, spec.seed) if spec.order == 'decompose-prune' else {}
     graph = ChannelGraph(model, example_input, freeze_outputs=not is_feature_extractor(model))
     plan = plan_pruning(model, graph, spec)
     kept = _prune(model, graph, [keep for _, keep, _ in plan], spec, ranks, generator, between_shots)
     if spec.order == 'decompose-prune':
         nmse = {name: values[kept[name]] if name in kept else values for name, values in nmse.items()}
     else:
-        nmse = _decompose(model, ranks, generator)
+        nmse = _decompose(model, ranks, spec.seed)
     if calibration is not None:
         refit(model, dense, kept, calibration)
 
@@ -121,12 +121,15 @@ def reshape(model: nn.Module, spec: CompressionSpec, example_input: Any = None) 
     return model
 
 
-def _decompose(model: nn.Module, ranks: dict[str, int], generator: torch.Generator) -> dict[str, Tensor]:
-    """Replace the planned convolutions by their decompositions; NMSE (O,) by layer name."""
+def _decompose(model: nn.Module, ranks: dict[str, int], seed: int) -> dict[str, Tensor]:
+    """Replace the planned convolutions by their decompositions; NMSE (O,) by layer name.
+
+    Every layer starts from the seed anew, so that its factors do not depend on what else is decomposed.
+    """
     nmse = {}
     for name, rank in ranks.items():
         conv: nn.Conv2d = model.get_submodule(name)
-        factors = cp_decompose(conv.weight.detach(), rank, generator=generator)
+        factors = cp_decompose(conv.weight.detach(), rank, generator=torch.Generator().manual_seed(seed))
         replace_module(model, name, CPDConv2d.from_conv(conv, rank, factors=factors))
         nmse[name] = factors.nmse
     return nmse

@@ -115,7 +115,8 @@ def _wanted(model: nn.Module, graph: ChannelGraph, spec: CompressionSpec) -> dic
     if rates is not None:
         return _listed(model, graph, rates)
     assert isinstance(spec.rates, float)
-    convs = [name for name, m in layers.items() if not isinstance(m, nn.Linear)]
+    order = [slot.name for slot in graph.slots if slot.kind == 'out' and slot.name in layers]  # of execution
+    convs = [name for name in order if not isinstance(layers[name], nn.Linear)]
     found = {name: _Wanted(rate=spec.rates) for name in convs}
     ends = {'first': convs[:1], 'last': convs[-1:]}
     for end in spec.protect:

@@ -29,7 +29,7 @@ def filters_of(module: nn.Module) -> Tensor:
     return weight.reshape(*weight.shape, *[1] * (4 - weight.dim()))
 
 
-def layer_distance(module: nn.Module, spec: CompressionSpec, rank: int, generator: torch.Generator | None) -> Tensor:
+def layer_distance(module: nn.Module, spec: CompressionSpec, rank: int) -> Tensor:
     """Distances (O, O) between the filters of a layer: NORTON's on CPD factors, CORING's on rank-1 HOSVD."""
     if spec.method == 'coring':
         return filter_distance(hosvd(filters_of(module), 1), spec.distance)
@@ -37,6 +37,7 @@ def layer_distance(module: nn.Module, spec: CompressionSpec, rank: int, generato
         return filter_distance(module.factors(), spec.distance)
     weight = filters_of(module)
     rank = max(1, min(rank, weight.shape[2] * weight.shape[3]))  # a 1x1 filter is a vector: exact at rank 1
+    generator = torch.Generator().manual_seed(spec.seed)
     return filter_distance(cp_decompose(weight, rank, generator=generator), spec.distance)
 
 
@@ -59,8 +60,8 @@ def removed_classes(
     if spec.distance in SCORES:
         values = [filter_scores(filters_of(s.module), spec.distance, generator) for s in group.members]
     else:
-        values = [layer_distance(s.module, spec, ranks.get(s.name, rank), generator) for s in group.members]
-    merged = _merge([v.double().cpu() for v in values], group, n)[torch.from_numpy(free)]
+        values = [layer_distance(s.module, spec, ranks.get(s.name, rank)) for s in group.members]
+    merged = merge_layers([v.double().cpu() for v in values], group, n)[torch.from_numpy(free)]
     if spec.distance in SCORES:
         kept = merged.argsort(descending=True, stable=True)[:stay]
     else:
@@ -68,7 +69,7 @@ def removed_classes(
     return np.delete(free, kept.numpy()).tolist()
 
 
-def _merge(values: list[Tensor], group: ChannelGroup, n: int) -> Tensor:
+def merge_layers(values: list[Tensor], group: ChannelGroup, n: int) -> Tensor:
     """Mean over layers of per-filter values (O,) or (O, O), brought to channel classes (n,) or (n, n)."""
     shape = (n,) * values[0].dim()
     total, times = torch.zeros(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64)

@@ -154,9 +154,9 @@ def _left_at_keep(group: ChannelGroup, ranks: list[int], spec: CompressionSpec) 
     energy = torch.stack([_class_energy(f, p, n) for f, p in zip(filters, group.places)]).numpy()
     stays = np.array([*group.frozen], dtype=int)
     free = np.array([k for k in range(n) if k not in group.frozen], dtype=int)
-    distances = [layer_distance(s.module, spec, r, None).double().cpu() for s, r in zip(group.members, ranks)]
+    distances = [layer_distance(s.module, spec, r).double().cpu() for s, r in zip(group.members, ranks)]
     index = torch.from_numpy(free)
-    distance = selection._merge(distances, group, n)[index][:, index]
+    distance = selection.merge_layers(distances, group, n)[index][:, index]
     few = len(free) <= _EVERY_KEEP
     points = range(1, len(free) + 1) if few else sorted({1, *(round(f * len(free)) for f in _KEPT_AT[1:])})
     known_at, known = [len(stays)], [energy[:, stays].sum(1)]
@@ -193,7 +193,7 @@ def layer_errors(model: nn.Module, spec: CompressionSpec, example_input: Any = N
     generator = torch.Generator().manual_seed(spec.seed)
     for name, rank in ranks.items():
         conv: nn.Conv2d = model.get_submodule(name)  # type: ignore[assignment]
-        factors = cp_decompose(conv.weight.detach(), rank, generator=generator)
+        factors = cp_decompose(conv.weight.detach(), rank, generator=torch.Generator().manual_seed(spec.seed))
         left[name] = energies[name] * (1 - factors.nmse.double().cpu())
         replace_module(model, name, CPDConv2d.from_conv(conv, rank, factors=factors))
     graph = ChannelGraph(model, example_input, freeze_outputs=not is_feature_extractor(model))
