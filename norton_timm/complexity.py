@@ -59,17 +59,14 @@ def make_input(model: nn.Module, source: int | Sequence[int] | Tensor | list[Ten
         return source.to(parameter.device, parameter.dtype if source.is_floating_point() else source.dtype)
     if isinstance(source, list) and source and all(isinstance(t, Tensor) for t in source):
         return [make_input(model, t) for t in source]
-    size = (3, source, source) if isinstance(source, int) else source
-    if (
-        not isinstance(size, (tuple, list))
-        or len(size) not in (3, 4)
-        or not all(type(s) is int and s > 0 for s in size)
-    ):
-        got = type(source).__name__ if not isinstance(source, (int, tuple, list)) else str(source)[:80]
-        raise ValueError(f'got input size {got}, expected a size 224, (C, H, W) or (N, C, H, W), or a tensor of images')
-    size = tuple(size) if len(size) == 4 else (1, *size)
+    size = [3, source, source] if isinstance(source, int) else list(source) if isinstance(source, (tuple, list)) else []
+    sides: list[int] = [s for s in size if type(s) is int and s > 0]
+    if len(size) not in (3, 4) or len(sides) < len(size):
+        got = str(source)[:80] if isinstance(source, (int, tuple, list)) else type(source).__name__
+        raise ValueError(f'got input size {got}, expected 224, (C, H, W) or (N, C, H, W), or a tensor of images')
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(size, generator=generator).to(parameter.device, parameter.dtype)
+    image = torch.randn(sides if len(sides) == 4 else [1, *sides], generator=generator)
+    return image.to(parameter.device, parameter.dtype)
 
 
 def layer_macs(model: nn.Module, example_input: Any) -> dict[str, int]:

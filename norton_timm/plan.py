@@ -32,7 +32,7 @@ def plan_ranks(model: nn.Module, spec: CompressionSpec) -> tuple[dict[str, int],
         _check_patterns('rank', spec.rank, list(convs))
     for number, (name, conv) in enumerate(convs.items()):
         rank = spec.rank_of(name)
-        why = 'shares parameters with another layer' if conv in tied else ''
+        why: str | None = 'shares parameters with another layer' if conv in tied else None
         why = why or _why_dense(conv, rank, uniform=not isinstance(spec.rank, Mapping))
         if not spec.touches(name):
             why = 'excluded by the spec'
