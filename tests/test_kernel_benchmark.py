@@ -1,0 +1,77 @@
+"""The kernel benchmark on small inputs, and its tool's arguments and output."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from norton_timm import kernel_benchmark as kernels
+
+TOOL = Path(__file__).resolve().parents[1] / 'tools' / 'benchmark.py'
+
+
+def run_tool(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    monkeypatch.syspath_prepend(str(TOOL.parent))
+    monkeypatch.setattr(sys, 'argv', [str(TOOL), *arguments])
+    runpy.run_path(str(TOOL), run_name='__main__')
+
+
+def test_resnet50_has_sixteen_3x3_layers() -> None:
+    assert sorted({w.shape[0] for w in (weights := kernels.resnet50_weights(0))}) == [64, 128, 256, 512]
+    assert len(weights) == 16
+
+
+def test_sampled_loop_is_extrapolated_and_compared_on_the_same_filters(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = [torch.randn(8, 6, 3, 3), torch.randn(4, 8, 3, 3)]
+    seen = []
+    monkeypatch.setattr('tensorly.decomposition.parafac', _spy(seen))
+    (row,) = kernels.benchmark_cpd([2], 2, 0, weights)
+    assert seen == [weights[0][0].tolist(), weights[0][4].tolist(), weights[1][0].tolist(), weights[1][2].tolist()]
+    assert row['speedup'] == pytest.approx(row['parafac_s'] / row['ours_s'])
+    assert 0 < row['ours_nmse'] <= row['parafac_nmse'] * 1.01
+
+
+def _spy(seen: list):
+    from tensorly.decomposition import parafac
+
+    def call(tensor, *args, **kwargs):
+        seen.append(tensor.tolist())
+        return parafac(tensor, *args, **kwargs)
+
+    return call
+
+
+def test_goals_judge_both_ways() -> None:
+    row = {'rank': 1, 'speedup': 99.0, 'ours_nmse': 0.5, 'parafac_nmse': 0.6}
+    met = {what: ok for what, _, _, ok in kernels.goals({'cpd': [row], 'r078': [{'ours_s': 1.9}]})}
+    assert list(met.values()) == [False, True, True]
+
+
+def test_tool_writes_what_it_prints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(kernels, 'resnet50_weights', lambda seed: [torch.randn(4, 6, 3, 3)])
+    out = tmp_path / 'kernels.json'
+    run_tool(monkeypatch, 'kernels', '--only', 'cpd', '--ranks', '1', '2', '--sample', '1', '--output', str(out))
+    content = json.loads(out.read_text())
+    assert [row['rank'] for row in content['cpd']] == [1, 2] and len(content['goals']) == 4
+    assert f'{content["cpd"][0]["ours_nmse"]:.4g}' in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == [out]
+
+
+@pytest.mark.parametrize(
+    'wrong',
+    [[], ['kernel'], ['kernels', '--only', 'x'], ['kernels', '--sample', '0'], ['kernels', '--output', '/no/x.json']],
+)
+def test_tool_refuses_bad_arguments(
+    wrong: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        run_tool(monkeypatch, *wrong)
+    assert stop.value.code == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
