@@ -209,7 +209,14 @@ def test_without_a_display_the_error_says_what_to_do(tool, monkeypatch):
 def test_ctrl_c_and_kill_leave_a_playable_shorter_file(tmp_path, sent):
     target = tmp_path / 'out.mp4'
     command = [sys.executable, str(TOOL), *RANDOM, '--frames', '5000', '--output', str(target)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, cwd=TOOL.parents[1])
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        cwd=TOOL.parents[1],
+        # a shell starts background jobs, such as this test run may be one, with SIGINT ignored
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob('.out.*')) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.2)
