@@ -67,7 +67,7 @@ def kmeans(filters: Tensor, method: str, clusters: int, generator: torch.Generat
     """Labels `(N,)` of the start with the least inertia.
 
     Filters are compared by the mean Euclidean distance of their factors, signs (which the SVD leaves open) chosen for
-    the smallest; centroids are means of whole filters, and inertia is the sum of the distances of whole filters to them.
+    the smallest; centroids are means of whole filters, and inertia sums the distances of whole filters to them.
     """
     factors = representation(filters, method)
     best, least = torch.zeros(len(filters), dtype=torch.long), math.inf
