@@ -11,6 +11,7 @@ from tensorly.decomposition import parafac
 from torch import Tensor
 
 from norton_timm.cp import CPFactors, cp_decompose, cp_reconstruct
+from norton_timm.cp_solvers import _als, compress_input_mode
 
 
 def low_rank(
@@ -115,9 +116,15 @@ def test_recovered_components_are_the_true_ones() -> None:
 @pytest.mark.parametrize('rank', [1, 2, 5])
 def test_error_never_rises_with_iterations(rank: int) -> None:
     weight = torch.cat([torch.randn(10, 16, 3, 3, dtype=torch.float64), low_rank(10, 16, 3, 3, rank)])
-    runs = [cp_decompose(weight, rank, n_iter=n).nmse for n in (0, 1, 2, 3, 5, 8, 12, 20, 30, 45, 70, 110, 200)]
-    for before, after in pairwise(runs):
-        assert (after <= before + 1e-12).all()
+    sweeps = (0, 1, 2, 3, 5, 8, 12, 20, 30, 45, 70, 110, 200)
+    core = compress_input_mode(weight.flatten(2), 3, 3).flatten(2)
+    core = core / core.square().sum((1, 2), keepdim=True).sqrt()
+    start = torch.nn.functional.normalize(torch.randn(2, 20, 3, rank, dtype=torch.float64), dim=2)
+    errors = [_als(core, *start, n, 0.0)[2] for n in sweeps]
+    assert all((after <= before + 1e-12).all() for before, after in pairwise(errors))
+    # as a whole: Newton's method and new starts after ALS may settle elsewhere, but nowhere much worse
+    runs = [cp_decompose(weight, rank, n_iter=n).nmse for n in sweeps]
+    assert all((after <= before + 1e-5).all() for before, after in pairwise(runs))
 
 
 def test_error_never_rises_with_rank(data_dir) -> None:

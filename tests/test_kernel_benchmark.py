@@ -22,8 +22,9 @@ def run_tool(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
 
 
 def test_resnet50_has_sixteen_3x3_layers() -> None:
-    assert sorted({w.shape[0] for w in (weights := kernels.resnet50_weights(0))}) == [64, 128, 256, 512]
+    weights = kernels.resnet50_weights(0)
     assert len(weights) == 16
+    assert sorted({w.shape[0] for w in weights}) == [64, 128, 256, 512]
 
 
 def test_sampled_loop_is_extrapolated_and_compared_on_the_same_filters(monkeypatch: pytest.MonkeyPatch) -> None:
