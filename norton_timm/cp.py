@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from norton_timm.cp_algebra import unit
 from norton_timm.cp_solvers import compress_input_mode, khatri_rao, solve_exact, solve_iteratively, solve_matrix
 
 _CHUNK = 2**18  # float64 values of the weight handled at a time: 2 MiB, which stays in cache
@@ -46,7 +47,7 @@ def cp_decompose(
     Args:
         weight: `(O, I, Kh, Kw)`, float32 or float64 (half types are computed in float64 too); any memory layout.
         rank: R >= 1, number of components.
-        n_iter: bound on ALS sweeps.
+        n_iter: bound on iterations, ALS sweeps and then steps of Newton's method; the error never rises with it.
         restarts: random starts beside the HOSVD's.
         tol: a start has converged when its squared relative error fell by less than this fraction in a sweep.
         generator: source of the random starts; without one, a fixed seed, so that results repeat.
@@ -61,9 +62,10 @@ def cp_decompose(
     if generator is None:
         generator = torch.Generator().manual_seed(0)  # on the CPU, so that every device starts alike
     root = None if covariance is None else _square_root(covariance.detach().to(weight.device, torch.float64))
-    shape = (restarts, 1, kh + kw, rank)  # all filters start alike, so that equal filters get equal factors
-    noise = torch.randn(shape, generator=generator, device=generator.device, dtype=torch.float64).to(weight.device)
-    noise = noise.expand(-1, filters, -1, -1)
+    # all filters start alike, so that equal filters get equal factors, and start at any lower rank as here
+    draw: dict[str, Any] = {'generator': generator, 'device': generator.device, 'dtype': torch.float64}
+    columns = [torch.randn((restarts, 1, kh + kw), **draw) for _ in range(rank)]
+    noise = torch.stack(columns, 3).to(weight.device).expand(-1, filters, -1, -1)
     peak = _peak(weight)
     bad = ~torch.isfinite(peak)
     if bad.any():
@@ -129,7 +131,9 @@ def _finish(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """C by least squares, norms balanced, and the NMSE of what is returned, rounding included."""
     x = _scaled(weight, scale, None)
-    c = x @ _pseudo_inverse(khatri_rao(a, b)).mT
+    design = khatri_rao(a, b)
+    c = (x @ _pseudo_inverse(design).mT).masked_fill(~design.any(1, keepdim=True), 0)
+    a, b = unit(a), unit(b)  # a component that was not needed has zero columns
     a, b, c = (f.to(weight.dtype) for f in _balance(a, b, c, scale))
     energy = _energy(x if root is None else root @ x)
     design = khatri_rao(a.double(), b.double())

@@ -159,13 +159,14 @@ class CPDConv2d(nn.Module):
     def set_factors(self, factors: CPFactors) -> None:
         """Load ``A (O, Kh, R)``, ``B (O, Kw, R)``, ``C (O, I / groups, R)``, with the three norms made equal.
 
-        Equal norms make one learning rate right for all three factors.
+        Equal norms make one learning rate right for all three factors. A component with a zero column contributes
+        nothing and is loaded as it is: with all three columns at zero it would never get a gradient.
         """
         a, b, c = (f.detach().double() for f in factors[:3])
         norms = torch.stack([f.norm(dim=1) for f in (a, b, c)])  # (3, O, R)
         mean = norms.clamp_min(1e-300).log().mean(0).exp()
-        mean = torch.where((norms == 0).any(0), torch.zeros_like(mean), mean)
-        a, b, c = (f * (mean / n.clamp_min(1e-300))[:, None] for f, n in zip((a, b, c), norms))
+        live = (norms > 0).all(0)
+        a, b, c = (f * (mean / n).where(live, 1)[:, None] for f, n in zip((a, b, c), norms))
         self.vertical.copy_(a.mT.reshape(self.vertical.shape))
         self.horizontal.copy_(b.mT.reshape(self.horizontal.shape))
         self.pointwise.copy_(c.mT.reshape(self.pointwise.shape))

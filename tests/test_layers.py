@@ -94,6 +94,28 @@ def test_factors_have_equal_norms_and_the_same_kernel():
     torch.testing.assert_close(layer.kernel(), explicit_kernel(layer))
 
 
+@pytest.mark.parametrize('form', ['factored', 'merged', 'dense'])
+def test_a_component_that_contributes_nothing_can_be_revived(form):
+    conv = nn.Conv2d(5, 7, 3, bias=False)
+    with torch.no_grad():
+        conv.weight[2] = 0
+    layer = CPDConv2d.from_conv(conv, 2, form=form)
+    assert not layer.factors().C[2].any() and not layer.kernel()[2].any()
+    x, target = torch.randn(16, 5, 6, 6), torch.randn(5, 3, 3)
+    target = F.conv2d(x, target[None] / 5)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.3)
+    losses = []
+    for _ in range(20):
+        optimizer.zero_grad()
+        loss = F.mse_loss(layer(x)[:, 2:3], target)
+        loss.backward()
+        if not losses:
+            assert layer.pointwise.grad.view(7, 2, 5)[2].abs().amin(0).gt(0).all()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0] and layer.kernel()[2].norm() > 0.1
+
+
 def test_auto_is_a_rule_until_tuned():
     layer = random_layer(rank=1, padding=1)
     assert layer.train().active_form() == 'dense'
