@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from norton_timm import CPDConv2d
 from norton_timm import kernel_benchmark as kernels
+from norton_timm.training_benchmark import RankMajorCPD, with_authors_block
 
 TOOL = Path(__file__).resolve().parents[1] / 'tools' / 'benchmark.py'
 
@@ -51,6 +53,27 @@ def test_goals_judge_both_ways() -> None:
     row = {'rank': 1, 'speedup': 99.0, 'ours_nmse': 0.5, 'parafac_nmse': 0.6}
     met = {what: ok for what, _, _, ok in kernels.goals({'cpd': [row], 'r078': [{'ours_s': 1.9}]})}
     assert list(met.values()) == [False, True, True]
+
+
+def test_authors_block_computes_what_our_layer_does() -> None:
+    layer = CPDConv2d(6, 8, (3, 5), 3, stride=(2, 1), padding=(1, 2), dilation=(1, 2))
+    model = torch.nn.Sequential(layer, torch.nn.ReLU()).double()
+    block = with_authors_block(model)
+    x = torch.randn(2, 6, 11, 13, dtype=torch.float64)
+    torch.testing.assert_close(block(x), model(x))
+    assert isinstance(block[0], RankMajorCPD) and model[0] is layer
+    # component r of filter o is row r * O + o
+    torch.testing.assert_close(block[0].pointwise.view(3, 8, 6)[2, 5], layer.factors().C[5, :, 2])
+    with pytest.raises(ValueError, match='groups'):
+        RankMajorCPD(CPDConv2d(6, 8, 3, 1, groups=2))
+
+
+def test_training_goals_name_both_baselines() -> None:
+    row = {'model': 'norton_resnet56_cifar.r071', 'dense_over_uncompressed': 1.0}
+    row |= {'authors_block_over_dense': 3.1, 'factored_over_dense': 1.5}
+    met = {what: ok for what, _, _, ok in kernels.goals({'training': [row]})}
+    assert list(met.values()) == [True, True, False]
+    assert [('authors' in what, 'own' in what) for what in list(met)[1:]] == [(True, False), (False, True)]
 
 
 def test_tool_writes_what_it_prints(

@@ -1,0 +1,125 @@
+"""Training steps of compressed networks, timed beside the uncompressed network and the authors' own block."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from norton_timm.layers import CPDConv2d, use_form
+
+Row = dict[str, Any]
+
+
+@contextmanager
+def clock() -> Iterator[Callable[[], float]]:
+    """Seconds of the block, once it has ended."""
+    start, end = time.perf_counter(), None
+    yield lambda: (end if end is not None else time.perf_counter()) - start
+    end = time.perf_counter()
+
+
+class RankMajorCPD(nn.Module):
+    """The block of NORTON's code: 1x1, then depthwise Kh x 1 and 1 x Kw on R * O channels, then a sum over R.
+
+    Channel r * O + o belongs to component r of filter o. It takes the factors of a `CPDConv2d` and computes the same.
+    """
+
+    def __init__(self, layer: CPDConv2d) -> None:
+        super().__init__()
+        if layer.groups != 1:
+            raise ValueError(f'got groups={layer.groups}, expected 1')
+        self.shape = layer.rank, layer.out_channels
+        self.stride, self.padding, self.dilation = layer.stride, layer.padding, layer.dilation
+        rows = layer.out_channels, layer.rank
+        self.pointwise, self.vertical, self.horizontal = (
+            nn.Parameter(f.detach().reshape(*rows, *shape).transpose(0, 1).flatten(0, 1).clone())
+            for f, shape in (
+                (layer.pointwise, (layer.in_channels, 1, 1)),
+                (layer.vertical, (1, layer.kernel_size[0], 1)),
+                (layer.horizontal, (1, 1, layer.kernel_size[1])),
+            )
+        )
+        self.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach().clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        (sh, sw), (ph, pw), (dh, dw) = self.stride, self.padding, self.dilation
+        rows = self.shape[0] * self.shape[1]
+        x = F.conv2d(x, self.pointwise)
+        x = F.conv2d(x, self.vertical, None, (sh, 1), (ph, 0), (dh, 1), groups=rows)
+        x = F.conv2d(x, self.horizontal, None, (1, sw), (0, pw), (1, dw), groups=rows)
+        x = x.unflatten(1, self.shape).sum(1)
+        return x if self.bias is None else x + self.bias.view(1, -1, 1, 1)
+
+
+def with_authors_block(model: nn.Module) -> nn.Module:
+    """A copy of `model` whose every CPDConv2d is the authors' block with the same factors."""
+    model = copy.deepcopy(model)
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, CPDConv2d):
+            model.set_submodule(name, RankMajorCPD(layer))
+    return model
+
+
+def benchmark_training(rounds: int, seed: int) -> list[Row]:
+    """One optimiser step: the uncompressed network, ours with each layer dense or factored, and the authors' block.
+
+    ResNet-56 at rank 2 with batches of 256, ResNet-50 r078 with batches of 32. All run channels_last; the authors'
+    block also in PyTorch's default layout, as their code runs it. The variants take turns, so that a busy machine
+    slows all alike; the fastest round of each counts.
+    """
+    import norton_timm  # noqa: F401  registers the models
+
+    rows = []
+    for base, ours, batch, size in (
+        ('resnet56_cifar', 'norton_resnet56_cifar.r071', 256, 32),
+        ('resnet50', 'norton_resnet50.r078', 32, 224),
+    ):
+        torch.manual_seed(seed)
+        plain, model = (timm.create_model(name, pretrained=False) for name in (base, ours))
+        images, labels = torch.randn(batch, 3, size, size), torch.randint(10, (batch,))
+        last, default = torch.channels_last, torch.contiguous_format
+        authors = with_authors_block(model)
+        steps = {
+            'uncompressed': _training_step(plain, 'auto', images, labels, last),
+            'dense': _training_step(model, 'dense', images, labels, last),
+            'factored': _training_step(model, 'factored', images, labels, last),
+            'authors_block': _training_step(copy.deepcopy(authors), 'auto', images, labels, default),
+            'authors_block_channels_last': _training_step(authors, 'auto', images, labels, last),
+        }
+        seconds: dict[str, list[float]] = {label: [] for label in steps}
+        for number in range(rounds + 1):
+            for label, step in steps.items():
+                with clock() as elapsed:
+                    step()
+                if number:  # the first round is warm-up
+                    seconds[label].append(elapsed())
+        row: Row = {'model': ours, 'batch': batch, **{f'{k}_s': min(v) for k, v in seconds.items()}}
+        row['dense_over_uncompressed'] = row['dense_s'] / row['uncompressed_s']
+        for label in ('factored', 'authors_block', 'authors_block_channels_last'):
+            row[f'{label}_over_dense'] = row[f'{label}_s'] / row['dense_s']
+        rows.append(row)
+    return rows
+
+
+def _training_step(
+    model: nn.Module, form: str, images: Tensor, labels: Tensor, layout: torch.memory_format
+) -> Callable[[], None]:
+    model.train().to(memory_format=layout)  # type: ignore[call-overload]
+    images = images.contiguous(memory_format=layout)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+
+    def step() -> None:
+        with use_form(model, form):
+            optimizer.zero_grad()
+            F.cross_entropy(model(images), labels).backward()
+            optimizer.step()
+
+    return step
