@@ -11,8 +11,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from safetensors.torch import save_file
 from timm.models import build_model_with_cfg, register_model
 from torch import Tensor, nn
 
+from norton_timm.files import replacing
 from norton_timm.rebuild import describe, rebuild
 from norton_timm.recipe import FORMAT, Recipe
 from norton_timm.resize import owned_tensors
@@ -54,7 +54,7 @@ def save(
     """
     path = check_output(path, '.safetensors')
     recipe, tensors = _pack(model, architecture, model_kwargs, metadata)
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         _write(temporary, recipe, tensors)
     return path
 
@@ -71,6 +71,15 @@ def load(path: str | os.PathLike[str]) -> nn.Module:
         return rebuild(recipe, tensors)
     except ValueError as error:
         raise ValueError(f'{path}: {error}') from None
+
+
+def is_saved(path: str | os.PathLike[str]) -> bool:
+    """Whether a file says that :func:`save` wrote it; nothing else of it is checked."""
+    try:
+        with safe_open(path, framework='pt') as file:
+            return _RECIPE in (file.metadata() or {})
+    except (SafetensorError, OSError):
+        return False
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -218,31 +227,6 @@ def check_output(path: str | os.PathLike[str], *suffixes: str) -> Path:
     if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
         raise ValueError(f'got {str(path)!r}, expected a file in a folder that exists and can be written')
     return path
-
-
-def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write a text file whole or not at all."""
-    with _replacing(Path(path)) as temporary:
-        temporary.write_text(text, encoding='utf-8')
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A temporary name in the same folder that becomes ``path`` when the block ends well."""
-    handle, name = tempfile.mkstemp(prefix=f'.{path.name}.', dir=path.parent)
-    os.close(handle)
-    try:
-        yield Path(name)
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, path)
-    finally:
-        Path(name).unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _write(path: Path, recipe: Recipe, tensors: dict[str, Tensor]) -> None:

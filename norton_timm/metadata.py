@@ -119,7 +119,7 @@ class Metadata:
         for name in self._heads:
             head = model.get_submodule(name)
             fc = head.fc
-            width = fc.in_features if isinstance(fc, nn.Linear) else fc.in_channels  # type: ignore[union-attr]
+            width = fc.in_channels if isinstance(fc, nn.Conv2d) else fc.in_features  # type: ignore[union-attr]
             if getattr(head, 'num_features', None) == head.in_features:
                 head.num_features = width
             head.in_features = width

@@ -49,6 +49,13 @@ def small(tmp_path_factory) -> tuple[nn.Module, Path]:
     return model, save(model, tmp_path_factory.mktemp('small') / 'model.safetensors', note='hello')
 
 
+def origin(name: str, **kwargs) -> dict:
+    """What ``save`` must be told of a torchvision network that ``build`` made; timm's networks know it themselves."""
+    if not name.startswith('torchvision/'):
+        return {}
+    return dict(architecture=name, model_kwargs=dict(aux_logits=False, init_weights=False, **kwargs))
+
+
 def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
     assert found.keys() == expected.keys()
     different = [name for name in expected if not torch.equal(found[name], expected[name])]
@@ -67,9 +74,10 @@ def check_facts(loaded: nn.Module, model: nn.Module) -> None:
 def test_every_family_comes_back_bit_for_bit(name, tmp_path):
     x = images(name, 4)
     model = squeeze(build(name, num_classes=6), x[:1])
-    path = save(model, tmp_path / 'model.safetensors')
+    path = save(model, tmp_path / 'model.safetensors', **origin(name, num_classes=6))
     loaded = load(path)
-    check_facts(loaded, model)
+    if not origin(name):
+        check_facts(loaded, model)
     assert save(loaded, tmp_path / 'again.safetensors').read_bytes() == path.read_bytes()
     assert_same(states(loaded, x), states(model, x))
 
@@ -82,7 +90,7 @@ def test_every_family_is_the_same_in_another_process(name, tmp_path):
     x = images(name, 4)
     model = squeeze(build(name, num_classes=6), x[:1])
     files = [str(tmp_path / f'{f}.safetensors') for f in ('model', 'x', 'out')]
-    save(model, files[0])
+    save(model, files[0], **origin(name, num_classes=6))
     save_file({'x': x}, files[1])
     subprocess.run(
         [sys.executable, str(STEP), *files, str(torch.get_num_threads())],

@@ -25,6 +25,12 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def wait_for_all() -> None:
+    """Go on when every process has come here."""
+    if world_size() > 1:
+        dist.barrier()
+
+
 def choose_device(name: str = 'auto') -> torch.device:
     """`auto` is the accelerator if there is one, else the CPU; under torchrun each process gets its own.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,37 @@ def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     merged = read_yaml(path.parent / str(base), (*seen, path))
     merge(merged, tree)
     return merged
+
+
+def read_tree(
+    path: str | Path | None, overrides: Sequence[str], values: Mapping[str, Any] | None
+) -> tuple[dict[str, Any], list[str]]:
+    """The keys of a run and the problems found: a YAML file with its bases, then `values`, then `overrides`.
+
+    Args:
+        path: YAML file; None starts from nothing.
+        overrides: `key=value` texts such as `optim.lr=0.01`, the value as in YAML; they win over `values`.
+        values: dotted keys with values as they are; None means not given.
+
+    Raises:
+        ConfigError: a file that is no YAML mapping.
+        FileNotFoundError: the file or a base is missing.
+    """
+    problems: list[str] = []
+    tree = read_yaml(Path(path)) if path is not None else {}
+    for key, given in (values or {}).items():
+        if given is not None:
+            merge(tree, nested(key.split('.'), given))
+    for text in overrides:
+        key, equals, value = text.partition('=')
+        if not equals or not key.strip():
+            problems.append(f'override {text!r} is not of the form key=value')
+            continue
+        try:
+            merge(tree, nested(key.strip().split('.'), parse(value)))
+        except yaml.YAMLError:
+            problems.append(f'override {text!r}: the value is not YAML')
+    return tree, problems
 
 
 def merge(into: dict[str, Any], tree: dict[str, Any]) -> None:
