@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import nn
@@ -55,7 +54,7 @@ def find_spec(
         memory_mb: megabytes (10^6 bytes) of weights and of activations alive at once in inference, see
             :func:`norton_timm.measure.peak_memory`; met within 1 %.
         method: ``norton`` (ranks and rates) or ``coring`` (rates only).
-        calibration: input batches without labels; a layer's error then weighs as much as the outputs mind it.
+        calibration: input batches, labels ignored; a layer's error then weighs as much as the outputs mind it.
         example_input: what the model's ``forward`` takes; by default one random image of the model's own size.
 
     Raises:
@@ -66,33 +65,16 @@ def find_spec(
     if len(given) != 1:
         raise ValueError(f'got {", ".join(given) or "no target"}, expected exactly one of {", ".join(targets)}')
     kind, target = next(iter(given.items()))
-    _check_target(kind, target)
+    check_target(kind, target)
     return Budget(model, method, calibration, example_input).find(kind, float(target))
 
 
-def _check_target(kind: str, value: Any) -> None:
+def check_target(kind: str, value: Any) -> None:
+    """Raises: ValueError: a target that is no positive number, or a fraction above 1."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > 0
     if not number or (kind in ('macs', 'params') and value > 1):
         wanted = 'the fraction to keep, above 0 and at most 1' if kind in ('macs', 'params') else 'a positive number'
         raise ValueError(f'{kind}: got {str(value)[:60]!r}, expected {wanted}')
-
-
-@dataclass(frozen=True)
-class TradeOffPoint:
-    """One point of a trade-off curve.
-
-    Attributes:
-        target: the fraction asked for.
-        macs, params: fractions kept, by the cost model.
-        error: total weighted NMSE, by the sensitivity table.
-        spec: the recipe.
-    """
-
-    target: float
-    macs: float
-    params: float
-    error: float
-    spec: CompressionSpec
 
 
 class Budget:
@@ -230,10 +212,13 @@ class Budget:
         if kind == 'memory_mb':
             return self._memory(target)
 
-        def measure(model: nn.Module) -> float:
-            return latencies([model], self.example_input, self.measure_seconds)[0]
+        (whole,) = latencies([self.model], self.example_input, self.measure_seconds)
 
-        whole = measure(self.model)
+        def measure(model: nn.Module) -> float:
+            # beside the dense network: the machine's speed drifts by more than the tolerance
+            dense, ours = latencies([self.model, model], self.example_input, self.measure_seconds)
+            return whole * ours / dense
+
         self.costs.set_latency(layer_latencies(self.model, self.example_input), whole)
         self._allocators.pop('ms', None)
         return self._hit('ms', kind, target, measure)
@@ -314,57 +299,6 @@ class Budget:
         span = high[1] - low[1]
         share = (target - low[1]) / span if span > 0 else 0.5
         return low[0] + min(max(share, 0.1), 0.9) * (high[0] - low[0])
-
-    # ---- the whole curve
-
-    def trade_off(self, kind: str = 'macs', fractions: Sequence[float] | None = None) -> list[TradeOffPoint]:
-        """Least error found at each budget, from large budgets to small ones.
-
-        The curve is monotone: a budget never does worse than a smaller one, whose choice it may take over.
-
-        Args:
-            kind: ``macs`` or ``params``.
-            fractions: budgets in (0, 1]; by default 1.0, 0.9, ... down to what is attainable.
-
-        Raises:
-            ValueError: an unknown kind, or a fraction that is out of range or cannot be attained.
-        """
-        if kind not in ('macs', 'params'):
-            raise ValueError(f'kind: got {kind!r}, expected macs or params')
-        allocator = self.allocator(kind)
-        dense = allocator.cost(allocator.dense())
-        floor = allocator.cost(allocator.least()) / dense
-        if fractions is None:
-            fractions = [f / 20 for f in range(20, 0, -1) if f / 20 > floor]
-        for fraction in fractions:
-            _check_target(kind, fraction)
-            if fraction < floor:
-                raise ValueError(f'{kind}: got {fraction:g}, but the least that can be attained is {floor:.4g}')
-        points: list[TradeOffPoint] = []
-        best: Choice | None = None
-        for fraction in sorted(set(fractions)):
-            choice = allocator.dense() if fraction == 1 else self.solve(allocator, fraction * dense, settle=False)
-            if best is not None and self.error(best, allocator) < self.error(choice, allocator):
-                choice = best
-            best = choice
-            ranks, keep = allocator.ranks(choice), choice.keep.astype(float)
-            shares = {k: self.costs.total(k, keep, ranks) / self.costs.dense[k] for k in ('macs', 'params')}
-            spec, error = self.spec(choice, allocator), self.error(choice, allocator)
-            points.append(TradeOffPoint(fraction, **shares, error=error, spec=spec))
-        return points[::-1]
-
-
-def trade_off(
-    model: nn.Module,
-    kind: str = 'macs',
-    fractions: Sequence[float] | None = None,
-    *,
-    method: str = 'norton',
-    calibration: Iterable[Any] | None = None,
-    example_input: Any = None,
-) -> list[TradeOffPoint]:
-    """The trade-off curve of a model, see :meth:`Budget.trade_off`."""
-    return Budget(model, method, calibration, example_input).trade_off(kind, fractions)
 
 
 def rate_for(filters: int, keep: int) -> float:

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from norton_timm.calibrate import refit
-from norton_timm.complexity import Complexity, layer_costs, make_input
+from norton_timm.complexity import Complexity, LayerCost, layer_costs, make_input
 from norton_timm.cp import CPFactors, cp_decompose
 from norton_timm.groups import ChannelGraph
 from norton_timm.layers import CPDConv2d
+from norton_timm.low_rank import factor_linears, factor_shapes
 from norton_timm.metadata import Metadata, is_feature_extractor
-from norton_timm.plan import plan_pruning, plan_ranks
+from norton_timm.plan import plan_low_rank, plan_pruning, plan_ranks
 from norton_timm.report import CompressionReport, LayerReport
 from norton_timm.selection import removed_classes
 from norton_timm.spec import CompressionSpec
@@ -67,40 +68,49 @@ def compress(
         nmse = {name: values[kept[name]] if name in kept else values for name, values in nmse.items()}
     else:
         nmse = _decompose(model, ranks, spec.seed)
-    if calibration is not None:
-        refit(model, dense, kept, calibration)
+    refitted = [] if calibration is None else refit(model, dense, kept, calibration)
+    errors = factor_linears(model, plan_low_rank(model, spec))
 
     facts.refresh(model, example_input)
     after = layer_costs(model, example_input)
     traced = {slot.name for slot in graph.slots}
     unpruned_because = {name: 'did not run on the example input' for name in before if name not in traced}
     unpruned_because.update((name, why) for group, _, why in plan for name in group.names)
+    errors.update((name, float(values.mean())) for name, values in nmse.items())
+    left = {name: _cost_within(after, name) for name in before}
     layers = [
         LayerReport(
             name,
             type(model.get_submodule(name)).__name__,
             channels=cost.filters,
-            kept=after[name].filters,
+            kept=left[name].filters,
             params=cost.params,
-            params_after=after[name].params,
+            params_after=left[name].params,
             macs=cost.macs,
-            macs_after=after[name].macs,
+            macs_after=left[name].macs,
             rank=getattr(model.get_submodule(name), 'rank', 0),
-            nmse=float(nmse[name].mean()) if name in nmse else None,
+            nmse=errors.get(name),
             dense_because=dense_because.get(name, ''),
             unpruned_because=unpruned_because.get(name, ''),
         )
         for name, cost in before.items()
         if name
     ]
-    total, left = (Complexity(costs[''].macs, costs[''].params) for costs in (before, after))
-    return model, CompressionReport(spec.to_dict(), total, left, layers, dict(graph.unknown))
+    total, rest = (Complexity(costs[''].macs, costs[''].params) for costs in (before, after))
+    return model, CompressionReport(spec.to_dict(), total, rest, layers, dict(graph.unknown), refitted)
+
+
+def _cost_within(costs: dict[str, LayerCost], name: str) -> LayerCost:
+    """Cost of a layer, or of the layers that have taken its place."""
+    parts = [cost for n, cost in costs.items() if n == name or (name and n.startswith(f'{name}.'))]
+    return LayerCost(parts[-1].filters, sum(c.params for c in parts), sum(c.macs for c in parts))
 
 
 def reshape(model: nn.Module, spec: CompressionSpec, example_input: Any = None) -> nn.Module:
     """Give a freshly built model the shapes of a spec, in place, without looking at its weights.
 
-    Layers to decompose become CPDConv2d with fresh factors, and every group keeps its first channels.
+    Layers to decompose become CPDConv2d with fresh factors, linear layers of low rank likewise two fresh ones, and
+    every group keeps its first channels.
     """
     example_input = make_input(model, example_input)
     facts = Metadata(model, example_input)
@@ -117,6 +127,7 @@ def reshape(model: nn.Module, spec: CompressionSpec, example_input: Any = None) 
         free = [int(c) for k, c in enumerate(group.classes) if k not in group.frozen]
         gone.update(free[len(free) - (len(group.classes) - keep) :])
     remove_channels(graph, gone)
+    factor_shapes(model, plan_low_rank(model, spec))
     facts.refresh(model, example_input)
     return model
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,25 @@ def dense_model(name: str, pretrained: bool = False, checkpoint: Path | None = N
     if checkpoint is not None:
         load_weights(model, checkpoint)
     return model
+
+
+def set_normalisation(model: nn.Module, mean: Sequence[float] | None, std: Sequence[float] | None) -> None:
+    """Note in a timm model how its images were normalised, where its own configuration says otherwise.
+
+    Args:
+        model: the network; files written of it carry the note.
+        mean: of red, green and blue, for values in 0..1.
+        std: of the same; None for both leaves the model's own.
+
+    Raises:
+        ValueError: one without the other, not three numbers, or a deviation of 0.
+    """
+    if mean is None and std is None:
+        return
+    if mean is None or std is None or len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+        raise ValueError(f'got mean {mean} and std {std}, expected three numbers each, std above 0')
+    known: Any = getattr(model, 'pretrained_cfg', None) or {}
+    model.pretrained_cfg = {**known, 'mean': tuple(mean), 'std': tuple(std)}  # type: ignore[assignment]
 
 
 def load_weights(model: nn.Module, path: Path) -> None:

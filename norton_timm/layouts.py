@@ -13,6 +13,8 @@ from timm.models.resnet import BasicBlock as TimmBasicBlock
 from timm.models.resnet import Bottleneck, ResNet
 from torch import nn
 
+from norton_timm.metadata import is_feature_extractor
+
 Layout = list[list[str]]
 
 
@@ -42,7 +44,7 @@ def layout_of(model: nn.Module) -> Layout | None:
     for family, layout in families:
         if isinstance(model, family):
             return layout(model)
-    return None
+    return _resnet(model) if _is_resnet_body(model) else None
 
 
 def widths_of(model: nn.Module, rates: Sequence[float]) -> dict[str, int]:
@@ -90,12 +92,18 @@ def _out_channels(module: nn.Module) -> int:
     return int(module.out_channels)  # type: ignore[arg-type]
 
 
+def _is_resnet_body(model: nn.Module) -> bool:
+    """True for a ResNet built with `features_only=True`, which has the same four stages."""
+    stages = [getattr(model, f'layer{i}', None) for i in (1, 2, 3, 4)]
+    return is_feature_extractor(model) and all(isinstance(stage, nn.Sequential) for stage in stages)
+
+
 def _is_plain(block: nn.Module) -> bool:
     """True for a residual block without grouped convolutions, whose inner widths are free."""
     return all(m.groups == 1 for m in block.modules() if isinstance(m, nn.Conv2d))
 
 
-def _resnet(model: ResNet) -> Layout | None:
+def _resnet(model: nn.Module) -> Layout | None:
     """Stem; outputs of stages 1 to 3 (the last is never pruned); inner width of every block.
 
     Where the first block of a stage has no projection (ResNet-18 and 34: stage 1), its output channels are the

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,16 +35,43 @@ def channels_last(value: Any) -> Any:
     return value
 
 
-def _synchronise(example_input: Any) -> None:
+def synchronise(example_input: Any) -> None:
+    """Wait until the accelerator that holds the input has done all that was queued; a CPU needs no waiting."""
     if any(t.is_cuda for t in tensors_in(example_input)):
         torch.cuda.synchronize()
+
+
+def take_turns(
+    calls: Sequence[Callable[[], Any]], sync: Callable[[], None], seconds: float = 2.0, least: int = 7
+) -> list[list[float]]:
+    """Milliseconds of every timed run of each call.
+
+    The calls take turns, so that a drift of the machine's speed meets all of them.
+
+    Args:
+        calls: what to time.
+        sync: waits for the device; called before and after each run.
+        seconds: about how long to measure in all.
+        least: rounds at least, after two that warm up.
+    """
+    times: list[list[float]] = [[] for _ in calls]
+    start = time.perf_counter()
+    rounds = 0
+    while rounds < least + 2 or time.perf_counter() - start < seconds:
+        for call, spent in zip(calls, times):
+            sync()
+            began = time.perf_counter()
+            call()
+            sync()
+            if rounds >= 2:
+                spent.append(1000 * (time.perf_counter() - began))
+        rounds += 1
+    return times
 
 
 @torch.no_grad()
 def latencies(models: Sequence[nn.Module], example_input: Any, seconds: float = 2.0, least: int = 7) -> list[float]:
     """Median milliseconds of one forward pass of each model, in channels-last evaluation mode.
-
-    The models take turns, so that a drift of the machine's speed meets all of them.
 
     Args:
         models: networks that take the same input; they are not changed.
@@ -52,19 +80,8 @@ def latencies(models: Sequence[nn.Module], example_input: Any, seconds: float = 
         least: rounds at least, after two that warm up.
     """
     runners, x = [ready_to_run(m) for m in models], channels_last(example_input)
-    times: list[list[float]] = [[] for _ in runners]
-    start = time.perf_counter()
-    rounds = 0
-    while rounds < least + 2 or time.perf_counter() - start < seconds:
-        for runner, spent in zip(runners, times):
-            _synchronise(x)
-            began = time.perf_counter()
-            runner(x)
-            _synchronise(x)
-            if rounds >= 2:
-                spent.append(1000 * (time.perf_counter() - began))
-        rounds += 1
-    return [statistics.median(t) for t in times]
+    calls = [partial(runner, x) for runner in runners]
+    return [statistics.median(t) for t in take_turns(calls, lambda: synchronise(x), seconds, least)]
 
 
 @torch.no_grad()
@@ -76,11 +93,11 @@ def layer_latencies(model: nn.Module, example_input: Any, rounds: int = 5) -> di
     total: dict[str, float] = {}
 
     def enter(name: str) -> None:
-        _synchronise(x)
+        synchronise(x)
         began[name] = time.perf_counter()
 
     def leave(name: str) -> None:
-        _synchronise(x)
+        synchronise(x)
         total[name] = total.get(name, 0.0) + 1000 * (time.perf_counter() - began[name])
 
     for name, module in runner.named_modules():
@@ -108,6 +125,8 @@ class _LiveBytes(TorchDispatchMode):
     def note(self, values: Any) -> None:
         """Count the storages of these tensors from now on, for as long as they live."""
         for tensor in tensors_in(values):
+            if tensor.layout is not torch.strided:  # packed weights show no storage
+                continue
             storage = tensor.untyped_storage()
             ref = StorageWeakRef(storage)
             if ref.cdata not in self._known:

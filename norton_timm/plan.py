@@ -1,4 +1,7 @@
-"""From a spec to decisions: the rank of each layer, and the number of channels each coupled group keeps."""
+"""From a spec to decisions: the rank of each layer, and the number of channels each coupled group keeps.
+
+Where a spec is for a detector's backbone, its names are those within the backbone; `scope_prefix` leads there.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,18 @@ from norton_timm.spec import CompressionSpec
 from norton_timm.trace import tied_modules
 
 
+def scope_prefix(model: nn.Module, spec: CompressionSpec) -> str:
+    """What stands before the names that ``spec`` means: the backbone's place in a detector, or nothing."""
+    if spec.scope != 'backbone' or not isinstance(getattr(model, 'backbone', None), nn.Module):
+        return ''
+    return 'backbone.body.' if isinstance(getattr(model.backbone, 'body', None), nn.Module) else 'backbone.'
+
+
+def _scoped(model: nn.Module, spec: CompressionSpec) -> tuple[nn.Module, str]:
+    prefix = scope_prefix(model, spec)
+    return model.get_submodule(prefix[:-1]), prefix
+
+
 def plan_ranks(model: nn.Module, spec: CompressionSpec) -> tuple[dict[str, int], dict[str, str]]:
     """CPD rank of every layer to decompose, and for every other convolution the reason why it stays dense.
 
@@ -23,11 +38,13 @@ def plan_ranks(model: nn.Module, spec: CompressionSpec) -> tuple[dict[str, int],
         ValueError: a rank pattern that matches no layer.
     """
     ranks: dict[str, int] = {}
-    reasons: dict[str, str] = {}
-    convs = {name: m for name, m in model.named_modules() if isinstance(m, (nn.modules.conv._ConvNd, CPDConv2d))}
+    kinds = (nn.modules.conv._ConvNd, CPDConv2d)
+    net, prefix = _scoped(model, spec)
+    reasons = {n: 'outside the backbone' for n, m in model.named_modules() if isinstance(m, kinds)} if prefix else {}
+    convs = {name: m for name, m in net.named_modules() if isinstance(m, kinds)}
     tied = tied_modules(model)
     if spec.method == 'coring':
-        return {}, dict.fromkeys(convs, 'coring keeps convolutions dense')
+        return {}, {**reasons, **{prefix + name: 'coring keeps convolutions dense' for name in convs}}
     if isinstance(spec.rank, Mapping):
         _check_patterns('rank', spec.rank, list(convs))
     for number, (name, conv) in enumerate(convs.items()):
@@ -39,10 +56,35 @@ def plan_ranks(model: nn.Module, spec: CompressionSpec) -> tuple[dict[str, int],
         elif number == 0 and 'first' in spec.protect and not isinstance(spec.rank, Mapping):
             why = 'protected: first layer'
         if why:
-            reasons[name] = why
+            reasons[prefix + name] = why
         else:
-            ranks[name] = rank
+            ranks[prefix + name] = rank
+            reasons.pop(prefix + name, None)
     return ranks, reasons
+
+
+def plan_low_rank(model: nn.Module, spec: CompressionSpec) -> dict[str, int]:
+    """Rank of every linear layer to factor, as the layer is now.
+
+    Raises:
+        ValueError: a pattern that matches no linear layer, or a rank that the layer cannot have.
+    """
+    if not spec.low_rank:
+        return {}
+    net, prefix = _scoped(model, spec)
+    tied = tied_modules(model)
+    layers = {n: m for n, m in net.named_modules() if type(m) is nn.Linear and m not in tied and spec.touches(n)}
+    _check_patterns('low_rank', spec.low_rank, list(layers))
+    ranks: dict[str, int] = {}
+    for name, layer in layers.items():
+        rank = next((r for p, r in spec.low_rank.items() if fnmatch.fnmatchcase(name, p)), None)
+        if rank is None:
+            continue
+        full = min(layer.in_features, layer.out_features)
+        if rank > full:
+            raise ValueError(f'low_rank: got {rank} for {name}, expected at most {full}, its full rank')
+        ranks[prefix + name] = max(1, round(rank * full)) if isinstance(rank, float) else rank
+    return ranks
 
 
 def _why_dense(conv: nn.Module, rank: int, uniform: bool) -> str | None:
@@ -78,11 +120,12 @@ def plan_pruning(model: nn.Module, graph: ChannelGraph, spec: CompressionSpec) -
     Raises:
         ValueError: rates that do not fit the network, naming the layers and what is expected.
     """
-    wanted = _wanted(model, graph, spec)
+    net, prefix = _scoped(model, spec)
+    wanted = _wanted(net, graph, spec, prefix)
     plan = []
     for group in graph.groups:
         n = len(group.classes)
-        keep, why = _group_width(group, wanted, spec)
+        keep, why = _group_width(group, wanted, spec, prefix)
         if keep < n and group.why_frozen:
             keep, why = n, group.why_frozen
         elif keep < n:
@@ -101,8 +144,15 @@ class _Wanted(NamedTuple):
     protected: str = ''
 
 
-def _wanted(model: nn.Module, graph: ChannelGraph, spec: CompressionSpec) -> dict[str, _Wanted]:
-    layers = {slot.name: slot.module for group in graph.groups for slot in group.members}
+def _within(names: list[str], prefix: str) -> list[str]:
+    """Names of layers of the part that a prefix leads to, as they are there."""
+    return [name[len(prefix) :] for name in names if name.startswith(prefix)]
+
+
+def _wanted(net: nn.Module, graph: ChannelGraph, spec: CompressionSpec, prefix: str) -> dict[str, _Wanted]:
+    """What the spec wants of the layers of ``net``, the part of the graph's model that the prefix leads to."""
+    names = _within([name for group in graph.groups for name in group.names], prefix)
+    layers = {name: net.get_submodule(name) for name in names}
     if isinstance(spec.rates, Mapping):
         _check_patterns('rates', spec.rates, list(layers))
         found = {}
@@ -113,9 +163,10 @@ def _wanted(model: nn.Module, graph: ChannelGraph, spec: CompressionSpec) -> dic
         return found
     rates = spec.rate_list()
     if rates is not None:
-        return _listed(model, graph, rates)
+        return _listed(net, graph, rates, prefix)
     assert isinstance(spec.rates, float)
-    order = [slot.name for slot in graph.slots if slot.kind == 'out' and slot.name in layers]  # of execution
+    order = _within([slot.name for slot in graph.slots if slot.kind == 'out'], prefix)  # of execution
+    order = [name for name in order if name in layers]
     convs = [name for name in order if not isinstance(layers[name], nn.Linear)]
     found = {name: _Wanted(rate=spec.rates) for name in convs}
     ends = {'first': convs[:1], 'last': convs[-1:]}
@@ -124,29 +175,37 @@ def _wanted(model: nn.Module, graph: ChannelGraph, spec: CompressionSpec) -> dic
     return found
 
 
-def _listed(model: nn.Module, graph: ChannelGraph, rates: list[float]) -> dict[str, _Wanted]:
-    layout = layout_of(model)
+def _listed(net: nn.Module, graph: ChannelGraph, rates: list[float], prefix: str) -> dict[str, _Wanted]:
+    layout = layout_of(net)
     known = layout is not None
     if layout is None:  # an architecture without a published order: one entry for each group that can be pruned
         free = [g for g in graph.groups if not g.why_frozen]
-        layout = [g.names for g in free if any(not isinstance(s.module, nn.Linear) for s in g.members)]
+        layout = [
+            names for g in free
+            if (names := _within(g.names, prefix)) and any(not isinstance(s.module, nn.Linear) for s in g.members)
+        ]  # fmt: skip
     # the authors' lists may leave out the last entry, which is then 0
     if not len(layout) - 1 <= len(rates) <= len(layout):
         raise ValueError(f'rates: got {len(rates)} entries, expected {len(layout)} for this network')
     if known:
-        return {name: _Wanted(width=width) for name, width in widths_of(model, rates).items()}
+        return {name: _Wanted(width=width) for name, width in widths_of(net, rates).items()}
     return {name: _Wanted(rate=rate) for names, rate in zip(layout, rates) for name in names}
 
 
-def _group_width(group: ChannelGroup, wanted: Mapping[str, _Wanted], spec: CompressionSpec) -> tuple[int, str]:
+def _group_width(
+    group: ChannelGroup, wanted: Mapping[str, _Wanted], spec: CompressionSpec, prefix: str
+) -> tuple[int, str]:
     """Channel classes that the group should keep, and why all of them stay; its layers must agree."""
     n = len(group.classes)
-    excluded = [name for name in group.names if not spec.touches(name)]
+    outside = [name for name in group.names if not name.startswith(prefix)]
+    if outside:
+        return n, 'outside the backbone'
+    excluded = [name for name in group.names if not spec.touches(name[len(prefix) :])]
     if excluded:
         return n, f'excluded by the spec ({excluded[0]})'
     keeps = {}
     for slot in group.members:
-        want = wanted.get(slot.name)
+        want = wanted.get(slot.name[len(prefix) :])
         if want is None:
             continue
         if want.protected:  # one protected layer protects all that share its channels

@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from timm.layers import DropPath
+from timm.layers import BlurPool2d, DropPath
 from torch import Tensor, nn
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
 from norton_timm.bases import base_name, build_base
 from norton_timm.layers import CPDConv2d
+from norton_timm.low_rank import LowRankLinear, factor_shapes
 from norton_timm.metadata import feature_entries as feature_entries
 from norton_timm.metadata import is_feature_extractor
 from norton_timm.recipe import CFG_KEYS, KWARGS, SETTINGS, WIDTHS, Recipe, check_kwargs, is_whole
@@ -48,17 +49,9 @@ def describe(
     else:
         kwargs = {k: list(v) if isinstance(v, tuple) else v for k, v in model_kwargs.items()}
     check_kwargs(kwargs)
-    layers, maps = {}, {}
-    for path, module in model.named_modules():
-        if isinstance(module, CPDConv2d):
-            tuned = {('train' if k else 'eval'): form for k, form in module.tuned.items()}
-            form = {'form': module.form} if module.form != 'auto' else {}
-            layers[path] = {'rank': module.rank, **form, **tuned}
-        elif isinstance(module, ChannelMap):
-            maps[path] = module.in_channels
     owned = owned_tensors(model)
     recipe = Recipe(
-        architecture=name, model_kwargs=kwargs, layers=layers, maps=maps, metadata=metadata,
+        architecture=name, model_kwargs=kwargs, metadata=metadata, **_replaced_layers(model),
         features=[int(e['num_chs']) for e in feature_entries(model) if 'num_chs' in e],
         frozen=[n for n, o in owned.items() if isinstance(o.tensor, nn.Parameter) and not o.tensor.requires_grad],
         channels_last=[n for n, o in owned.items() if _is_channels_last(o.tensor)],
@@ -72,6 +65,21 @@ def describe(
     stored = {n: o.tensor.detach() for n, o in owned.items() if o.persistent}
     _install(base, recipe, {n: t.cpu() if _holds_index(base, n) else t.to('meta') for n, t in stored.items()})
     return dataclasses.replace(recipe, numbers=_compare(model, base, owned))
+
+
+def _replaced_layers(model: nn.Module) -> dict[str, Any]:
+    """Of a recipe: the layers that are no longer what the dense network has."""
+    layers, low_rank, maps = {}, {}, {}
+    for path, module in model.named_modules():
+        if isinstance(module, CPDConv2d):
+            tuned = {('train' if k else 'eval'): form for k, form in module.tuned.items()}
+            form = {'form': module.form} if module.form != 'auto' else {}
+            layers[path] = {'rank': module.rank, **form, **tuned}
+        elif isinstance(module, LowRankLinear):
+            low_rank[path] = module.rank
+        elif isinstance(module, ChannelMap):
+            maps[path] = module.in_channels
+    return {'layers': layers, 'low_rank': low_rank, 'maps': maps}
 
 
 def _holds_index(model: nn.Module, name: str) -> bool:
@@ -154,7 +162,38 @@ def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, (bool, int, float, str))
 
 
+def surgery_of(model: nn.Module) -> dict[str, Any]:
+    """What compression did to a network that no recipe can name a base of, as plain values.
+
+    With the dense network and the tensors, :func:`repeat_surgery` has the network again from it.
+    """
+    cut = {
+        n: list(o.tensor.shape)
+        for n, o in owned_tensors(model).items()
+        if not o.persistent and isinstance(o.places[0][0], BlurPool2d)
+    }
+    recipe = Recipe(architecture='', buffers=cut, **_replaced_layers(model))
+    return {key: value for key, value in recipe.to_dict().items() if key != 'architecture'}
+
+
 # ---- from a recipe to a network
+
+
+def repeat_surgery(model: nn.Module, surgery: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Make a dense network, in place, the one that :func:`surgery_of` was asked about; all its weights are trained.
+
+    Args:
+        model: the dense network; of its weights only the shapes matter.
+        surgery: what was done.
+        tensors: the state dict afterwards.
+
+    Raises:
+        ValueError: surgery and tensors do not fit the network.
+    """
+    features = [int(e['num_chs']) for e in feature_entries(model) if 'num_chs' in e]
+    recipe = Recipe.from_dict({**surgery, 'architecture': '', 'features': features})
+    _replace_layers(model, recipe)
+    _install(model, recipe, tensors)
 
 
 def rebuild(recipe: Recipe, tensors: Mapping[str, Tensor]) -> nn.Module:
@@ -182,8 +221,13 @@ def rebuild(recipe: Recipe, tensors: Mapping[str, Tensor]) -> nn.Module:
 
 def _decomposed_base(recipe: Recipe) -> nn.Module:
     base = build_base(recipe.architecture, recipe.model_kwargs)
-    decompose_shapes(base, {name: facts['rank'] for name, facts in recipe.layers.items()})
+    _replace_layers(base, recipe)
     return base
+
+
+def _replace_layers(model: nn.Module, recipe: Recipe) -> None:
+    decompose_shapes(model, {name: facts['rank'] for name, facts in recipe.layers.items()})
+    factor_shapes(model, recipe.low_rank, 'meta')
 
 
 def _install(model: nn.Module, recipe: Recipe, tensors: Mapping[str, Tensor]) -> None:

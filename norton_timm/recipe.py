@@ -33,6 +33,7 @@ class Recipe:
         architecture: timm's name of the dense network, or ``torchvision/`` and torchvision's.
         model_kwargs: arguments of its constructor, of the names in ``KWARGS``.
         layers: decomposed layers: rank, form, and the forms measured for inference and training.
+        low_rank: rank of each linear layer that became two.
         maps: input channels of each :class:`ChannelMap`.
         buffers: shape of each buffer that is not stored and that surgery cut.
         numbers: other numbers that differ from the dense network's, by dotted attribute.
@@ -46,6 +47,7 @@ class Recipe:
     architecture: str
     model_kwargs: dict[str, Any] = field(default_factory=dict)
     layers: dict[str, dict[str, Any]] = field(default_factory=dict)
+    low_rank: dict[str, int] = field(default_factory=dict)
     maps: dict[str, int] = field(default_factory=dict)
     buffers: dict[str, list[int]] = field(default_factory=dict)
     numbers: dict[str, Any] = field(default_factory=dict)
@@ -84,7 +86,12 @@ class Recipe:
         check_kwargs(recipe.model_kwargs)
         for name, facts in recipe.layers.items():
             _check_layer(name, facts)
-        counts = [*recipe.maps.values(), *recipe.features, *(n for s in recipe.buffers.values() for n in _list(s))]
+        counts = [
+            *recipe.low_rank.values(),
+            *recipe.maps.values(),
+            *recipe.features,
+            *(n for s in recipe.buffers.values() for n in _list(s)),
+        ]
         if any(not is_whole(n) or n < 1 for n in counts):
             raise ValueError('got channels in the recipe that are not whole numbers of at least 1')
         _check_cfg(recipe.pretrained_cfg)

@@ -49,6 +49,7 @@ class CompressionReport:
         layers: every convolution and linear layer, in the model's order.
         unknown_operations: operations the channel tracer has no rule for, and how often it met them; the
             channels that enter them were kept.
+        refitted: layers that were refitted to the dense network's outputs on calibration images.
     """
 
     spec: dict[str, Any]
@@ -56,6 +57,7 @@ class CompressionReport:
     after: Complexity
     layers: list[LayerReport] = field(default_factory=list)
     unknown_operations: dict[str, int] = field(default_factory=dict)
+    refitted: list[str] = field(default_factory=list)
 
     @property
     def nmse(self) -> float | None:
@@ -99,6 +101,8 @@ class CompressionReport:
             f'total: {params:,} -> {self.after.params:,} parameters ({_percent(params, self.after.params)}), '
             f'{macs:,} -> {self.after.macs:,} MACs ({_percent(macs, self.after.macs)})'
         )
+        if self.refitted:
+            lines.append(f'refitted on calibration images: {len(self.refitted)} layers')
         if self.unknown_operations:
             told = ', '.join(f'{name} ({n})' for name, n in sorted(self.unknown_operations.items()))
             lines.append(f'channels kept because they enter operations without a rule: {told}')

@@ -76,6 +76,7 @@ def to_html(
 </tbody></table></div>
 <h2>Left alone</h2>
 {_left_alone(report)}
+{_refitted(report)}
 <h2>Recipe</h2>
 <pre>{escape(yaml.safe_dump(report.spec, sort_keys=False))}</pre>
 </body>
@@ -181,3 +182,11 @@ def _left_alone(report: CompressionReport) -> str:
             f'<code>{escape(told)}</code></p>'
         )
     return '\n'.join(lines) or '<p class="soft">Every layer was decomposed or pruned.</p>'
+
+
+def _refitted(report: CompressionReport) -> str:
+    """Layers that were refitted on calibration images, if any."""
+    if not report.refitted:
+        return ''
+    told = escape(', '.join(report.refitted))
+    return f'<h2>Refitted on calibration images</h2>\n<p>{len(report.refitted)} layers: <code>{told}</code></p>'

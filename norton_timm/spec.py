@@ -20,6 +20,7 @@ from norton_timm.saliency import CRITERIA, SCORES, STRATEGIES
 METHODS = ('norton', 'coring')
 ORDERS = ('decompose-prune', 'prune-decompose')
 PROTECTED = ('first', 'last')
+SCOPES = ('backbone', 'detector')
 
 MAX_RATES = 10_000
 _TERM = re.compile(r'\[\s*([^\[\],]+?)\s*\]\s*(?:\*\s*(\d+))?')
@@ -98,6 +99,22 @@ def _choice(value: Any, field: str, allowed: Sequence[str]) -> str:
     return str(value)
 
 
+def _low_rank(value: Any) -> dict[str, int | float]:
+    """Pattern -> rank (a whole number), or share of the full rank (a fraction)."""
+    if not isinstance(value, Mapping):
+        raise ValueError(f'low_rank: got {str(value)[:60]!r}, expected {{layer-name pattern: rank}}')
+    for key, rank in value.items():
+        _pattern(key, 'low_rank')
+        share = isinstance(rank, float) and 0 < rank < 1
+        whole = isinstance(rank, int) and not isinstance(rank, bool) and 1 <= rank <= 65536
+        if not share and not whole:
+            raise ValueError(
+                f'low_rank[{key!r}]: got {str(rank)[:60]!r}, expected a rank from 1 to 65536, or a share of the full '
+                'rank between 0 and 1'
+            )
+    return dict(value)
+
+
 def _strings(value: Any, field: str) -> tuple[str, ...]:
     if isinstance(value, str) or not isinstance(value, Sequence):
         raise ValueError(f'{field}: got {str(value)[:60]!r}, expected a list')
@@ -123,6 +140,11 @@ class CompressionSpec:
         protect: ``first`` / ``last``: the stem and the last convolution's output keep their channels, and the
             stem stays dense, where ``rates`` is one float and ``rank`` one number; lists and patterns
             say exactly what they mean.
+        low_rank: ``{layer-name pattern: rank}`` of linear layers to be replaced by two, whose product is the truncated
+            SVD of the weight; a fraction is a share of the full rank, ``min(inputs, outputs)``. Linear layers are
+            factored last, from the weights that pruning left.
+        scope: of a detector, what is compressed: ``backbone`` (patterns and rates are then those of the backbone
+            alone) or ``detector`` (all of it). None: all of whatever network is given.
         round_to: kept channels are rounded up to a multiple of this number.
         order: ``decompose-prune`` as in the paper, or ``prune-decompose``.
         shots: rounds K in which the filters leave (CORING's K-shot pruning).
@@ -140,6 +162,8 @@ class CompressionSpec:
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     protect: tuple[str, ...] = PROTECTED
+    low_rank: Mapping[str, int | float] = dataclasses.field(default_factory=dict)
+    scope: str | None = None
     round_to: int = 1
     order: str = 'decompose-prune'
     shots: int = 1
@@ -161,10 +185,17 @@ class CompressionSpec:
         put('include', _strings(self.include, 'include'))
         put('exclude', _strings(self.exclude, 'exclude'))
         put('protect', tuple(_choice(p, 'protect', PROTECTED) for p in _strings(self.protect, 'protect')))
+        put('low_rank', _low_rank(self.low_rank))
+        if self.scope is not None:
+            _choice(self.scope, 'scope', SCOPES)
         _check_int(self.round_to, 'round_to', 1)
         _choice(self.order, 'order', ORDERS)
         _check_int(self.shots, 'shots', 1)
         _check_int(self.seed, 'seed', 0, 2**63)
+
+    def __hash__(self) -> int:
+        values = (getattr(self, field.name) for field in dataclasses.fields(self))
+        return hash(tuple(frozenset(v.items()) if isinstance(v, Mapping) else v for v in values))
 
     @property
     def distance(self) -> str:
@@ -196,7 +227,8 @@ class CompressionSpec:
         values: dict[str, Any] = {}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.name in ('method', 'rank', 'rates') or value != field.default:
+            default = {} if field.name == 'low_rank' else field.default
+            if field.name in ('method', 'rank', 'rates') or value != default:
                 values[field.name] = list(value) if isinstance(value, tuple) else value
         return values
 

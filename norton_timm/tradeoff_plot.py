@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from norton_timm.budget import TradeOffPoint
+from norton_timm.tradeoff import TradeOffPoint
 
 
 def plot_trade_off(
@@ -18,7 +18,7 @@ def plot_trade_off(
     """Draw error against budget and write a PNG, which appears whole or not at all.
 
     Args:
-        curves: points from :func:`norton_timm.budget.trade_off`, or several such lists by name.
+        curves: points from :func:`norton_timm.trade_off`, or several such lists by name.
         path: where to write; the name ends in ``.png``.
         kind: horizontal axis, ``macs`` or ``params``.
         title: heading of the picture.

@@ -10,7 +10,7 @@ import cv2
 import pytest
 from families import build, images
 
-from norton_timm.budget import TradeOffPoint
+from norton_timm import TradeOffPoint
 from norton_timm.complexity import Complexity
 from norton_timm.compress import compress
 from norton_timm.report import CompressionReport, LayerReport

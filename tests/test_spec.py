@@ -63,12 +63,24 @@ specs = st.builds(
     protect=st.sampled_from([(), ('first',), ('first', 'last')]),
     exclude=st.sampled_from([(), ('layer4.*',)]),
     shots=st.integers(1, 5),
+    low_rank=st.dictionaries(st.sampled_from(['fc', '*']), st.integers(1, 9) | st.sampled_from([0.25, 0.5])),
+    scope=st.sampled_from([None, 'backbone', 'detector']),
 )
 
 
 @given(specs)
 def test_yaml_round_trip(spec):
-    assert CompressionSpec.from_yaml(spec.to_yaml()) == spec
+    again = CompressionSpec.from_yaml(spec.to_yaml())
+    assert again == spec and hash(again) == hash(spec)
+
+
+def test_hash_tells_specs_apart():
+    specs = [CompressionSpec(rank={'a': 1}), CompressionSpec(rank={'a': 2}), CompressionSpec(low_rank={'a': 1})]
+    assert len({*specs, *specs}) == 3
+
+
+def test_a_spec_without_the_newer_fields_is_written_as_before():
+    assert CompressionSpec(rank=2).to_yaml() == 'method: norton\nrank: 2\nrates: 0.0\n'
 
 
 def test_yaml_file(tmp_path):
@@ -99,6 +111,11 @@ def test_yaml_file(tmp_path):
         ('order', 'both', 'decompose-prune'),
         ('shots', 0, 'from 1'),
         ('seed', -1, 'from 0'),
+        ('low_rank', 4, 'layer-name pattern: rank'),
+        ('low_rank', {'fc': 0}, 'from 1'),
+        ('low_rank', {'fc': 1.0}, 'between 0 and 1'),
+        ('low_rank', {'fc': True}, 'from 1'),
+        ('scope', 'head', 'backbone, detector'),
     ],
 )
 def test_nonsense_names_field_value_and_choices(field, value, told):

@@ -1,0 +1,97 @@
+"""Linear layers of low rank: numpy's SVD is the oracle."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import timm
+import torch
+from torch import nn
+
+import norton_timm
+from norton_timm import CompressionSpec, compress, count, reshape
+from norton_timm.low_rank import LowRankLinear, factor_linears
+
+
+@pytest.mark.parametrize('rank', [1, 5, 12])
+def test_is_the_best_approximation_of_its_rank(rank: int) -> None:
+    linear = nn.Linear(20, 12)
+    layer = LowRankLinear.from_linear(linear, rank)
+    weight = linear.weight.detach().double().numpy()
+    u, s, v = np.linalg.svd(weight, full_matrices=False)
+    best = torch.from_numpy((u[:, :rank] * s[:rank]) @ v[:rank]).float()
+    torch.testing.assert_close(layer.weight_product(), best, rtol=1e-4, atol=1e-6)
+    x = torch.randn(3, 20)
+    torch.testing.assert_close(layer(x), x @ best.T + linear.bias)
+    model = nn.Sequential(linear)
+    assert factor_linears(model, {'0': rank})['0'] == pytest.approx((s[rank:] ** 2).sum() / (s**2).sum(), abs=1e-6)
+    assert (model[0].in_features, model[0].rank, model[0].out_features) == (20, rank, 12)
+
+
+def test_a_fresh_layer_starts_with_the_variance_of_a_linear_one() -> None:
+    x = torch.randn(64, 512)
+    plain, low = nn.Linear(512, 512, bias=False), LowRankLinear(512, 512, 64, bias=False)
+    assert float(low(x).var()) == pytest.approx(float(plain(x).var()), rel=0.1)
+
+
+def test_keeps_type_mode_and_what_is_trained() -> None:
+    linear = nn.Linear(6, 4, bias=False).double().eval()
+    linear.weight.requires_grad_(False)
+    layer = LowRankLinear.from_linear(linear, 2)
+    assert layer[0].weight.dtype == torch.float64 and not layer.training and layer[1].bias is None
+    assert not any(p.requires_grad for p in layer.parameters())
+
+
+def test_pruned_first_then_factored() -> None:
+    """The factors are the SVD of what pruning left, not of the dense layer."""
+    model = timm.create_model('vgg16_bn_cifar').eval()
+    spec = CompressionSpec(rank=0, rates={'features.conv16': 0.5}, low_rank={'classifier.linear1': 16})
+    pruned, _ = compress(model, CompressionSpec(rank=0, rates=spec.rates))
+    both, report = compress(model, spec)
+    layer, before = both.classifier.linear1, pruned.classifier.linear1
+    assert (layer.in_features, layer.rank, layer.out_features) == (before.in_features, 16, before.out_features)
+    u, s, v = torch.linalg.svd(before.weight.detach().double(), full_matrices=False)
+    best = (u[:, :16] * s[:16]) @ v[:16]
+    torch.testing.assert_close(layer.weight_product().double(), best, rtol=1e-4, atol=1e-6)
+    row = next(r for r in report.layers if r.name == 'classifier.linear1')
+    assert (row.kind, row.rank, row.kept) == ('LowRankLinear', 16, 512)
+    assert row.params_after == sum(p.numel() for p in layer.parameters())
+    assert row.macs_after == 16 * (before.in_features + 512)
+    assert row.nmse == pytest.approx(float(s[16:].square().sum() / s.square().sum()), rel=1e-3)
+    assert sum(r.macs_after for r in report.layers) == report.after.macs == count(both).macs
+
+
+def test_pattern_share_and_reshape_agree() -> None:
+    spec = CompressionSpec(rank=0, rates=0.0, low_rank={'*.linear1': 0.25, '*.linear?': 3})
+    model = timm.create_model('vgg16_bn_cifar')
+    compressed, _ = compress(model, spec)
+    assert (compressed.classifier.linear1.rank, compressed.classifier.linear2.rank) == (128, 3)
+    shaped = reshape(timm.create_model('vgg16_bn_cifar'), spec)
+    assert {n: p.shape for n, p in shaped.named_parameters()} == {n: p.shape for n, p in compressed.named_parameters()}
+    shaped(torch.randn(2, 3, 32, 32)).sum().backward()
+    assert all(p.grad is not None for p in shaped.parameters())
+
+
+def test_saved_and_loaded_bit_for_bit(tmp_path) -> None:
+    spec = CompressionSpec(rank={'layer*': 1}, rates=0.3, low_rank={'fc': 0.125})
+    model, _ = compress(timm.create_model('resnet18'), spec)
+    loaded = norton_timm.load(norton_timm.save(model, tmp_path / 'net.safetensors', spec=spec))
+    assert isinstance(loaded.fc, LowRankLinear) and loaded.fc.rank == 64
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(model.eval()(x), loaded(x))
+    again, _ = compress(loaded, CompressionSpec(rank=0, rates={'layer4.*.conv2': 0.5}))  # and pruned once more
+    assert again.fc.in_features < loaded.fc.in_features
+
+
+@pytest.mark.parametrize(
+    ('low_rank', 'told'),
+    [
+        ({'nothing': 4}, "low_rank: pattern 'nothing' matches no layer, expected names such as fc"),
+        ({'conv1': 4}, "low_rank: pattern 'conv1' matches no layer"),
+        ({'fc': 513}, 'low_rank: got 513 for fc, expected at most 512, its full rank'),
+    ],
+)
+def test_what_does_not_fit_is_named(low_rank: dict, told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        compress(timm.create_model('resnet18'), CompressionSpec(rank=0, low_rank=low_rank), torch.randn(1, 3, 64, 64))
