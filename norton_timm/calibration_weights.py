@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from norton_timm.calibrate import without_labels
 from norton_timm.cp import cp_decompose, cp_reconstruct
 from norton_timm.groups import ChannelGraph
 from norton_timm.metadata import evaluating
@@ -23,7 +24,7 @@ _LEAST_WEIGHT = 1e-3  # of the mean: no layer is free of cost
 
 
 def check_calibration(calibration: Iterable[Any]) -> list[Any]:
-    """The batches as a list.
+    """The batches as a list, without labels.
 
     Raises:
         ValueError: not an iterable of input batches, or an empty one.
@@ -31,13 +32,13 @@ def check_calibration(calibration: Iterable[Any]) -> list[Any]:
     if isinstance(calibration, Tensor):
         raise ValueError('calibration: got one tensor, expected a list of input batches, such as [images]')
     try:
-        batches = list(calibration)
+        batches = [without_labels(batch) for batch in calibration]
     except TypeError:
         raise ValueError(
             f'calibration: got {type(calibration).__name__}, expected an iterable of input batches'
         ) from None
     if not batches or not all(tensors_in(b) for b in batches):
-        raise ValueError(f'calibration: got {len(batches)} batches, expected at least one, of tensors without labels')
+        raise ValueError(f'calibration: got {len(batches)} batches, expected at least one, of tensors')
     return batches
 
 

@@ -1,8 +1,7 @@
 """Compress a timm model by a recipe, or to a budget, and keep it in one file.
 
 python tools/compress.py resnet50 --pretrained --spec configs/recipes/norton_resnet50.r078.yaml --output out.safetensors
-python tools/compress.py mobilenetv2_100 --pretrained --rank 4 --rates 0.3 --output out.safetensors
-python tools/compress.py densenet121 --pretrained --macs 0.5 --output out.safetensors
+python tools/compress.py densenet121 --pretrained --macs 0.5 --calibration images --output out.safetensors
 """
 
 from __future__ import annotations
@@ -35,44 +34,45 @@ def main() -> None:
     parser.add_argument('--checkpoint', type=Path, help='weights of the dense model: .safetensors, .pt or .pth')
     parser.add_argument('--num-classes', type=int, help='outputs of the dense model')
     parser.add_argument('--input-size', type=int, help='pixels a side, for MACs and latency')
+    parser.add_argument('--calibration', type=Path, help='images to repair with: a folder, or a .tar.xz')
+    parser.add_argument('--calibration-images', type=int, default=512, help='how many of them')
+    for name in ('mean', 'std'):
+        parser.add_argument(f'--{name}', type=float, nargs=3, help="of the images, if not as the model's name says")
     parser.add_argument('--report', type=Path, help='per-layer figures to write, .json or .html')
     args = parser.parse_args()
 
-    from norton_timm import compress, tune_forms
-    from norton_timm.checkpoint import check_output, save, write_text
+    from norton_timm import compress, find_spec, save, to_html, tune_forms
+    from norton_timm.calibration_images import calibration_images
+    from norton_timm.checkpoint import check_output
     from norton_timm.complexity import default_input
-    from norton_timm.dense import dense_model, make_spec
+    from norton_timm.dense import dense_model, make_spec, set_normalisation
+    from norton_timm.files import write_text
     from norton_timm.latency import compare_latency
     from norton_timm.measure import channels_last, ready_to_run
-    from norton_timm.report_html import to_html
 
     check_output(args.output, '.safetensors')
-    if args.report is not None:
-        check_output(args.report, '.json', '.html')
+    page = args.report is not None and check_output(args.report, '.json', '.html').suffix == '.html'
     fields, budget = ({k: getattr(args, k) for k in n if getattr(args, k) is not None} for n in (FIELDS, BUDGETS))
-    spec = None if budget else make_spec(args.spec, **fields)
     if budget and (args.spec or set(fields) - {'method'}):
         raise ValueError(f'got a budget ({", ".join(budget)}) and a recipe, expected one of them')
+    spec = None if budget else make_spec(args.spec, **fields)
     dense = dense_model(args.model, args.pretrained, args.checkpoint, num_classes=args.num_classes)
+    set_normalisation(dense, args.mean, args.std)
     image = default_input(dense, args.input_size)
-    if spec is None:
-        from norton_timm.budget import find_spec
-
-        spec = find_spec(dense, **budget, **fields, example_input=image)
-    model, report = compress(dense, spec, image)
+    batches = args.calibration and calibration_images(args.calibration, dense, args.calibration_images, image.shape[2:])
+    some = batches and [batches[0][:32]]  # the errors of all layers are weighed one at a time
+    spec = spec or find_spec(dense, **budget, **fields, calibration=some, example_input=image)
+    model, report = compress(dense, spec, image, calibration=batches)
     tuned = ready_to_run(model)  # a copy: what is fastest here is not written into the file
     tune_forms(tuned, channels_last(image))
     times = compare_latency({'dense': dense, 'compressed': model, 'tuned': tuned}, image)
     before, after, best = times.values()
     save(model, args.output, spec=spec, latency_ms=times)
     if args.report is not None:
-        page = args.report.suffix == '.html'
         write_text(args.report, to_html(report, args.model, (before, after)) if page else report.to_json())
-    print(report)
-    print(
-        f'measured: {before:.1f} -> {after:.1f} ms ({before / after:.2f} times as fast; {best:.1f} ms with forms tuned '
-        f'here) for one image of {tuple(image.shape[1:])} on {image.device.type}, {torch.get_num_threads()} threads'
-    )
+    where = f'one image of {tuple(image.shape[1:])} on {image.device.type}, {torch.get_num_threads()} threads'
+    speed = f'{before / after:.2f} times as fast; {best:.1f} ms with forms tuned here'
+    print(f'{report}\nmeasured: {before:.1f} -> {after:.1f} ms ({speed}) for {where}')
     print(f'wrote {args.output}: {args.output.stat().st_size / 1e6:.1f} MB')
 
 
