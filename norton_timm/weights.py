@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 import re
@@ -13,15 +14,20 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
+from safetensors import SafetensorError, safe_open
 from timm.models import PretrainedCfg, get_pretrained_cfg
 from torch.hub import get_dir
 from tqdm import tqdm
+
+from norton_timm.recipe import Recipe
 
 _logger = logging.getLogger(__name__)
 
 ENV = 'NORTON_TIMM_WEIGHTS'
 EXTENSIONS = ('.safetensors', '.pth', '.pt', '.pth.tar', '.bin')
 SHIPPED = Path(__file__).parent / 'pretrained'
+_PREPROCESSING = ('mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')
+_RECIPE, _DIGEST = 'norton_timm', 'sha256'  # as norton_timm.checkpoint writes them
 _SOURCES = ('url', 'file', 'state_dict', 'hf_hub_id')
 _CHUNK = 1 << 20
 
@@ -52,7 +58,8 @@ def locate(
     """
     overlay = dict(overlay or {})
     if any(overlay.get(key) for key in _SOURCES):
-        return _local(overlay, cache_dir)
+        overlay = _local(overlay, cache_dir)
+        return {**preprocessing_in(Path(overlay['file'])), **overlay} if overlay.get('file') else overlay
     cfg = _resolve(variant, pretrained_cfg)
     if cfg.source in ('hf-hub', 'local-dir'):
         return overlay
@@ -60,7 +67,7 @@ def locate(
     found = find_file(names[0])
     if found is not None:
         _logger.info('weights of %s: %s', names[0], found)
-        return dict(overlay, file=str(found))
+        return {**preprocessing_in(found), **overlay, 'file': str(found)}
     if cfg.has_weights:
         chosen = {key: getattr(cfg, key) for key in ('file', 'url') if getattr(cfg, key)}
         return dict(overlay, **_local(chosen, cache_dir)) if chosen and not cfg.hf_hub_id else overlay
@@ -83,12 +90,35 @@ def find_file(name: str) -> Path | None:
     return next((path for path in candidates if path.is_file()), None)
 
 
+def preprocessing_in(path: Path) -> dict[str, Any]:
+    """How images are prepared for the network that :func:`norton_timm.save` wrote; nothing for other files.
+
+    Raises:
+        ValueError: The file says so in a way that this version does not understand.
+    """
+    if path.suffix != '.safetensors':
+        return {}
+    try:
+        with safe_open(path, 'pt') as file:
+            text = (file.metadata() or {}).get(_RECIPE)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f'{path}: not a safetensors file: {" ".join(str(error).split())[:200]}') from None
+    if text is None:
+        return {}
+    try:
+        values = json.loads(text)
+        cfg = Recipe.from_dict({key: value for key, value in values.items() if key != _DIGEST}).pretrained_cfg
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise ValueError(f'{path}: {error}') from None
+    return {k: tuple(cfg[k]) if isinstance(cfg[k], list) else cfg[k] for k in _PREPROCESSING if k in cfg}
+
+
 def no_weights_message(name: str) -> str:
     """What `pretrained=True` says where there is nothing to load."""
     return (
         f'no pretrained weights of {name} were found. Three ways to get them: '
         f"(1) the authors' released checkpoint: python tools/import_checkpoint.py FILE --output {name}.safetensors; "
-        '(2) compress a dense timm model and fine-tune it: python tools/compress.py, then your own training loop; '
+        f'(2) compress a dense timm model and fine-tune it: python tools/train_cls.py {name} --pretrained --data DATA; '
         f"(3) a file of your own: create_model(..., pretrained_cfg_overlay=dict(file='FILE')). Files named like "
         f'{name}.safetensors are found in the directory that {ENV} names. For random weights use pretrained=False.'
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import threading
-import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import nn
 
 import norton_timm.models  # noqa: F401
 from norton_timm import weights
+from norton_timm.checkpoint import save
 
 NAME = 'norton_resnet56_cifar.r089'
 
@@ -76,16 +76,14 @@ def server() -> Iterator[Server]:
         running.shutdown()
 
 
-def test_without_weights_it_says_within_a_second_how_to_get_them() -> None:
+def test_without_weights_it_says_how_to_get_them() -> None:
     timm.create_model(NAME)
     for name in (NAME, 'norton_resnet50.r078', 'vgg16_bn_cifar'):
-        start = time.perf_counter()
         with pytest.raises(ValueError, match='no pretrained weights') as error:
             timm.create_model(name, pretrained=True)
-        assert time.perf_counter() - start < 1
         message = str(error.value)
         assert '\n' not in message and name in message
-        for way in ('tools/import_checkpoint.py', 'tools/compress.py', 'training loop', 'file of your own'):
+        for way in ('tools/import_checkpoint.py', f'tools/train_cls.py {name}', 'file of your own'):
             assert way in message
         assert weights.ENV in message
 
@@ -102,6 +100,43 @@ def test_directory_of_ones_own(extension: str, tmp_path: Path, monkeypatch: pyte
     assert_same(timm.create_model(NAME, pretrained=True), model)
     with pytest.raises(ValueError, match='r071'):
         timm.create_model('norton_resnet56_cifar.r071', pretrained=True)
+
+
+@pytest.mark.parametrize('place', ['shipped', 'directory', 'overlay'])
+def test_a_saved_network_says_how_its_images_are_prepared(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = timm.create_model(NAME)
+    own = {'mean': (0.485, 0.456, 0.406), 'std': (0.229, 0.224, 0.225), 'crop_pct': 0.9}
+    assert model.pretrained_cfg['mean'] != own['mean']
+    model.pretrained_cfg = {**model.pretrained_cfg, **own}
+    path = save(model, tmp_path / f'{NAME}.safetensors')
+    kwargs = {}
+    if place == 'shipped':
+        monkeypatch.setattr(weights, 'SHIPPED', tmp_path)
+    elif place == 'directory':
+        monkeypatch.setenv(weights.ENV, str(tmp_path))
+    else:
+        kwargs['pretrained_cfg_overlay'] = {'file': str(path), 'crop_pct': 0.8}
+    found = timm.create_model(NAME, pretrained=True, **kwargs)
+    assert_same(found, model)
+    expected = {**own, 'crop_pct': 0.8} if place == 'overlay' else own
+    assert {key: found.pretrained_cfg[key] for key in own} == expected
+    assert found.pretrained_cfg['num_classes'] == 10
+    again = timm.create_model(NAME, pretrained=False)
+    assert again.pretrained_cfg['mean'] != own['mean']
+
+
+def test_a_file_with_a_recipe_that_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(weights.ENV, str(tmp_path))
+    path = tmp_path / f'{NAME}.safetensors'
+    for recipe in ('[]', '{', '{"format": 1}', '{"format": 99, "architecture": "resnet56_cifar"}'):
+        save_file(timm.create_model(NAME).state_dict(), path, {'norton_timm': recipe})
+        with pytest.raises(ValueError, match=path.name):
+            timm.create_model(NAME, pretrained=True)
+    path.write_bytes(b'nothing')
+    with pytest.raises(ValueError, match='not a safetensors file'):
+        timm.create_model(NAME, pretrained=True)
 
 
 def test_directory_that_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

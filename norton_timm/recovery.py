@@ -1,0 +1,261 @@
+"""A whole run: dense network -> compressed -> repaired without labels -> trained -> kept, with its figures."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import importlib.metadata
+import json
+import logging
+from pathlib import Path
+from typing import Any, cast
+
+import timm
+import torch
+import yaml
+from timm.models import PretrainedCfg
+from torch import nn
+
+from norton_timm.bases import base_name
+from norton_timm.checkpoint import load, save
+from norton_timm.complexity import count, default_input
+from norton_timm.compress import compress
+from norton_timm.dense import dense_model, make_spec, set_normalisation
+from norton_timm.distill import Distillation
+from norton_timm.distributed import is_main, wait_for_all
+from norton_timm.files import write_text
+from norton_timm.finetune import Trainer, evaluate
+from norton_timm.forms import tune_forms
+from norton_timm.image_data import Preprocessing
+from norton_timm.image_sources import open_data
+from norton_timm.latency import compare_latency
+from norton_timm.measure import channels_last, ready_to_run
+from norton_timm.spec import CompressionSpec
+from norton_timm.train_config import TrainConfig
+
+log = logging.getLogger(__name__)
+
+CONFIG, STAGES, CALIBRATED = 'config.yaml', 'stages.json', 'calibrated.safetensors'
+MODEL, RESULTS = 'model.safetensors', 'results.json'
+FIGURES = ('nmse', 'top1_dense', 'top1_compressed', 'top1_repaired', 'top1', 'top5', 'loss')
+
+
+def preprocessing_of(name: str, config: TrainConfig) -> Preprocessing:
+    """What the dense network expects of its images, with the run's own mean and standard deviation if it has any."""
+    cfg = (timm.get_pretrained_cfg(name) or PretrainedCfg()).to_dict()
+    given = {'mean': config.data.mean, 'std': config.data.std}
+    return Preprocessing.from_cfg({**cfg, **{key: value for key, value in given.items() if value is not None}})
+
+
+def dense_name(config: TrainConfig) -> str:
+    """Timm's name of the network that the run starts from."""
+    return base_name(config.model) if is_compressed_tag(config.model) else config.model
+
+
+def is_compressed_tag(name: str) -> bool:
+    """Whether a name is one of ours, such as `norton_resnet56_cifar.r071`."""
+    return base_name(name) != name.partition('.')[0]
+
+
+def spec_of_run(config: TrainConfig) -> CompressionSpec | None:
+    """The recipe of a run; None for one that only trains a dense network."""
+    source = config.recipe or (config.model if is_compressed_tag(config.model) else None)
+    return None if source is None else make_spec(source)
+
+
+class Recovery:
+    """A run in a folder; started again, it goes on where it was.
+
+    Args:
+        config: the run.
+        output: folder for `config.yaml`, `metrics.jsonl`, checkpoints, `model.safetensors` and `results.json`.
+        device: where to compute.
+        progress: show progress bars.
+
+    Raises:
+        ValueError: the folder holds another run; wrong names, weights or data.
+    """
+
+    def __init__(self, config: TrainConfig, output: Path, device: torch.device, progress: bool = True) -> None:
+        self.config, self.output, self.device, self.progress = config, output, device, progress
+        name, self.spec = dense_name(config), spec_of_run(config)
+        self.trained = config.weights is not None or config.pretrained
+        if self.spec is not None and config.distill.weight and not self.trained:
+            raise ValueError('distillation needs a trained dense network: give weights, or set distill.weight to 0')
+        refuse_other_run(output, config.to_yaml())
+        self.data = open_data(
+            config.data.source, preprocessing_of(name, config), device,
+            workers=config.data.workers, augmentation=config.data.augmentation,
+        )  # fmt: skip
+        weights = None if config.weights is None else Path(config.weights)
+        dense = dense_model(name, config.pretrained, weights, num_classes=len(self.data.classes))
+        set_normalisation(dense, config.data.mean, config.data.std)
+        self.dense = dense.to(device)
+        output.mkdir(parents=True, exist_ok=True)
+        if is_main():
+            write_text(output / CONFIG, config.to_yaml())
+        self.facts: dict[str, Any] = {}
+        if (output / STAGES).is_file():
+            self.facts = json.loads((output / STAGES).read_text(encoding='utf-8'))
+
+    def run(self) -> dict[str, Any]:
+        """Carry out what is left of the run.
+
+        Returns:
+            What `results.json` holds: parameters, MACs, milliseconds, top-1 in percent of the dense network, after
+            compression, after repair and after training, and what is needed to repeat it.
+
+        Raises:
+            FloatingPointError: the loss became NaN or infinite; the checkpoint keeps the epoch before.
+        """
+        if self.trained:
+            self._measure('top1_dense', self.dense)
+        model = self.dense if self.spec is None else self._compressed()
+        if self.config.optim.epochs:
+            trainer = self._trainer(model)
+            accuracy = trainer.run()
+            model = trainer.trained
+        else:
+            accuracy = evaluate(model, self.data, self.device)
+        model = model.eval().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        self.facts.update({'top1': accuracy['top1'], 'top5': accuracy['top5'], 'loss': accuracy['loss']})
+        results = self._results(model)
+        if is_main():
+            provenance = {k: v for k, v in results.items() if v is not None}
+            save(model.cpu(), self.output / MODEL, provenance=provenance)
+            write_text(self.output / RESULTS, json.dumps(results, indent=1) + '\n')
+        return results
+
+    def _compressed(self) -> nn.Module:
+        """The network that training starts from: compressed, repaired, after all rounds of a K-shot recipe."""
+        done = self.output / CALIBRATED
+        missing = not done.is_file()
+        wait_for_all()
+        if missing:
+            model = self._compress()
+            if is_main():
+                save(model, done)
+            wait_for_all()
+        return load(done).to(self.device)  # also in a run that was not stopped: both go on with the same network
+
+    def _compress(self) -> nn.Module:
+        config, spec = self.config, cast(CompressionSpec, self.spec)
+        if 'top1_compressed' not in self.facts:
+            plain, report = compress(self.dense, spec)
+            nmse = [layer.nmse for layer in report.layers if layer.nmse is not None]
+            self.facts['nmse'] = sum(nmse) / len(nmse) if nmse else None
+            self._measure('top1_compressed', plain)
+        images = self.data.calibration_batches(config.data.calibration) if config.data.calibration else None
+        model, _ = compress(self.dense, spec, calibration=images, between_shots=self._tune)
+        self._measure('top1_repaired', model)
+        return model
+
+    def _tune(self, model: nn.Module, shot: int) -> None:
+        if self.config.shot_epochs:
+            self._trainer(model, shot).run()
+
+    def _trainer(self, model: nn.Module, shot: int = 0) -> Trainer:
+        """The loop of the run, or of what lies between two rounds of a K-shot recipe."""
+        config, teacher = self.config, None
+        if self.spec is not None and config.distill.weight:
+            dense = copy.deepcopy(self.dense)
+            if config.channels_last:
+                dense = dense.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            teacher = Distillation(dense, model, config.distill)
+        optim = dataclasses.replace(config.optim, epochs=config.shot_epochs) if shot else config.optim
+        return Trainer(
+            model, self.data, optim, self.output, device=self.device, seed=config.seed + 1_000 * shot, teacher=teacher,
+            mixup=config.data.mixup, cutmix=config.data.cutmix, channels_last=config.channels_last,
+            compile=config.compile, checkpoint=f'shot{shot}.pt' if shot else 'checkpoint.pt', progress=self.progress,
+        )  # fmt: skip
+
+    def _measure(self, key: str, model: nn.Module) -> None:
+        """Top-1 of a network in percent, kept for the case that the run is stopped and started again."""
+        if key not in self.facts:
+            self.facts[key] = evaluate(model, self.data, self.device)['top1']
+            log.info('%s: %.2f %%', key.replace('_', ' '), self.facts[key])
+            if is_main():
+                write_text(self.output / STAGES, json.dumps(self.facts) + '\n')
+
+    def _results(self, model: nn.Module) -> dict[str, Any]:
+        image = default_input(self.dense).to(self.device)
+        before, after = count(self.dense, image), count(model, image)
+        tuned = ready_to_run(model)
+        tune_forms(tuned, channels_last(image))
+        ms = compare_latency({'ms_dense': self.dense, 'ms': tuned}, image)
+        return {
+            'model': self.config.model,
+            'spec': None if self.spec is None else self.spec.to_dict(),
+            'macs_dense': before.macs, 'macs': after.macs, 'params_dense': before.params, 'params': after.params,
+            **{key: self.facts.get(key) for key in FIGURES},
+            **{key: round(value, 3) for key, value in ms.items()},
+            'epochs': self.config.optim.epochs, 'seed': self.config.seed, 'data': Path(self.config.data.source).name,
+            'test_images': self.data.test_size, 'threads': torch.get_num_threads(), 'device': self.device.type,
+            'versions': {name: importlib.metadata.version(name) for name in ('norton-timm', 'torch', 'timm')},
+            'config': portable(self.config),
+        }  # fmt: skip
+
+
+def portable(config: TrainConfig) -> dict[str, Any]:
+    """A configuration for others to read: files by name, without the folders of this machine."""
+    values = config.to_dict()
+    values.update({key: Path(values[key]).name for key in ('weights', 'recipe') if values[key] is not None})
+    values['data']['source'] = Path(values['data']['source']).name
+    return values
+
+
+def evaluate_file(
+    model: str,
+    data: str,
+    device: torch.device,
+    *,
+    weights: Path | None = None,
+    batch_size: int = 256,
+    amp: str = 'none',
+    workers: int = 4,
+) -> dict[str, Any]:
+    """Accuracy of a trained network on the test split of a data set, prepared as its `pretrained_cfg` says.
+
+    Args:
+        model: a timm name, or a file of `norton_timm.save`.
+        data: see `norton_timm.image_sources.open_data`.
+        device: where to compute.
+        weights: file with the weights of the network named; None: its published ones.
+        batch_size: images of one process.
+        amp: `none`, `bf16` or `fp16`.
+        workers: loading processes.
+
+    Returns:
+        `top1`, `top5` in percent, `loss`, and what they were measured on.
+
+    Raises:
+        ValueError: no such model, weights or data, or a network with another number of classes.
+    """
+    if model.endswith('.safetensors'):
+        if weights is not None:
+            raise ValueError(f'got weights {weights} and the file {model}, expected one of them')
+        network = load(model)
+    else:
+        network = dense_model(model, pretrained=weights is None, checkpoint=weights)
+    cfg: Any = network.pretrained_cfg
+    preprocessing = Preprocessing.from_cfg(cfg)
+    images = open_data(data, preprocessing, device, workers=workers)
+    outputs = getattr(network, 'num_classes', None)
+    if outputs != len(images.classes):
+        raise ValueError(f'{model} has {outputs} classes, but {data} has {len(images.classes)}')
+    results = evaluate(network.to(device), images, device, batch_size, amp)
+    return {
+        'model': model, 'data': Path(data).name, 'test_images': images.test_size, **results,
+        'mean': list(preprocessing.mean), 'std': list(preprocessing.std), 'amp': amp, 'device': device.type,
+    }  # fmt: skip
+
+
+def refuse_other_run(output: Path, text: str) -> None:
+    """Look whether a folder holds a run of another configuration than this one.
+
+    Raises:
+        ValueError: it does.
+    """
+    path = output / CONFIG
+    if path.is_file() and yaml.safe_load(path.read_text(encoding='utf-8')) != yaml.safe_load(text):
+        raise ValueError(f'{output} holds a run with another configuration ({CONFIG}): choose another folder')

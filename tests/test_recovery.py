@@ -1,0 +1,162 @@
+"""A whole run: compress, repair, train, keep; it goes on from wherever it was stopped, and refuses another's folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from image_sets import write_archive
+from safetensors.torch import load_file, save_file
+
+import norton_timm
+from norton_timm.checkpoint import load, read_metadata
+from norton_timm.finetune import Trainer, evaluate
+from norton_timm.recovery import Recovery, evaluate_file
+from norton_timm.train_config import load_config
+
+CPU = torch.device('cpu')
+NORTON = "method: norton\nrank: {'*': 2}\nrates: 0.2\n"
+CORING = 'method: coring\nrank: 0\nrates: 0.4\nshots: 3\n'
+
+
+@pytest.fixture
+def inputs(tmp_path: Path) -> dict[str, str]:
+    """Images of four colours, and a dense network that knows them a little."""
+    archive = write_archive(tmp_path / 'images.tar', train=64, test=24)
+    torch.manual_seed(0)
+    save_file(timm.create_model('resnet20_cifar', num_classes=4).state_dict(), tmp_path / 'dense.safetensors')
+    (tmp_path / 'norton.yaml').write_text(NORTON)
+    (tmp_path / 'coring.yaml').write_text(CORING)
+    return {'data.source': str(archive), 'weights': str(tmp_path / 'dense.safetensors'), 'model': 'resnet20_cifar'}
+
+
+def config(inputs: dict[str, str], recipe: str | None = 'norton', *overrides: str):
+    folder = Path(inputs['weights']).parent
+    values = {**inputs, 'recipe': recipe and str(folder / f'{recipe}.yaml')}
+    plain = ['optim.epochs=2', 'optim.batch_size=16', 'optim.lr=0.02', 'data.calibration=16', *overrides]
+    return load_config(None, plain, values)
+
+
+def run(given, folder: Path) -> dict:
+    return Recovery(given, folder, CPU, progress=False).run()
+
+
+def test_a_whole_run(inputs: dict[str, str], tmp_path: Path) -> None:
+    given = config(inputs, 'norton', 'data.mean=[0.5,0.5,0.5]', 'data.std=[0.2,0.2,0.2]', 'optim.ema=0.5')
+    results = run(given, tmp_path / 'run')
+    assert json.loads((tmp_path / 'run' / 'results.json').read_text()) == results
+    dense, model = timm.create_model('resnet20_cifar', num_classes=4), load(tmp_path / 'run' / 'model.safetensors')
+    image = torch.zeros(1, 3, 32, 32)
+    for name, key in ((dense, 'macs_dense'), (model, 'macs')):
+        assert norton_timm.count(name, image).macs == results[key]
+    assert results['params'] < results['params_dense'] and 0 < results['nmse'] < 1
+    assert all(0 <= results[k] <= 100 for k in ('top1_dense', 'top1_compressed', 'top1_repaired', 'top1'))
+    assert model.pretrained_cfg['mean'] == (0.5, 0.5, 0.5)
+    provenance = read_metadata(tmp_path / 'run' / 'model.safetensors')['provenance']
+    assert provenance['top1'] == results['top1'] and provenance['epochs'] == 2
+    assert str(tmp_path) not in json.dumps(results)
+    found = evaluate_file(str(tmp_path / 'run' / 'model.safetensors'), inputs['data.source'], CPU)
+    assert (found['top1'], found['test_images'], found['mean']) == (results['top1'], 24, [0.5, 0.5, 0.5])
+    assert found['loss'] == pytest.approx(results['loss'], rel=1e-4)
+
+
+def test_the_stages_are_what_they_say(inputs: dict[str, str], tmp_path: Path) -> None:
+    given = config(inputs, 'norton', 'optim.epochs=0')
+    recovery = Recovery(given, tmp_path / 'run', CPU, progress=False)
+    results, data = recovery.run(), recovery.data
+    dense = timm.create_model('resnet20_cifar', num_classes=4)
+    dense.load_state_dict(load_file(inputs['weights']))
+    spec = norton_timm.CompressionSpec.from_yaml(Path(inputs['weights']).parent / 'norton.yaml')
+    plain, _ = norton_timm.compress(dense, spec)
+    repaired, _ = norton_timm.compress(dense, spec, calibration=data.calibration_batches(16))
+    for key, network in (('top1_dense', dense), ('top1_compressed', plain), ('top1_repaired', repaired)):
+        assert results[key] == evaluate(network, data, CPU)['top1'], key
+    assert results['top1'] == results['top1_repaired'] and results['epochs'] == 0
+    assert not (tmp_path / 'run' / 'metrics.jsonl').exists()
+    kept = load(tmp_path / 'run' / 'model.safetensors').state_dict()
+    assert all(torch.equal(v, kept[k]) for k, v in repaired.state_dict().items())
+
+
+def test_dense_training(inputs: dict[str, str], tmp_path: Path) -> None:
+    given = config({**inputs}, None, 'weights=null', 'distill.weight=0')
+    results = run(given, tmp_path / 'run')
+    assert results['spec'] is None and results['top1_dense'] is None and results['macs'] == results['macs_dense']
+
+
+@pytest.mark.parametrize('recipe', ['norton', 'coring'])
+def test_a_run_stopped_anywhere_ends_with_the_same_network(
+    recipe: str, inputs: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every few steps it is stopped and started again, also between the rounds of a K-shot recipe."""
+    given = config(inputs, recipe, 'shot_epochs=2')
+    run(given, tmp_path / 'whole')
+    step_of, steps = Trainer._step, 0
+
+    def step(self, batches):
+        nonlocal steps
+        steps += 1
+        if steps % 7 == 0:
+            raise KeyboardInterrupt
+        return step_of(self, batches)
+
+    monkeypatch.setattr(Trainer, '_step', step)
+    stops = 0
+    while not (tmp_path / 'parts' / 'results.json').exists():
+        torch.manual_seed(stops)
+        try:
+            run(given, tmp_path / 'parts')
+        except KeyboardInterrupt:
+            stops += 1
+            assert stops < 20
+    assert stops >= (1 if recipe == 'norton' else 4)
+    whole, parts = (load_file(tmp_path / name / 'model.safetensors') for name in ('whole', 'parts'))
+    assert whole.keys() == parts.keys() and all(torch.equal(whole[k], parts[k]) for k in whole)
+    names = ['checkpoint'] if recipe == 'norton' else ['shot1', 'shot2', 'checkpoint']
+    for folder in ('whole', 'parts'):
+        written = [json.loads(line) for line in (tmp_path / folder / 'metrics.jsonl').read_text().splitlines()]
+        assert [(row['run'], row['epoch']) for row in written] == [(n, e) for n in names for e in (1, 2)]
+
+
+def test_rounds_are_trained_between(inputs: dict[str, str], tmp_path: Path) -> None:
+    kept = [run(config(inputs, 'coring', f'shot_epochs={n}', 'optim.epochs=0'), tmp_path / str(n)) for n in (0, 1)]
+    networks = [load_file(tmp_path / str(n) / 'model.safetensors') for n in (0, 1)]
+    assert kept[0]['macs'] == kept[1]['macs']
+    assert not all(torch.equal(networks[0][k], networks[1][k]) for k in networks[0])
+    assert (tmp_path / '1' / 'shot2.pt').is_file() and not (tmp_path / '0' / 'shot1.pt').exists()
+
+
+def test_the_folder_of_another_run_is_refused(inputs: dict[str, str], tmp_path: Path) -> None:
+    run(config(inputs, 'norton', 'optim.epochs=0'), tmp_path / 'run')
+    before = (tmp_path / 'run' / 'config.yaml').read_bytes()
+    with pytest.raises(ValueError, match='another configuration'):
+        run(config(inputs, 'norton', 'optim.epochs=0', 'seed=1'), tmp_path / 'run')
+    assert (tmp_path / 'run' / 'config.yaml').read_bytes() == before
+
+
+def test_what_is_wrong_leaves_the_folder_free(inputs: dict[str, str], tmp_path: Path) -> None:
+    for wrong, told in (
+        ({'data.source': 'nowhere'}, 'nowhere'),
+        ({'model': 'resnet56_cifar'}, 'does not fit'),
+        ({'model': 'resnet18'}, r'\(32, 32\)'),
+    ):
+        with pytest.raises(ValueError, match=told):
+            run(config({**inputs, **wrong}), tmp_path / 'run')
+    with pytest.raises(ValueError, match='needs a trained dense network'):
+        run(config(inputs, 'norton', 'weights=null'), tmp_path / 'run')
+    assert not (tmp_path / 'run').exists()
+
+
+def test_evaluation_refuses_what_does_not_fit(inputs: dict[str, str], tmp_path: Path) -> None:
+    weights = Path(inputs['weights'])
+    with pytest.raises(ValueError, match='does not fit'):  # ten classes by default
+        evaluate_file('resnet20_cifar', inputs['data.source'], CPU, weights=weights)
+    with pytest.raises(ValueError, match='no pretrained weights'):
+        evaluate_file('resnet20_cifar', inputs['data.source'], CPU)
+    path = norton_timm.save(timm.create_model('resnet20_cifar'), tmp_path / 'ten.safetensors')
+    with pytest.raises(ValueError, match=r'10 classes, but .* has 4'):
+        evaluate_file(str(path), inputs['data.source'], CPU)
+    with pytest.raises(ValueError, match='expected one of them'):
+        evaluate_file(str(path), inputs['data.source'], CPU, weights=weights)
