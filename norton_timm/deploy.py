@@ -1,0 +1,296 @@
+"""Make an inference copy of a network: norms folded, each CPDConv2d fixed in its fastest measured form."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from norton_timm import fuse
+from norton_timm.fold import NORMS, fold_batch_norm
+from norton_timm.layers import CPDConv2d
+from norton_timm.measure import synchronise, take_turns
+from norton_timm.surgery import replace_module
+from norton_timm.trace import tensors_in
+
+log = logging.getLogger(__name__)
+
+FIXED_FORMS = ('factored', 'merged', 'dense')
+LAYOUTS = {'channels_last': torch.channels_last, 'contiguous': torch.contiguous_format}
+_WARM_UP = 2  # rounds that take_turns leaves out
+_SECONDS = 2.5  # at least, for each of three comparisons
+
+
+@dataclass
+class Deployment:
+    """What :func:`deploy` did and measured.
+
+    Attributes:
+        device: where the network was measured.
+        threads: torch's threads then.
+        folded: layer that absorbed a norm, by the norm's name.
+        norms_left: batch norms that no convolution could absorb.
+        forms: chosen form of each CPDConv2d.
+        layer_ms: median milliseconds of each form by layer, inside the running network.
+        form_ms: median milliseconds of the whole network by form, ``mixed`` is each layer's fastest; channels-last.
+        network_ms: the same of the finalists (``form, layout``), all measured in one comparison.
+        chosen: the finalist that was taken.
+        error: largest difference from the original's outputs, relative to their largest value; None where the
+            outputs cannot be compared (a detector that kept another number of boxes).
+    """
+
+    device: str
+    threads: int
+    folded: dict[str, str] = field(default_factory=dict)
+    norms_left: list[str] = field(default_factory=list)
+    forms: dict[str, str] = field(default_factory=dict)
+    layer_ms: dict[str, dict[str, float]] = field(default_factory=dict)
+    form_ms: dict[str, float] = field(default_factory=dict)
+    network_ms: dict[str, float] = field(default_factory=dict)
+    chosen: str = ''
+    error: float | None = None
+
+    def to_json(self) -> str:
+        """All of it as JSON text."""
+        return json.dumps(asdict(self), indent=2) + '\n'
+
+    def __str__(self) -> str:
+        lines = [f'{self.chosen or "not measured"} on {self.device}, {self.threads} threads']
+        lines.append(f'{len(self.folded)} batch norms folded, {len(self.norms_left)} left')
+        lines += [f'{name}: {ms:.3f} ms' for name, ms in self.network_ms.items()]
+        for name, form in self.forms.items():
+            told = ', '.join(f'{f} {ms:.3f} ms' for f, ms in self.layer_ms.get(name, {}).items())
+            lines.append(f'{name}: {form}' + (f' ({told})' if told else ''))
+        return '\n'.join(lines)
+
+
+def deployment_report(model: nn.Module) -> Deployment:
+    """The report of a network that :func:`deploy` made.
+
+    Raises:
+        ValueError: a network that it did not make.
+    """
+    report = getattr(model, 'deployment', None)
+    if not isinstance(report, Deployment):
+        raise ValueError(f'got a {type(model).__name__} without a deployment report, expected a result of deploy()')
+    return report
+
+
+@torch.no_grad()
+def deploy(model: nn.Module, example_input: Any, autotune: bool = True) -> nn.Module:
+    """An inference copy with equal outputs, made of plain modules; classifiers and whole detectors.
+
+    Batch norms go into the convolutions before them; each CPDConv2d becomes two or three plain convolutions or one
+    dense one, whichever is fastest here; weights are laid out channels-last, and on a CPU additions and ReLUs go into
+    oneDNN's convolutions, where that wins. Layers are timed inside the running network, and the mixture is taken only
+    if the whole network measures faster with it than with every layer dense. The report is the result's attribute
+    ``deployment``, see :func:`deployment_report`.
+
+    Args:
+        model: dense or compressed network; it is not changed.
+        example_input: what its ``forward`` takes, of the size that matters, on the model's device.
+        autotune: measure; otherwise each layer keeps its ``active_form`` and weights are channels-last.
+
+    Raises:
+        ValueError: no tensor in the input, or one on another device than the model.
+    """
+    _check_input(model, example_input)
+    base = copy.deepcopy(model).eval().requires_grad_(False)
+    base.__dict__.pop('deployment', None)
+    report = Deployment(_device(example_input), torch.get_num_threads())
+    report.folded = fold_batch_norm(base, example_input)
+    report.norms_left = [n for n, m in base.named_modules() if type(m) in NORMS]
+    layers = {n: m for n, m in base.named_modules() if isinstance(m, CPDConv2d)}
+    report.forms = {name: layer.active_form() for name, layer in layers.items()}
+    if autotune:
+        best = _autotune(base, example_input, report)
+    else:
+        best = _candidate(base, report.forms, 'channels_last')
+    report.error = relative_difference(best(example_input), copy.deepcopy(model).eval()(example_input))
+    if report.error is not None and report.error > 1e-3:
+        log.warning('the deployed network differs from the original by %.1e of its largest output', report.error)
+    best.deployment = report  # type: ignore[assignment]
+    return best
+
+
+def _check_input(model: nn.Module, example_input: Any) -> None:
+    found = tensors_in(example_input)
+    if not found:
+        raise ValueError(f'example_input: got {type(example_input).__name__} without a tensor, expected images')
+    parameter = next(model.parameters(), found[0])
+    if parameter.device != found[0].device:
+        raise ValueError(f'example_input: got a tensor on {found[0].device}, expected the model on the same device '
+                         f'(it is on {parameter.device})')  # fmt: skip
+
+
+def _device(example_input: Any) -> str:
+    device = tensors_in(example_input)[0].device
+    return torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type
+
+
+def fixed(layer: CPDConv2d, form: str) -> nn.Module:
+    """The layer in one form as plain convolutions, its kernel computed once.
+
+    Raises:
+        ValueError: a form that is not factored, merged or dense.
+    """
+    if form not in FIXED_FORMS:
+        raise ValueError(f'got form {form!r}, expected one of {", ".join(FIXED_FORMS)}')
+    if form == 'dense':
+        return layer.to_conv()
+    o, rows, (kh, kw) = layer.out_channels, layer.out_channels * layer.rank, layer.kernel_size
+    (sh, sw), (ph, pw), (dh, dw) = layer.stride, layer.padding, layer.dilation
+    bias = layer.bias is not None
+
+    parts: dict[str, tuple[nn.Conv2d, Tensor]]
+    parts = {'pointwise': (nn.Conv2d(layer.in_channels, rows, 1, groups=layer.groups, bias=False), layer.pointwise)}
+    if form == 'merged':
+        spatial = nn.Conv2d(rows, o, (kh, kw), (sh, sw), (ph, pw), (dh, dw), groups=o, bias=bias)
+        parts['spatial'] = spatial, layer.merged_kernel()
+    else:
+        vertical = nn.Conv2d(rows, rows, (kh, 1), (sh, 1), (ph, 0), (dh, 1), groups=rows, bias=False)
+        horizontal = nn.Conv2d(rows, o, (1, kw), (1, sw), (0, pw), (1, dw), groups=o, bias=bias)
+        parts |= {'vertical': (vertical, layer.vertical), 'horizontal': (horizontal, layer.horizontal)}
+    result = nn.Sequential()
+    for name, (conv, weight) in parts.items():
+        conv.weight = nn.Parameter(weight.detach().clone())
+        if conv.bias is not None and layer.bias is not None:
+            conv.bias = nn.Parameter(layer.bias.detach().clone())
+        result.add_module(name, conv)
+    return result.requires_grad_(layer.pointwise.requires_grad).train(layer.training)
+
+
+def _candidate(base: nn.Module, forms: Mapping[str, str], layout: str) -> nn.Module:
+    model = copy.deepcopy(base)
+    for name, form in forms.items():
+        replace_module(model, name, fixed(model.get_submodule(name), form).requires_grad_(False))  # type: ignore[arg-type]
+    return model.to(memory_format=LAYOUTS[layout])
+
+
+def _medians(models: Mapping[Any, nn.Module], x: Any, least: int = 3) -> dict[Any, float]:
+    """Median milliseconds of each model, taking turns."""
+    rounds = take_turns([partial(m, x) for m in models.values()], lambda: synchronise(x), _SECONDS, least)
+    return dict(zip(models, (statistics.median(t) for t in rounds)))
+
+
+def _autotune(base: nn.Module, x: Any, report: Deployment) -> nn.Module:
+    """The fastest candidate; its figures go into the report. First the forms are chosen, then the layout."""
+    forms = {'dense': dict.fromkeys(report.forms, 'dense')}
+    if report.forms:
+        forms |= {form: dict.fromkeys(report.forms, form) for form in FIXED_FORMS}
+    models = {name: _candidate(base, chosen, 'channels_last') for name, chosen in forms.items()}
+    best = 'dense'
+    if report.forms:
+        report.layer_ms, report.form_ms = _layers_in_place(models, list(report.forms), x)
+        forms['mixed'] = report.forms | {n: min(ms, key=lambda f: ms[f]) for n, ms in report.layer_ms.items()}
+        fastest = min(report.form_ms, key=lambda name: report.form_ms[name])
+        models['mixed'] = _candidate(base, forms['mixed'], 'channels_last')
+        again = _medians({name: models[name] for name in dict.fromkeys(('dense', fastest, 'mixed'))}, x)
+        report.form_ms |= again
+        best = min(again, key=lambda name: again[name])
+    finalists: dict[tuple[str, str], nn.Module] = {}
+    for name in dict.fromkeys(('dense', best)):
+        finalists[name, 'channels_last'] = models[name]
+        finalists[name, 'contiguous'] = _candidate(base, forms[name], 'contiguous')
+        if (fused := _fused(models[name], x)) is not None:
+            finalists[name, 'channels_last, fused'] = fused
+    medians = _medians(finalists, x)
+    taken = min(medians, key=lambda key: medians[key])
+    report.network_ms = {', '.join(key): ms for key, ms in medians.items()}
+    report.forms, report.chosen = forms[taken[0]], ', '.join(taken)
+    return finalists[taken]
+
+
+def _fused(model: nn.Module, x: Any) -> nn.Module | None:
+    """The network with fused oneDNN convolutions, if there is something to fuse and it computes the same."""
+    first = tensors_in(x)[0]
+    if first.device.type != 'cpu' or first.dtype != torch.float32 or not fuse.available():
+        return None
+    candidate, count = fuse.fuse(model)
+    if not count:
+        return None
+    try:
+        difference = relative_difference(candidate(x), model(x))
+    except RuntimeError as error:  # a sum of unequal shapes, which oneDNN does not broadcast
+        log.warning('convolutions stay apart from additions and activations: %s', str(error).splitlines()[0])
+        return None
+    if difference is None or difference > 1e-4:
+        log.warning('convolutions stay apart from additions and activations: their outputs differ')
+        return None
+    return candidate
+
+
+def _layers_in_place(
+    models: Mapping[Any, nn.Module], names: list[str], x: Any
+) -> tuple[dict[str, dict[str, float]], dict[Any, float]]:
+    """Median milliseconds of the named layers within each model, as {layer: {form: ms}}, and of each whole model.
+
+    Timed alone, a layer finds its input in the cache and its neighbours' memory free; inside the network it does not.
+    """
+    spent: dict[str, dict[str, list[float]]] = {name: {} for name in names}
+    hooks = []
+
+    def watch(name: str, form: str, layer: nn.Module) -> None:
+        times = spent[name].setdefault(form, [])
+        began = [0.0]
+
+        def enter(*_: Any) -> None:
+            synchronise(x)
+            began[0] = time.perf_counter()
+
+        def leave(*_: Any) -> None:
+            synchronise(x)
+            times.append(1000 * (time.perf_counter() - began[0]))
+
+        hooks.extend([layer.register_forward_pre_hook(enter), layer.register_forward_hook(leave)])
+
+    for form, model in models.items():
+        for name in names:
+            watch(name, form, model.get_submodule(name))
+    try:
+        calls: list[Callable[[], Any]] = [partial(model, x) for model in models.values()]
+        rounds = take_turns(calls, lambda: synchronise(x), _SECONDS, least=3)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    total = len(rounds[0]) + _WARM_UP
+    layers = {}
+    for name, by_form in spent.items():
+        if all(by_form.values()):  # a layer that the input does not reach keeps no time
+            # a layer that is called several times in a pass (a head shared by levels) counts as their sum
+            layers[name] = {
+                form: statistics.median(sum(_pass(times, k, total)) for k in range(_WARM_UP, total))
+                for form, times in by_form.items()
+            }
+    return layers, {key: statistics.median(t) for key, t in zip(models, rounds)}
+
+
+def _pass(times: list[float], k: int, total: int) -> list[float]:
+    """The times of pass ``k`` where each of ``total`` passes called the layer equally often."""
+    calls = len(times) // total
+    return times[k * calls : (k + 1) * calls]
+
+
+def relative_difference(a: Any, b: Any) -> float | None:
+    """Largest difference of the tensors in two outputs, relative to the largest value of ``b``'s tensor.
+
+    None where they differ in number or shape.
+    """
+    first, second = tensors_in(a), tensors_in(b)
+    if len(first) != len(second) or any(s.shape != t.shape for s, t in zip(first, second)):
+        return None
+    return max((_difference(s, t) for s, t in zip(first, second) if t.numel()), default=0.0)
+
+
+def _difference(a: Tensor, b: Tensor) -> float:
+    a, b = a.double(), b.double()
+    return float((a - b).abs().max() / b.abs().max().clamp_min(1e-12))

@@ -1,0 +1,173 @@
+"""fuse.py: what a convolution may take over, when it may overwrite its summand, and that nothing changes in value."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from families import build, images, relative_error
+from torch import nn
+
+from norton_timm import fuse
+from norton_timm.fold import fold_batch_norm
+from norton_timm.fuse import FusedConv2d
+
+pytestmark = pytest.mark.skipif(not fuse.available(), reason='this PyTorch has no oneDNN')
+
+
+def fused_convs(model: nn.Module) -> dict[str, FusedConv2d]:
+    return {n: m for n, m in model.named_modules() if isinstance(m, FusedConv2d)}
+
+
+class Block(nn.Module):
+    """Two convolutions; the way they are joined is the test's."""
+
+    def __init__(self, join) -> None:
+        super().__init__()
+        self.a, self.b, self.act, self.join = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 1), nn.ReLU(), join
+
+    def forward(self, x):
+        return self.join(self, x)
+
+
+def residual(m, x):
+    y = m.a(x)
+    return (m.b(y) + y).relu()
+
+
+def residual_of_two(m, x):
+    y = m.b(m.act(m.a(x)))
+    y += x
+    return m.act(y)
+
+
+def two_branches(m, x):
+    return m.act(m.a(x) + m.b(x))
+
+
+def summand_is_read_later(m, x):
+    y = m.a(x)
+    z = torch.relu(m.b(x) + y)
+    return z * y
+
+
+def summand_is_returned(m, x):
+    y = m.a(x)
+    return m.act(m.b(x) + y), y
+
+
+def scaled_sum(m, x):
+    return m.act(torch.add(m.a(x), m.b(x), alpha=2.0))
+
+
+def read_twice(m, x):
+    y = m.a(x)
+    return m.act(y) + y
+
+
+def added_to_itself(m, x):
+    y = m.a(x)
+    return y + y
+
+
+# what convolutions a and b take over: '+' a sum, '!' a sum in place of the summand, 'r' a ReLU
+@pytest.mark.parametrize(
+    'join, a, b',
+    [(residual, '', '+r'), (residual_of_two, 'r', '+r'), (two_branches, '', '!r'), (summand_is_read_later, '', '+r'),
+     (summand_is_returned, '', '+r'), (scaled_sum, '', ''), (read_twice, '', None), (added_to_itself, '', None)],
+)  # fmt: skip
+@torch.no_grad()
+def test_what_is_taken_over(join, a, b):
+    model, x = Block(join).eval(), torch.randn(2, 8, 9, 7)
+    kept = x.clone()
+    expected = model(x)
+    result, count = fuse.fuse(model)
+    assert count == sum(bool(taken) for taken in (a, b))
+    assert not fused_convs(model), 'the original is not touched'
+    nodes = {str(n.target): n for n in result.graph.nodes if n.op == 'call_module'}
+    for name, taken in (('a', a), ('b', b)):
+        if taken is None:
+            continue
+        conv = result.get_submodule(name)
+        assert conv.relu == ('r' in taken) and conv.in_place == ('!' in taken)
+        assert (len(nodes[name].args) == 2) == (taken[:1] in ('+', '!'))
+    for layout in (torch.contiguous_format, torch.channels_last):
+        found = result.to(memory_format=layout)(x)
+        for f, e in zip(*(v if isinstance(v, tuple) else (v,) for v in (found, expected))):
+            torch.testing.assert_close(f, e, rtol=1e-4, atol=1e-5)
+    assert torch.equal(x, kept), 'the input is not overwritten'
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('name', ['resnet18', 'resnet20_cifar', 'mobilenetv2_100', 'densenet121', 'seresnet50'])
+def test_families_keep_their_outputs(name):
+    model, x = build(name), images(name)
+    fold_batch_norm(model, x)
+    result, count = fuse.fuse(model)
+    assert relative_error(result(x), model(x)) < 1e-5
+    assert count >= {'resnet18': 17, 'resnet20_cifar': 16, 'densenet121': 50, 'seresnet50': 16}.get(name, 1)
+    again = pickle.loads(pickle.dumps(result))
+    assert torch.equal(again(x), result(x)) and len(fused_convs(again)) == len(fused_convs(result))
+    assert result.pretrained_cfg == model.pretrained_cfg
+
+
+@torch.no_grad()
+def test_parts_that_cannot_be_traced_stay():
+    class Choosy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3))
+            self.lonely = nn.Conv2d(4, 4, 1)
+
+        def forward(self, x):
+            y = self.body(x)
+            return self.lonely(y) if y.sum() > 0 else y
+
+    model, x = Choosy().eval(), torch.randn(1, 3, 9, 9)
+    result, count = fuse.fuse(model)
+    assert count == 1 and type(result) is Choosy and type(result.lonely) is nn.Conv2d
+    torch.testing.assert_close(result(x), model(x))
+
+
+@torch.no_grad()
+def test_new_weights_are_packed_again():
+    conv, x = FusedConv2d.from_conv(nn.Conv2d(3, 4, 3)), torch.randn(1, 3, 8, 8)
+    before = conv(x)
+    conv.weight.mul_(2)
+    conv.bias.mul_(2)
+    torch.testing.assert_close(conv(x), 2 * before)
+    torch.testing.assert_close(copy.deepcopy(conv)(x), 2 * before)
+    torch.testing.assert_close(conv(torch.cat([x, x, x]))[2:], 2 * before)  # packed for one image, used for three
+
+
+@torch.no_grad()
+def test_a_head_without_boxes_and_one_image_without_a_batch():
+    conv = FusedConv2d.from_conv(nn.Conv2d(3, 4, 3))
+    assert conv(torch.zeros(0, 3, 8, 8)).shape == (0, 4, 6, 6)
+    x = torch.randn(3, 8, 8)
+    torch.testing.assert_close(conv(x), conv(x[None])[0])
+    assert fuse.packed_bytes(conv) == 4 * 4 * 3 * 9 and fuse.packed_bytes(copy.deepcopy(conv)) == 0
+
+
+def test_gradients_flow_through_plain_operations():
+    conv, plain = FusedConv2d.from_conv(nn.Conv2d(3, 4, 3)), nn.Conv2d(3, 4, 3)
+    conv.relu = True
+    plain.load_state_dict(conv.state_dict())
+    x = torch.randn(1, 3, 8, 8, requires_grad=True)
+    found = torch.autograd.grad(conv(x).sum(), [x, *conv.parameters()])
+    expected = torch.autograd.grad(plain(x).relu().sum(), [x, *plain.parameters()])
+    for f, e in zip(found, expected):
+        torch.testing.assert_close(f, e)
+
+
+@torch.no_grad()
+def test_it_exports_as_plain_operations():
+    model, x = build('resnet20_cifar'), images('resnet20_cifar')
+    fold_batch_norm(model, x)
+    result, _ = fuse.fuse(model)
+    program = torch.export.export(result, (x,), dynamic_shapes=({0: torch.export.Dim('batch')},))
+    assert not any('mkldnn' in str(n.target) for n in program.graph.nodes)
+    more = torch.cat([x, x, x])
+    torch.testing.assert_close(program.module()(more), model(more), rtol=1e-4, atol=1e-4)
