@@ -1,0 +1,184 @@
+"""Write a network for other runtimes: ONNX, OpenVINO IR, torch.export; and read such files back as callables."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
+
+from norton_timm.trace import tensors_in
+
+FORMATS = {'onnx': '.onnx', 'openvino': '.xml', 'pt2': '.pt2'}
+OPSET = 18
+
+Runner = Callable[[Tensor], list[Tensor]]
+
+
+def format_of(path: Path) -> str:
+    """The format that a file's ending names.
+
+    Raises:
+        ValueError: another ending.
+    """
+    for name, ending in FORMATS.items():
+        if path.suffix == ending:
+            return name
+    raise ValueError(f'{path}: got the ending {path.suffix!r}, expected one of {", ".join(FORMATS.values())}')
+
+
+def need(module: str) -> Any:
+    """Import one of the optional packages.
+
+    Raises:
+        ValueError: it is not installed; the message says how to get it.
+    """
+    try:
+        return __import__(module)
+    except ImportError as error:
+        raise ValueError(f"{module} is not installed ({error}): pip install 'norton-timm[export]'") from None
+
+
+class OneImage(nn.Module):
+    """A detector as a function of one image (1, 3, H, W), which exporters can name: a tuple of tensors comes out.
+
+    Attributes:
+        names: what the tensors are: boxes, labels, scores, and masks or keypoints.
+    """
+
+    def __init__(self, detector: GeneralizedRCNN) -> None:
+        super().__init__()
+        self.detector = detector
+        extra = [name for name in ('mask', 'keypoint') if getattr(detector.roi_heads, f'has_{name}')()]
+        self.names = ['boxes', 'labels', 'scores', *(f'{name}s' for name in extra)]
+
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        found = self.detector([image[0]])[0]
+        return tuple(found[name] for name in self.names)
+
+
+def exportable(model: nn.Module) -> nn.Module:
+    """The network as a function of one batch (N, C, H, W); a detector as one of a single image."""
+    model = model.eval()
+    return OneImage(model) if isinstance(model, GeneralizedRCNN) else model
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporters print and warn about their own insides."""
+    level = logging.root.manager.disable
+    with warnings.catch_warnings(), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+        warnings.simplefilter('ignore')
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(level)
+
+
+@torch.no_grad()
+def write(model: nn.Module, example: Tensor, path: Path) -> None:
+    """Export to the format that the path's ending names.
+
+    Args:
+        model: from :func:`exportable`. A classifier is exported for any batch size, a detector for the example's size.
+        example: images (N, C, H, W).
+        path: .onnx, .xml (OpenVINO, with a .bin beside it) or .pt2.
+
+    Raises:
+        ValueError: another ending, a missing package, or a network that the exporter cannot take.
+    """
+    kind = format_of(path)
+    try:
+        with _quiet():
+            if kind == 'pt2':
+                torch.export.save(_captured(model, example), path)
+            elif kind == 'onnx':
+                _write_onnx(model, example, path)
+            else:
+                ov = need('openvino')
+                with tempfile.TemporaryDirectory() as folder:
+                    _write_onnx(model, example, Path(folder) / 'model.onnx')
+                    converted = ov.convert_model(Path(folder) / 'model.onnx')
+                ov.save_model(converted, path, compress_to_fp16=False)
+    except ValueError:
+        raise
+    except Exception as error:  # each exporter has exceptions of its own
+        told = ' '.join(str(error).split())[:300]
+        raise ValueError(f'{path.name}: {kind} cannot take this network: {type(error).__name__}: {told}') from error
+
+
+def _captured(model: nn.Module, example: Tensor) -> Any:
+    if isinstance(model, OneImage):
+        return torch.export.export(model, (example,), strict=False)
+    # an example of one image would be taken for a constant
+    images = example if len(example) > 1 else torch.cat([example, example])
+    return torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim('batch')},))
+
+
+def _write_onnx(model: nn.Module, example: Tensor, path: Path) -> None:
+    need('onnx')
+    if isinstance(model, OneImage):
+        # torchvision's detectors are written for the tracing exporter; torch.export stops at their data-dependent parts
+        torch.onnx.export(model, (example,), path, dynamo=False, opset_version=OPSET, input_names=['images'],
+                          output_names=model.names)  # fmt: skip
+        return
+    need('onnxscript')
+    torch.onnx.export(_captured(model, example), (), path, dynamo=True, opset_version=OPSET, external_data=False,
+                      input_names=['images'])  # fmt: skip
+
+
+def read(path: Path, threads: int | None = None) -> Runner:
+    """An exported file as a function from images (N, C, H, W) to a list of tensors.
+
+    Args:
+        path: as :func:`write` made it.
+        threads: of ONNX Runtime and OpenVINO; None is torch's own number.
+
+    Raises:
+        ValueError: another ending, or a missing package.
+    """
+    kind, threads = format_of(path), threads or torch.get_num_threads()
+    if kind == 'pt2':
+        program = torch.export.load(path).module()
+        return lambda images: tensors_in(program(images))
+    if kind == 'onnx':
+        ort = need('onnxruntime')
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 3
+        session = ort.InferenceSession(str(path), options, providers=['CPUExecutionProvider'])
+        name = session.get_inputs()[0].name
+        return lambda images: [torch.from_numpy(v) for v in session.run(None, {name: images.numpy()})]
+    return openvino_runner(path, threads)
+
+
+def openvino_runner(path: Path, threads: int, static: Sequence[int] | None = None) -> Runner:
+    """An .xml or .onnx file in OpenVINO, in float32 on the CPU.
+
+    Args:
+        path: the file.
+        threads: how many.
+        static: fix the input to this shape, which lets it plan memory.
+
+    Raises:
+        ValueError: OpenVINO is not installed.
+    """
+    ov = need('openvino')
+    core = ov.Core()
+    network = core.read_model(path)
+    if static is not None:
+        network.reshape(list(static))
+    hints: Mapping[str, Any] = {
+        'PERFORMANCE_HINT': 'LATENCY', 'INFERENCE_NUM_THREADS': threads, 'INFERENCE_PRECISION_HINT': 'f32',
+    }  # fmt: skip
+    compiled = core.compile_model(network, 'CPU', hints)
+    return lambda images: [torch.from_numpy(v.copy()) for v in compiled(images.numpy()).values()]

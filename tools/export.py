@@ -1,0 +1,80 @@
+"""Export a network to ONNX, OpenVINO or torch.export; the file is compared with PyTorch on images before it is kept.
+
+python tools/export.py --weights small.safetensors --images photos/ --output small.onnx
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from _cli import Parser, run
+
+
+def main() -> None:
+    parser = Parser(__doc__)
+    parser.add_argument('--weights', type=Path, help='.safetensors of norton_timm.save, or .pt of train_det.py')
+    parser.add_argument('--model', help='timm name or tag, instead of --weights')
+    parser.add_argument('--pretrained', action='store_true', help='with --model: the weights that timm knows')
+    parser.add_argument('--random-weights', action='store_true', help='with --model: to measure time only')
+    parser.add_argument('--images', type=Path, required=True, help='folder of pictures to compare on')
+    parser.add_argument('--count', type=int, default=8, help='how many of them')
+    parser.add_argument('--size', nargs=2, type=int, metavar=('H', 'W'), help='of the pictures in pixels')
+    parser.add_argument('--output', type=Path, required=True, help='.onnx, .xml (OpenVINO) or .pt2')
+    parser.add_argument('--no-deploy', action='store_true', help='export the layers as they are')
+    parser.add_argument('--int8', action='store_true', help='quantise a classifier; says what agreement it costs')
+    parser.add_argument('--json', type=Path, help='file for the agreement')
+    args = parser.parse_args()
+    if (args.weights is None) == (args.model is None):
+        parser.error('got both or none of --weights and --model, expected one')
+    if args.model is not None and args.pretrained == args.random_weights:
+        parser.error('--model needs one of --pretrained and --random-weights')
+    if args.count < 1 or (args.size is not None and min(args.size) < 1):
+        parser.error('--count and --size must be 1 or more')
+
+    from norton_timm import deploy
+    from norton_timm.export import exportable, format_of
+    from norton_timm.export_check import export_checked, size_mb
+    from norton_timm.files import write_text
+
+    format_of(args.output)
+    model, images = _load(args)
+    torch.set_grad_enabled(False)
+    example = [images[0][0]] if exportable(model) is not model else images[0]
+    source = model if args.no_deploy else deploy(model, example)
+    agreement = export_checked(source, args.output, images, model, args.int8)
+    print(f'wrote {args.output}: {size_mb(args.output):.1f} MB{", int8" if args.int8 else ""}')
+    told = f'outputs within {agreement.difference:.1e} of the largest'
+    if exportable(model) is not model:
+        told = f'boxes within {agreement.box_px:.3f} px, scores within {agreement.score:.1e}'
+    print(f'{agreement.same} of {agreement.images} images get the same answer; {told}')
+    if args.json is not None:
+        write_text(
+            args.json, json.dumps({'file': args.output.name, 'int8': args.int8, **agreement.to_dict()}, indent=2)
+        )
+
+
+def _load(args) -> tuple[torch.nn.Module, list[torch.Tensor]]:
+    """The network, and batches of images as it takes them; single ones for a detector."""
+    from norton_timm import dense, load
+    from norton_timm.calibration_images import calibration_images
+    from norton_timm.export_check import find_images, read_images
+
+    if args.weights is not None and args.weights.suffix == '.pt':
+        from detection.checkpoint import load_detector
+
+        size = tuple(args.size or (800, 1066))
+        model = load_detector(args.weights)[0]
+        model.transform.min_size, model.transform.max_size = (min(size),), max(size)
+        return model, [image[None] for image in read_images(find_images(args.images, args.count), size)]
+    if args.weights is not None:
+        model = load(args.weights).eval()
+    else:
+        model = dense.dense_model(args.model, pretrained=args.pretrained)
+    batches = calibration_images(args.images, model, args.count, args.size)
+    return model, [image for batch in batches for image in batch.split(1)]
+
+
+if __name__ == '__main__':
+    run(main)
