@@ -1,0 +1,192 @@
+"""Dense against compressed classifiers in several runtimes, measured side by side in one process."""
+
+from __future__ import annotations
+
+import copy
+import os
+import platform
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from torch import Tensor, nn
+
+from norton_timm import export
+from norton_timm.complexity import count
+from norton_timm.deploy import deploy, deployment_report
+from norton_timm.fuse import packed_bytes
+from norton_timm.measure import MEGABYTE, channels_last, peak_memory, ready_to_run, synchronise, take_turns
+from norton_timm.models.table import control_side
+
+RUNTIMES = ('eager', 'deployed', 'compile', 'onnxruntime', 'openvino')
+Row = dict[str, Any]
+
+
+def cpu_name() -> str:
+    """The processor and its vector instructions, as far as the system tells."""
+    info = Path('/proc/cpuinfo')
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.partition(':')[2].strip() for line in lines if line.startswith('model name')]
+    return f'{names[0] if names else platform.processor()}, {torch.backends.cpu.get_cpu_capability()}'
+
+
+def dense_name(name: str) -> str:
+    """The network that a tag was made of: ``norton_resnet50.r078`` gives ``resnet50``."""
+    return name.partition('.')[0].removeprefix('norton_').removeprefix('coring_')
+
+
+def summary(milliseconds: Sequence[float], images: int = 1) -> Row:
+    """Median, 95th percentile, and throughput at the median, of timed runs."""
+    median, p95 = np.percentile(milliseconds, [50, 95])
+    return {'ms': float(median), 'p95_ms': float(p95), 'images_per_s': 1000 * images / float(median)}
+
+
+def peak_mb(model: nn.Module, example_input: Any) -> float:
+    """Megabytes that inference needs, packed weights included; see :func:`norton_timm.measure.peak_memory`."""
+    return (peak_memory(model, example_input) + packed_bytes(model)) / MEGABYTE
+
+
+def prepare(model: nn.Module, images: Tensor, runtime: str, folder: Path) -> Callable[[], Any]:
+    """One inference in a runtime, as a call without arguments.
+
+    Args:
+        model: in evaluation mode; it is not changed.
+        images: (N, C, H, W).
+        runtime: ``eager`` is the network as it is, channels-last; ``deployed`` the result of :func:`deploy`; the others
+            run the deployed network: compiled by torch.compile with constants folded, or exported.
+        folder: for exported files; one that is there is not made again.
+
+    Raises:
+        ValueError: an unknown runtime, or a package that is missing.
+    """
+    if runtime not in RUNTIMES:
+        raise ValueError(f'runtime: got {runtime!r}, expected one of {", ".join(RUNTIMES)}')
+    if runtime == 'eager':
+        return partial(ready_to_run(model), channels_last(images))
+    deployed = model if hasattr(model, 'deployment') else deploy(model, images)
+    if runtime == 'deployed':
+        return partial(deployed, images)
+    if runtime == 'compile':
+        compiled = torch.compile(copy.deepcopy(deployed), dynamic=False, options={'freezing': True})
+        compiled(images)
+        return partial(compiled, images)
+    path = folder / 'model.onnx'
+    if not path.is_file():
+        export.write(deployed, images, path)
+    if runtime == 'openvino':
+        return partial(export.openvino_runner(path, torch.get_num_threads(), images.shape), images)
+    return partial(export.read(path), images)
+
+
+@torch.no_grad()
+def benchmark_classifier(
+    name: str,
+    batches: Sequence[int] = (1, 8),
+    runtimes: Sequence[str] = RUNTIMES,
+    seconds: float = 4.0,
+    cache: dict[Any, nn.Module] | None = None,
+) -> list[Row]:
+    """A compressed network, the dense one, and the dense one at the resolution that gives it the same MACs.
+
+    The three take turns in each runtime, weights are random: time does not depend on them.
+
+    Args:
+        name: a tag such as ``norton_resnet50.r078``.
+        batches: images at a time.
+        runtimes: some of ``RUNTIMES``.
+        seconds: about how long to measure each runtime and batch.
+        cache: deployed dense networks of earlier calls, which are many tags' counterpart.
+
+    Returns:
+        One row for each batch, runtime and network, with the dense network's time over its own as ``speedup``.
+    """
+    dense, small = (timm.create_model(n).eval().requires_grad_(False) for n in (dense_name(name), name))
+    size = tuple(small.pretrained_cfg['input_size'])
+    cache = {} if cache is None else cache
+    side = control_side(dense, count(small, size).macs, size)
+    networks = {'dense': (dense, size), 'compressed': (small, size)}
+    if side is not None:
+        networks[f'dense at {side} px'] = dense, (size[0], side, side)
+    rows: list[Row] = []
+    for batch in batches:
+        inputs = {label: torch.randn(batch, *shape) for label, (_, shape) in networks.items()}
+        deployed = {}
+        for label, (model, _) in networks.items():
+            key = (dense_name(name), inputs[label].shape) if model is dense else (name, inputs[label].shape)
+            deployed[label] = cache[key] if key in cache else deploy(model, inputs[label])
+            if model is dense:
+                cache[key] = deployed[label]
+        with tempfile.TemporaryDirectory() as folder:
+            for runtime in runtimes:
+                rows += _measure(name, networks, deployed, inputs, runtime, Path(folder), seconds)
+    return rows
+
+
+def _measure(
+    name: str,
+    networks: Mapping[str, tuple[nn.Module, Sequence[int]]],
+    deployed: Mapping[str, nn.Module],
+    inputs: Mapping[str, Tensor],
+    runtime: str,
+    folder: Path,
+    seconds: float,
+) -> list[Row]:
+    """Rows of one runtime and batch, one for each network."""
+    load, calls = os.getloadavg()[0], []
+    if runtime == 'compile':
+        torch.compiler.reset()  # networks of one class share a bounded number of compilations
+    sources = {k: model if runtime == 'eager' else deployed[k] for k, (model, _) in networks.items()}
+    for number, (label, source) in enumerate(sources.items()):
+        (place := folder / str(number)).mkdir(exist_ok=True)
+        calls.append(prepare(source, inputs[label], runtime, place))
+    batch = len(inputs['dense'])
+    figures = [summary(t, batch) for t in take_turns(calls, partial(synchronise, inputs['dense']), seconds)]
+    in_eager = runtime in ('eager', 'deployed')
+    return [
+        {
+            'model': name, 'network': label, 'runtime': runtime, 'batch': batch,
+            'gmacs': count(networks[label][0], networks[label][1]).macs / 1e9, **figure,
+            'speedup': figures[0]['ms'] / figure['ms'],
+            'peak_mb': peak_mb(source, inputs[label]) if in_eager else None,
+            'forms': '' if runtime == 'eager' else deployment_report(deployed[label]).chosen, 'load': load,
+        }
+        for (label, source), figure in zip(sources.items(), figures)
+    ]  # fmt: skip
+
+
+def plot_speedup(rows: Sequence[Row], path: Path) -> None:
+    """Draw each network's time over the dense one's, by runtime and batch, as a PNG.
+
+    Raises:
+        ValueError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError('the picture needs matplotlib: pip install matplotlib') from None
+    groups = list(dict.fromkeys((r['model'], r['runtime'], r['batch']) for r in rows))
+    labels = list(dict.fromkeys(r['network'] for r in rows))
+    found = {((r['model'], r['runtime'], r['batch']), r['network']): r['speedup'] for r in rows}
+    several = len({r['model'] for r in rows}) > 1
+    figure = Figure(figsize=(7, 1.5 + 0.4 * len(groups)), dpi=120, layout='constrained')
+    FigureCanvasAgg(figure)  # no global state, no display
+    axes = figure.add_subplot()
+    for k, label in enumerate(labels):
+        places = [(n + 0.8 * k / len(labels), found[g, label]) for n, g in enumerate(groups) if (g, label) in found]
+        bars = axes.barh([p for p, _ in places], [v for _, v in places], 0.8 / len(labels), align='edge', label=label)
+        axes.bar_label(bars, fmt='%.2f', fontsize=7, padding=2)
+    ticks = [f'{runtime}, batch {batch}' for _, runtime, batch in groups]
+    if several:
+        ticks = [f'{model}, {tick}' for (model, _, _), tick in zip(groups, ticks)]
+    axes.set_yticks([n + 0.4 for n in range(len(groups))], ticks)
+    axes.invert_yaxis()
+    axes.axvline(1, color='black', linewidth=0.8)
+    axes.set_xlabel('times as fast as the dense network')
+    axes.legend(fontsize=8)
+    figure.savefig(path, format='png')

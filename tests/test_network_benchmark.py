@@ -1,0 +1,141 @@
+"""The benchmarks of whole networks: figures by hand, rows that say what ran, the tool's table, JSON and picture."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from detection import benchmark
+from norton_timm.complexity import count
+from norton_timm.measure import take_turns
+from norton_timm.network_benchmark import benchmark_classifier, dense_name, plot_speedup, prepare, summary
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_summary_by_hand():
+    found = summary([*range(1, 101), 1000], images=8)
+    assert found['ms'] == 51 and found['p95_ms'] == 96 and found['images_per_s'] == pytest.approx(8000 / 51)
+
+
+def test_turns_are_taken_and_the_warm_up_is_left_out():
+    order: list[str] = []
+
+    def call(name: str, milliseconds: float) -> None:
+        order.append(name)
+        # the first two calls are slow, as first calls are
+        time.sleep((100 if order.count(name) <= 2 else milliseconds) / 1000)
+
+    times = take_turns([partial(call, 'a', 2), partial(call, 'b', 6)], lambda: order.append('sync'), 0, least=4)
+    assert [n for n in order if n != 'sync'] == ['a', 'b'] * 6
+    assert order[:6] == ['sync', 'a', 'sync', 'sync', 'b', 'sync']
+    assert len(times[0]) == len(times[1]) == 4
+    assert min(times[0]) >= 2 and min(times[1]) >= 6 and sorted(times[0])[1] < 100
+
+
+def test_names():
+    assert dense_name('norton_resnet50.r078') == 'resnet50'
+    assert dense_name('coring_mobilenetv2_cifar.r042') == 'mobilenetv2_cifar'
+
+
+def test_a_classifier_against_dense_and_control():
+    rows = benchmark_classifier('norton_resnet56_cifar.r089', [2], ['eager', 'deployed'], seconds=0.1)
+    assert [(r['runtime'], r['network'][:5]) for r in rows] == [
+        (runtime, network) for runtime in ('eager', 'deployed') for network in ('dense', 'compr', 'dense')
+    ]
+    dense, small, control = rows[3:]
+    assert dense['speedup'] == 1 and small['speedup'] == pytest.approx(dense['ms'] / small['ms'])
+    assert small['gmacs'] == pytest.approx(13145472 / 1e9) and dense['gmacs'] == pytest.approx(125485696 / 1e9)
+    assert control['gmacs'] <= small['gmacs']
+    assert small['images_per_s'] == pytest.approx(2000 / small['ms']) and small['p95_ms'] >= small['ms']
+    assert 0 < small['peak_mb'] < dense['peak_mb']
+    assert small['forms'] and not rows[0]['forms']
+
+
+@pytest.mark.parametrize('runtime, package', [('onnxruntime', 'onnxruntime'), ('openvino', 'openvino')])
+@torch.no_grad()
+def test_runtimes_run_the_network(runtime, package, tmp_path):
+    pytest.importorskip(package)
+    model, x = (
+        nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5)).eval(),
+        torch.randn(2, 3, 8, 8),
+    )
+    torch.testing.assert_close(prepare(model, x, runtime, tmp_path)()[0], model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_an_unknown_runtime_is_said(tmp_path):
+    with pytest.raises(ValueError, match='eager, deployed, compile, onnxruntime, openvino'):
+        prepare(nn.Conv2d(3, 4, 3), torch.zeros(1, 3, 8, 8), 'tensorrt', tmp_path)
+    with pytest.raises(ValueError, match='tensorrt'):
+        benchmark.benchmark_detector('box', size=(96, 128), runtimes=['tensorrt'])
+
+
+def test_a_detector_stage_by_stage():
+    rows = benchmark.benchmark_detector('box', 'norton_resnet18.r050', size=(96, 128), seconds=0.1)
+    assert [(r['runtime'], r['network'][:5]) for r in rows] == [
+        (runtime, network) for runtime in ('eager', 'deployed') for network in ('dense', 'compr', 'dense')
+    ]
+    for row in rows:
+        assert list(row['stages']) == list(benchmark.STAGES)
+        assert min(row['stages'][s] for s in benchmark.STAGES[:-1]) > 0
+        assert row['peak_mb'] > 0
+    # which of them has most depends on the random proposals, whose head outweighs a backbone at this size
+    assert min(row['gmacs'] for row in rows) > 0
+
+
+def test_heads_behind_the_boxes_get_work():
+    model = benchmark.build('keypoint', 'resnet18', 'backbone', (64, 96))
+    with torch.no_grad():
+        assert len(model([torch.rand(3, 64, 96)])[0]['keypoints']) == 10
+
+
+def test_a_slow_stage_is_found():
+    model = benchmark.build('box', 'resnet18', 'backbone', (96, 128))
+    rpn, post = model.rpn.forward, model.transform.postprocess
+    model.rpn.forward = lambda *a, **k: (time.sleep(0.05), rpn(*a, **k))[1]
+    model.transform.postprocess = lambda *a, **k: (time.sleep(0.03), post(*a, **k))[1]
+    with torch.no_grad(), benchmark.timed_stages(model) as spent:
+        model([torch.rand(3, 96, 128)])
+    assert spent['rpn'][0] >= 50 and set(spent) == set(benchmark.STAGES[:-1])
+    with torch.no_grad():
+        assert benchmark._stages(model, [torch.rand(3, 96, 128)])['postprocess'] >= 30
+
+
+def test_the_control_has_no_more_macs_than_asked():
+    model = benchmark.build('box', 'resnet18', 'backbone', (192, 256))
+    whole = count(model, [torch.rand(3, 192, 256)]).macs
+    height, width = benchmark.control_size(model, whole - 1, (192, 256))
+    assert height == 160 and width == round(160 * 256 / 192)
+    assert benchmark.control_size(model, 10, (192, 256)) is None
+
+
+def test_the_picture(tmp_path):
+    pytest.importorskip('matplotlib')
+    rows = [{'model': 'm', 'network': n, 'runtime': r, 'batch': 1, 'speedup': s}
+            for r in ('eager', 'deployed') for n, s in (('dense', 1.0), ('compressed', 2.5))]  # fmt: skip
+    plot_speedup(rows, tmp_path / 'a.png')
+    assert Image.open(tmp_path / 'a.png').size[0] > 500
+
+
+def test_the_tool(tmp_path):
+    pytest.importorskip('matplotlib')
+    result = subprocess.run(
+        [sys.executable, str(ROOT / 'tools' / 'benchmark.py'), 'classification', 'norton_resnet56_cifar.r089',
+         '--batches', '1', '--runtimes', 'deployed', '--seconds', '0.1', '--output', str(tmp_path / 'a.json')],
+        capture_output=True, text=True, timeout=280, env={**os.environ, 'PYTHONPATH': str(ROOT)},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert 'compressed' in result.stdout and 'speedup' in result.stdout
+    content = json.loads((tmp_path / 'a.json').read_text())
+    assert content['arguments'][0] == content['command'] == 'classification' and len(content['rows']) == 3
+    assert (tmp_path / 'a.png').is_file()

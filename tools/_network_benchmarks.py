@@ -1,0 +1,78 @@
+"""The subcommands `classification` and `detection` of benchmark.py: dense against compressed networks."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from _cli import Parser
+
+from norton_timm import network_benchmark as networks
+from norton_timm.export_check import read_images
+from norton_timm.kernel_benchmark import format_table
+
+COLUMNS = ('model', 'network', 'runtime', 'batch', 'gmacs', 'ms', 'p95_ms', 'images_per_s', 'peak_mb', 'speedup')
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f'expected an integer of at least 1, got {text!r}')
+    return int(text)
+
+
+def _common(parser: Parser, call: Any, seconds: float, runtimes: Sequence[str]) -> None:
+    parser.add_argument('--runtimes', nargs='+', choices=networks.RUNTIMES, default=list(runtimes), help='some')
+    parser.add_argument('--seconds', type=float, default=seconds, help='about how long to measure each case')
+    parser.add_argument('--threads', type=positive, help="torch's threads; default: torch's own choice")
+    parser.add_argument('--output', type=Path, help='JSON file to write; the picture gets the same name in .png')
+    parser.set_defaults(call=call)
+
+
+def add(commands: argparse._SubParsersAction[Parser]) -> None:
+    parser = commands.add_parser('classification', description='Dense against compressed classifiers.')
+    parser.add_argument('models', nargs='*', default=['norton_resnet50.r078'], help="tags, or patterns: 'norton_*'")
+    parser.add_argument('--batches', nargs='+', type=positive, default=[1, 8], help='images at a time')
+    _common(parser, _classification, 4.0, networks.RUNTIMES)
+    parser = commands.add_parser('detection', description='Dense against compressed R-CNNs, stage by stage.')
+    parser.add_argument('--task', default='box', choices=('box', 'mask', 'keypoint'), help='kind of detector')
+    parser.add_argument('--backbone', default='norton_resnet50.r078', help='of the compressed detector')
+    parser.add_argument('--recipe', default='backbone', help="what is compressed; see build_detector's recipes")
+    parser.add_argument('--size', nargs=2, type=positive, default=[800, 1066], metavar=('H', 'W'), help='of the image')
+    parser.add_argument('--image', type=Path, help='picture to run on, resized; default: random pixels')
+    _common(parser, _detection, 20.0, ('eager', 'deployed'))
+
+
+def _classification(args: argparse.Namespace) -> dict[str, Any]:
+    from norton_timm.models.table import zoo_names
+
+    names = [name for name in zoo_names(args.models) if name.startswith(('norton_', 'coring_'))]
+    rows: list[dict[str, Any]] = []
+    cache: dict[Any, Any] = {}
+    for name in names:
+        found = networks.benchmark_classifier(name, args.batches, args.runtimes, args.seconds, cache)
+        print(format_table([{k: row[k] for k in COLUMNS} for row in found]), flush=True)
+        rows += found
+    return _finish(args, rows)
+
+
+def _detection(args: argparse.Namespace) -> dict[str, Any]:
+    from detection.benchmark import STAGES, benchmark_detector
+
+    size = (args.size[0], args.size[1])
+    image = read_images([args.image], size)[0] if args.image is not None else None
+    rows = benchmark_detector(args.task, args.backbone, args.recipe, size, args.runtimes, args.seconds, image)
+    columns = [c for c in COLUMNS if c not in ('model', 'batch')]
+    print(format_table([{k: row[k] for k in columns} for row in rows]))
+    staged = [{**{k: row[k] for k in ('network', 'runtime')}, **row['stages']} for row in rows if row['stages']]
+    if staged:
+        print(f'\nms of {", ".join(STAGES)}\n{format_table(staged)}')
+    return _finish(args, rows)
+
+
+def _finish(args: argparse.Namespace, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    if args.output is not None:
+        networks.plot_speedup(rows, args.output.with_suffix('.png'))
+    return {'arguments': sys.argv[1:], 'cpu': networks.cpu_name(), 'rows': rows}
