@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
 
 import norton_timm.models  # noqa: F401  (registers the compressed models with timm)
+from detection.start import dense_name, load_compressed
+from norton_timm.bases import base_name
+from norton_timm.checkpoint import is_saved
 
 STRIDES = (4, 8, 16, 32)
 NORMS = ('train', 'frozen', 'sync')
@@ -68,7 +71,8 @@ def create_features(name: str, *, pretrained: bool = False, weights: str | Path 
     Args:
         name: any timm name with its tag, among them `norton_resnet50.r078`.
         pretrained: load the weights that timm knows for this tag.
-        weights: a local file with the weights of the classification network, instead of those.
+        weights: a local file with the weights of the classification network, instead of those; a file of
+            `norton_timm.save` brings its compression along.
         **kwargs: passed on to `timm.create_model`, e.g. `rank=`, `rates=`.
 
     Raises:
@@ -84,6 +88,10 @@ def create_features(name: str, *, pretrained: bool = False, weights: str | Path 
     if weights is not None:
         if not Path(weights).is_file():
             raise FileNotFoundError(f'no file with backbone weights at {weights}')
+        if is_saved(weights) and dense_name(name) == name:
+            body = create_features(name, **kwargs)
+            load_compressed(body, base_name(name), weights)
+            return body
         kwargs['pretrained_cfg_overlay'] = {'file': str(weights)}
     try:
         return timm.create_model(name, pretrained=pretrained or weights is not None, features_only=True, **kwargs)
@@ -111,8 +119,6 @@ def build_backbone(
         frozen_stages: 0 to 4, how many pyramid levels (with all layers before them) keep their weights.
         out_channels: width of the FPN.
     """
-    if norm not in NORMS:
-        raise ValueError(f'norm is {norm!r}, expected one of {", ".join(NORMS)}')
     if isinstance(backbone, str):
         body = create_features(backbone, pretrained=pretrained, weights=weights)
     elif pretrained or weights is not None:
@@ -120,12 +126,19 @@ def build_backbone(
     else:
         body = backbone
     fpn = BackboneWithFPN(body, out_channels)
-    if norm == 'frozen':
-        fpn.body = freeze_batch_norm_2d(body)
-    elif norm == 'sync':
-        fpn.body = convert_sync_batchnorm(body)
-    freeze_stages(fpn.body, frozen_stages)
+    set_training(fpn, norm, frozen_stages)
     return fpn
+
+
+def set_training(fpn: BackboneWithFPN, norm: str, frozen_stages: int) -> None:
+    """What of the network below the FPN is trained, in place; arguments as in `build_backbone`."""
+    if norm not in NORMS:
+        raise ValueError(f'norm is {norm!r}, expected one of {", ".join(NORMS)}')
+    if norm == 'frozen':
+        fpn.body = freeze_batch_norm_2d(fpn.body)
+    elif norm == 'sync':
+        fpn.body = convert_sync_batchnorm(fpn.body)
+    freeze_stages(fpn.body, frozen_stages)
 
 
 def freeze_stages(body: nn.Module, stages: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import pickle
-import tempfile
+import shutil
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,6 +14,9 @@ from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
 from detection.config import RunConfig, config_from_dict
 from detection.rcnn import build_detector
+from detection.start import dense_name, restore
+from norton_timm import files
+from norton_timm.files import replacing
 
 _KEYS = ('model', 'config', 'meta')
 
@@ -42,39 +45,67 @@ def describe(dataset: Described, task: str) -> dict[str, Any]:
 
 
 def detector_from_config(config: RunConfig, meta: dict[str, Any]) -> GeneralizedRCNN:
-    """The detector that a configuration and a data set (`describe`) ask for."""
+    """The detector that a configuration and a data set (`describe`) ask for, with the weights that it starts from.
+
+    Raises:
+        ValueError: `model.weights` does not fit, or the configuration asks for what cannot be built.
+    """
     options = {f.name: getattr(config.model, f.name) for f in dataclasses.fields(config.model)}
     rcnn = options.pop('rcnn')
     if meta['num_keypoints']:
         options['num_keypoints'] = meta['num_keypoints']
-    return build_detector(config.task, num_classes=meta['num_classes'], **options, **rcnn)
+    try:
+        return build_detector(config.task, num_classes=meta['num_classes'], **options, **rcnn)
+    except RuntimeError as error:
+        if not config.model.weights:
+            raise
+        reason = ' '.join(str(error).split())[:200]
+        raise ValueError(f'{config.model.weights} does not fit {config.model.backbone}: {reason} ...') from error
 
 
 def save_checkpoint(path: str | Path, content: dict[str, Any]) -> Path:
     """Write a dict of tensors and plain types; under the final name there is only ever a whole file."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f'.{path.name}.', dir=path.parent)
-    try:
-        with os.fdopen(handle, 'wb') as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    path.chmod(0o644)
+    with replacing(path) as temporary:
+        torch.save(content, temporary)
     return path
+
+
+def save_latest(folder: str | Path, content: dict[str, Any], keep: int = 1) -> Path:
+    """Write `checkpoint.pt`; with `keep` above 1 the newest `keep` also stay as `checkpoint_ITERATION.pt`.
+
+    At every moment `checkpoint.pt` is a whole checkpoint, the newest or the one before. It is a second name of the
+    newest numbered file, and a copy of it only where the file system knows no hard links.
+    """
+    latest = Path(folder) / 'checkpoint.pt'
+    if keep == 1:
+        return save_checkpoint(latest, content)
+    numbered = save_checkpoint(latest.with_name(f'checkpoint_{content["iteration"]:08d}.pt'), content)
+    with replacing(latest) as temporary:
+        temporary.unlink()
+        try:
+            os.link(numbered, temporary)
+        except OSError:
+            shutil.copyfile(numbered, temporary)
+    # by time, not by number: an earlier run in this folder may have got further
+    written = sorted(latest.parent.glob('checkpoint_*.pt'), key=lambda p: (p.stat().st_mtime_ns, p.name))
+    for path in written[:-keep]:
+        path.unlink()
+    return latest
+
+
+def remove_partial(folder: str | Path) -> None:
+    """Remove what a killed process had begun to write into a folder of checkpoints."""
+    for path in Path(folder).glob('.*.pt.*'):
+        path.unlink(missing_ok=True)
 
 
 def write_text(path: str | Path, text: str) -> Path:
     """Write a text file whole or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}')
-    temporary.write_text(text, encoding='utf-8')
-    os.replace(temporary, path)
+    files.write_text(path, text)
     return path
 
 
@@ -109,15 +140,17 @@ def load_detector(path: str | Path) -> tuple[GeneralizedRCNN, dict[str, Any]]:
     # files that the run was started from may be gone by now, and are not needed
     tree = dict(content['config'])
     tree['data'] = {**tree['data'], 'root': None}
-    tree['model'] = {**tree['model'], 'weights': None, 'pretrained': False, 'norm': None}
+    tree['model'] = {**tree['model'], 'weights': None, 'pretrained': False, 'norm': None, 'compress': None}
     config = config_from_dict(tree)
-    model = detector_from_config(config, content['meta'])
-    state = content['ema'] if content.get('ema') is not None else content['model']
-    problem = model.load_state_dict(state, strict=False)
-    # a frozen batch norm is stored without its counter of batches; in evaluation both kinds are the same
-    missing = [key for key in problem.missing_keys if not key.endswith('num_batches_tracked')]
-    if missing or problem.unexpected_keys:
-        raise ValueError(f'{path} does not fit its own configuration: {[*missing, *problem.unexpected_keys][:3]} ...')
+    dense = config
+    if content.get('surgery') is not None:  # it says what was cut, so that the dense detector is what to begin with
+        options = dataclasses.replace(config.model, backbone=dense_name(config.model.backbone), recipe='backbone')
+        dense = dataclasses.replace(config, model=options)
+    model = detector_from_config(dense, content['meta'])
+    try:
+        restore(model, content)
+    except ValueError as error:
+        raise ValueError(f'{path} does not fit its own configuration: {error}') from None
     facts = {'config': config, 'iteration': content.get('iteration'), 'results': content.get('results')}
     meta = {**content['meta'], **facts}
     return model.eval(), meta

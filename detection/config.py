@@ -18,8 +18,10 @@ import timm
 import yaml
 
 from detection.backbone import NORMS
-from detection.rcnn import RCNN_OPTIONS, RECIPES, TASKS
-from detection.settings import ConfigError, build, merge, nested, parse, plain, read_yaml
+from detection.compression import RECIPES
+from detection.rcnn import RCNN_OPTIONS, TASKS
+from norton_timm.settings import ConfigError, build, plain, read_tree
+from norton_timm.spec import CompressionSpec
 
 AMP = ('none', 'bf16', 'fp16')
 OPTIMIZERS = ('sgd', 'adamw')
@@ -31,6 +33,9 @@ class DataConfig:
     """What is read, and how."""
 
     root: str | None = None  # COCO folder; None: data/coco if it is there, else the sample set
+    train_split: str = 'train'  # names of annotation files; the same one twice shows whether a network can overfit
+    val_split: str = 'val'
+    images: int | None = None  # train and evaluate on this many images with objects, the first ones, only
     batch_size: int = 2  # images of one process
     workers: int = 4  # loading processes
     flip: float = 0.5  # probability of a horizontal flip
@@ -39,7 +44,14 @@ class DataConfig:
     crop: tuple[int, int] | None = None  # height, width of a random crop; the factor is then relative to its size
     safe_crop: float = 0.0  # probability of a random crop that cuts no object off entirely
     copy_paste: float = 0.0  # probability of pasting objects of another image (task mask only)
+    flip_pairs: tuple[str, ...] | None = None  # keypoints that a mirror swaps, LEFT:RIGHT; None: by their names
     repeat_threshold: float | None = None  # classes in a smaller fraction of the images come more often (LVIS)
+
+    def keypoint_pairs(self) -> list[tuple[str | int, str | int]] | None:
+        """`flip_pairs` as `CocoDataset` takes them."""
+        if self.flip_pairs is None:
+            return None
+        return [(left, right) for left, right in (pair.split(':') for pair in self.flip_pairs)]
 
 
 @dataclass(frozen=True)
@@ -48,6 +60,7 @@ class ModelConfig:
 
     backbone: str = 'norton_resnet50.r078'
     recipe: str = 'backbone'
+    compress: str | None = None  # YAML file of a CompressionSpec, to compress the backbone (or all) on the fly
     pretrained: bool = False
     weights: str | None = None
     norm: str | None = None
@@ -94,6 +107,8 @@ class RunConfig:
     log_every: int = 20  # iterations
     eval_every: float | None = None  # epochs; None: at the end only
     save_every: float = 1  # epochs
+    keep_checkpoints: int = 1  # the newest ones to keep; the best one, with eval_every, is kept besides
+    tensorboard: bool | None = None  # write for TensorBoard; None: where it is installed
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -120,20 +135,7 @@ def load_config(
         ConfigError: with all problems found.
         FileNotFoundError: the file or a base is missing.
     """
-    problems: list[str] = []
-    tree = read_yaml(Path(path)) if path is not None else {}
-    for key, given in (values or {}).items():
-        if given is not None:
-            merge(tree, nested(key.split('.'), given))
-    for text in overrides:
-        key, equals, value = text.partition('=')
-        if not equals or not key.strip():
-            problems.append(f'override {text!r} is not of the form key=value')
-            continue
-        try:
-            merge(tree, nested(key.strip().split('.'), parse(value)))
-        except yaml.YAMLError:
-            problems.append(f'override {text!r}: the value is not YAML')
+    tree, problems = read_tree(path, overrides, values)
     return config_from_dict(tree, problems)
 
 
@@ -170,6 +172,7 @@ def _check(config: RunConfig) -> list[str]:
             problems.append(f'unknown key model.rcnn.{name}: {hint}')
     positive: dict[str, float | None] = {
         'data.batch_size': data.batch_size,
+        'data.images': data.images,
         'model.max_size': model.max_size,
         'model.fpn_channels': model.fpn_channels,
         'model.box_head': model.box_head,
@@ -182,6 +185,7 @@ def _check(config: RunConfig) -> list[str]:
         'log_every': config.log_every,
         'eval_every': config.eval_every,
         'save_every': config.save_every,
+        'keep_checkpoints': config.keep_checkpoints,
     }
     problems += [f'{key} is {v}, expected more than 0' for key, v in positive.items() if v is not None and not v > 0]
     not_negative: dict[str, float] = {
@@ -200,6 +204,8 @@ def _check(config: RunConfig) -> list[str]:
         problems.append(f'data.copy_paste is {data.copy_paste}, expected 0 for task {config.task}: it needs masks')
     if data.repeat_threshold is not None and not 0 < data.repeat_threshold <= 1:
         problems.append(f'data.repeat_threshold is {data.repeat_threshold}, expected a fraction above 0, up to 1')
+    if data.flip_pairs is not None and any(len([*filter(None, p.split(':'))]) != 2 for p in data.flip_pairs):
+        problems.append(f'data.flip_pairs is {list(data.flip_pairs)}, expected names of two keypoints each, LEFT:RIGHT')
     if optim.ema is not None and not 0 < optim.ema < 1:
         problems.append(f'optim.ema is {optim.ema}, expected a decay between 0 and 1')
     if len(data.jitter) != 2 or not 0 < data.jitter[0] <= data.jitter[1]:
@@ -219,6 +225,11 @@ def _check(config: RunConfig) -> list[str]:
         near = get_close_matches(model.backbone.split('.')[0], timm.list_models(), n=1)
         hint = f'did you mean {near[0]}?' if near else 'expected a timm model name such as norton_resnet50.r078'
         problems.append(f'model.backbone {model.backbone!r} is unknown: {hint}')
+    if model.compress is not None:
+        try:
+            CompressionSpec.from_yaml(Path(model.compress))
+        except ValueError as error:
+            problems.append(f'model.compress: {error}')
     if model.weights is not None and not Path(model.weights).is_file():
         problems.append(f'model.weights: no file {model.weights}')
     if model.norm == 'frozen' and not model.pretrained and model.weights is None:

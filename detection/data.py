@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -57,6 +57,13 @@ def find_data(path: str | os.PathLike[str] | None = None) -> DataSource:
     return DataSource(ensure_sample('data/sample'), 'built-in sample set in data/sample')
 
 
+class Draw(NamedTuple):
+    """An item of an epoch: an image that comes again in it has another position, hence another augmentation."""
+
+    image: int
+    position: int
+
+
 class CocoDataset(Dataset):
     """One split of a COCO-format data set.
 
@@ -65,6 +72,8 @@ class CocoDataset(Dataset):
     (N, H, W)`` uint8 or ``keypoints (N, K, 3)``. Crowd regions, boxes without area and objects without what the task
     needs are left out of targets; the evaluator reads the annotations themselves (``coco``). Images without objects
     stay, as N = 0.
+
+    Items are asked for by index, or by a ``Draw`` that also says where in the epoch it stands.
 
     Args:
         root: Folder with ``annotations/{instances,person_keypoints}_{split}*.json`` and the images.
@@ -77,8 +86,9 @@ class CocoDataset(Dataset):
             in left / right only.
         annotations: Annotation file, if its name or place is not the usual one.
         images: Image folder, likewise.
-        seed: Makes augmentation a function of seed, epoch (``set_epoch``) and index alone, whatever the number of
-            workers; None draws from torch's generator.
+        seed: Makes augmentation a function of seed, epoch (``set_epoch``), index and position in the epoch (0 for a
+            plain index) alone, whatever the number of workers; None draws from torch's generator.
+        limit: Take only this many images, the first ones that hold objects (with keypoints, in the keypoint task).
 
     Attributes:
         coco: ``pycocotools.coco.COCO`` of the annotations.
@@ -108,6 +118,7 @@ class CocoDataset(Dataset):
         annotations: str | os.PathLike[str] | None = None,
         images: str | os.PathLike[str] | None = None,
         seed: int | None = None,
+        limit: int | None = None,
     ) -> None:
         check_task(task)
         self.root, self.split, self.task, self.transforms, self.seed = Path(root), split, task, transforms, seed
@@ -126,6 +137,8 @@ class CocoDataset(Dataset):
         self.num_keypoints = len(self.keypoint_names)
         self.flip_indices = mirror_indices(self.keypoint_names, flip_pairs)
         self.min_keypoints = min_keypoints
+        if limit is not None:
+            self.image_ids = self._first_with_objects(limit)
         # shared, so that persistent workers see it change
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
@@ -136,10 +149,14 @@ class CocoDataset(Dataset):
         """Choose the epoch whose random augmentation comes next; only matters with a ``seed``."""
         self._epoch.fill_(epoch)
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, dict[str, Any]]:
+    def __getitem__(self, item: int | Draw) -> tuple[torch.Tensor, dict[str, Any]]:
+        return self.augmented(item.image if isinstance(item, Draw) else item, self.item_seed(item))
+
+    def augmented(self, index: int, seed: int) -> tuple[torch.Tensor, dict[str, Any]]:
+        """Image ``index`` and its target, all random choices decided by ``seed``."""
         image, target = self.load(index)
         if self.transforms is not None:
-            image, target = self.transforms(image, target, self.flip_indices, self.item_seed(index))
+            image, target = self.transforms(image, target, self.flip_indices, seed)
         tensors = {k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in target.items()}
         return to_tensor(image), tensors
 
@@ -172,11 +189,27 @@ class CocoDataset(Dataset):
         image_id = self.image_ids[index]
         return [self._labels[a['category_id']] for a, _ in self._objects(image_id, *self.height_and_width(index))]
 
-    def item_seed(self, index: int) -> int:
+    def item_seed(self, item: int | Draw) -> int:
         """Number that decides the random choices for an item in this epoch."""
         if self.seed is None:
             return int(torch.randint(2**62, ()))
-        return int(np.random.SeedSequence([self.seed, int(self._epoch), index]).generate_state(1, np.uint64)[0] >> 2)
+        index, position = item if isinstance(item, Draw) else (item, 0)
+        sequence = np.random.SeedSequence([self.seed, int(self._epoch), index, position])
+        return int(sequence.generate_state(1, np.uint64)[0] >> 2)
+
+    def _first_with_objects(self, limit: int) -> list[int]:
+        points = self.task == 'keypoint'
+        found = [
+            image_id
+            for i, image_id in enumerate(self.image_ids)
+            if any(not points or a['num_keypoints'] for a, _ in self._objects(image_id, *self.height_and_width(i)))
+        ]
+        if len(found) < limit:
+            raise ValueError(
+                f'{self.annotation_file} has {len(found)} images with objects for task {self.task}; '
+                f'expected at least {limit}'
+            )
+        return found[:limit]
 
     def _objects(self, image_id: int, height: int, width: int) -> list[tuple[dict[str, Any], tuple[float, ...]]]:
         """Annotations to train on, each with its box clipped to the image (xyxy)."""

@@ -30,6 +30,7 @@ from detection.video import Frame, FrameSource, fit, open_source
 from detection.video_writer import VideoWriter, check_output
 
 DENSE = 'resnet50'
+OPTIONS = ('half', 'compile', 'deploy', 'imgsz', 'score', 'warmup', 'tracker')  # that go to the `Predictor`
 TORCHVISION_TASKS = {
     'fasterrcnn_resnet50_fpn': 'box',
     'fasterrcnn_resnet50_fpn_v2': 'box',

@@ -56,7 +56,8 @@ def draw_detections(
         output: one element of the detector's list: ``boxes (N, 4)`` as x1, y1, x2, y2 in pixels, ``labels (N,)``,
             ``scores (N,)`` (taken as 1 where there are none, as in a target), and optionally
             ``masks (N, 1, H, W)`` or ``(N, H, W)`` as probabilities or 0/1, ``keypoints (N, K, 3)`` as x, y,
-            visibility (0 = not drawn) and ``track_ids (N,)``, which then choose the colours. Tensors or arrays.
+            visibility (0 = not drawn) and ``track_ids (N,)``, which then choose the colours (-1: no track). Tensors
+            or arrays.
         class_names: indexed by label; labels without a name are drawn as ``class 7``.
         score: detections below it are not drawn.
         skeleton: pairs of 0-based keypoint indices; ``None`` takes COCO's for 17 keypoints, else no limbs.
@@ -82,8 +83,8 @@ def draw_detections(
     order = [int(i) for i in np.argsort(scores, kind='stable') if scores[i] >= score and finite[i]]
     if not order:
         return canvas
-    color_ids = found.get('track_ids', found['labels'])
-    colors = {i: color_of(int(color_ids[i])) for i in order}
+    tracks = found.get('track_ids', np.full(count, -1))
+    colors = {i: color_of(int(tracks[i] if tracks[i] >= 0 else found['labels'][i])) for i in order}
     if 'masks' in found:
         masks = found['masks'].reshape(count, *found['masks'].shape[-2:])
         for i in order:
@@ -97,8 +98,8 @@ def draw_detections(
             _keypoints(canvas, found['keypoints'][i], limbs, colors[i], width)
     for i in order:  # names last: nothing covers them
         text = _name(class_names, int(found['labels'][i]))
-        if 'track_ids' in found:
-            text = f'{text} #{int(found["track_ids"][i])}'
+        if tracks[i] >= 0:
+            text = f'{text} #{int(tracks[i])}'
         if 'scores' in output:
             text = f'{text} {scores[i]:.2f}'
         _label(canvas, text, boxes[i], colors[i])

@@ -1,4 +1,4 @@
-"""The one training loop and the one evaluation loop of detection."""
+"""The one training loop of detection."""
 
 from __future__ import annotations
 
@@ -6,10 +6,8 @@ import contextlib
 import json
 import logging
 import math
-import resource
-import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,61 +17,28 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from detection.checkpoint import describe, load_checkpoint, load_detector, save_checkpoint, write_text
+from detection.checkpoint import (
+    describe,
+    load_checkpoint,
+    load_detector,
+    remove_partial,
+    save_checkpoint,
+    save_latest,
+    write_text,
+)
 from detection.config import RunConfig
 from detection.data import CocoDataset
-from detection.distributed import is_main, rank, world_size
-from detection.evaluator import IOU_TYPES, CocoEvaluator
-from detection.loader import BatchStream, eval_loader, train_loader
+from detection.evaluation import Metrics, autocast, evaluate
+from detection.evaluator import IOU_TYPES
+from detection.loader import BatchStream, train_loader
 from detection.optim import build_optimizer, learning_rate
+from norton_timm.distributed import is_main, rank, world_size
+from norton_timm.metrics import MetricsWriter, peak_memory
+from norton_timm.rebuild import surgery_of
 
 __all__ = ['Trainer', 'evaluate', 'load_checkpoint', 'load_detector', 'save_checkpoint']
 
 log = logging.getLogger(__name__)
-
-Metrics = dict[str, dict[str, float]]
-_DTYPES = {'bf16': torch.bfloat16, 'fp16': torch.float16}
-
-
-def evaluate(
-    model: nn.Module,
-    dataset: CocoDataset,
-    *,
-    device: torch.device,
-    batch_size: int = 2,
-    workers: int = 0,
-    evaluator: CocoEvaluator | None = None,
-    label_to_category: Mapping[int, int] | None = None,
-    amp: str = 'none',
-    progress: bool = True,
-) -> Metrics:
-    """COCO metrics of a detector on a data set; under torchrun each process takes a part and all get the result.
-
-    Args:
-        model: a torchvision R-CNN; its mode is restored.
-        dataset: evaluation split.
-        device: where the model is.
-        batch_size: images of one process at a time.
-        workers: loading processes.
-        evaluator: takes the detections, e.g. to write them afterwards; a new one by default.
-        label_to_category: what the model's labels mean; by default as in the data set.
-        amp: `none`, `bf16` or `fp16`.
-        progress: show a progress bar.
-    """
-    if evaluator is None:
-        evaluator = CocoEvaluator(dataset.coco, dataset.task, label_to_category or dataset.label_to_category)
-    evaluator.reset()
-    was_training = model.training
-    model.eval()
-    batches = eval_loader(dataset, batch_size, workers)
-    with torch.inference_mode():
-        for images, targets in tqdm(batches, 'evaluate', leave=False, disable=not (progress and is_main())):
-            with _autocast(device, amp):
-                outputs = model([image.to(device, non_blocking=True) for image in images])
-            evaluator.process(targets, [{k: v.float().cpu() if v.is_floating_point() else v.cpu()
-                                         for k, v in output.items()} for output in outputs])  # fmt: skip
-    model.train(was_training)
-    return evaluator.evaluate()
 
 
 class Trainer:
@@ -87,7 +52,8 @@ class Trainer:
         model: what `build_detector` returns.
         train_set: training split; made with `seed=config.seed` its augmentation can be resumed exactly.
         val_set: evaluation split.
-        output: folder for `metrics.jsonl`, `checkpoint.pt`, `best.pt` (with `eval_every`) and `results.json`.
+        output: folder for `config.yaml`, `metrics.jsonl`, `checkpoint.pt` (with `keep_checkpoints` above 1 the newest
+            ones as `checkpoint_ITERATION.pt`), `best.pt` (with `eval_every`) and `results.json`.
         device: where to train.
         progress: show a progress bar.
     """
@@ -123,10 +89,16 @@ class Trainer:
         self.step_images = data.batch_size * world_size() * config.optim.accumulate
         self.iteration, self.best = 0, -1.0
         self.results: Metrics = {}
+        self.metrics: MetricsWriter | None = None  # from the start of the run, in the process that writes
+        self._bar: tqdm | None = None
         self._window = (time.perf_counter(), 0)  # when and at which step the last row of metrics was written
 
     def resume(self, path: str | Path) -> None:
-        """Continue from a checkpoint of a run with the same model and data."""
+        """Continue from a checkpoint of a run with the same model and data.
+
+        With another number of images a step (processes may come and go), a run whose length is given in epochs goes
+        on after as many images, one whose length is given in iterations after as many steps.
+        """
         content = load_checkpoint(path)
         if 'optimizer' not in content:
             raise ValueError(f'{path} holds no optimiser state, so no run can be resumed from it')
@@ -141,23 +113,28 @@ class Trainer:
         if self.ema is not None:
             self.ema.module.load_state_dict(content['ema'] or content['model'])
         self.iteration, self.best, self.results = content['iteration'], content['best'], content['results']
-        self._drop_metrics_after(self.iteration)
+        before = content.get('step_images', self.step_images)
+        if before != self.step_images:
+            log.info('%s was written with %d images a step, now there are %d', path, before, self.step_images)
+            if self.config.optim.iterations is None:
+                self.iteration = self.iteration * before // self.step_images
 
     def run(self) -> Metrics:
         """Train to the end, evaluate, and write everything; returns the final metrics."""
-        if self.iteration == 0 and is_main():
-            self.output.mkdir(parents=True, exist_ok=True)
-            (self.output / 'metrics.jsonl').unlink(missing_ok=True)
+        if is_main():
+            self.metrics = MetricsWriter(self.output, self.iteration, self.config.tensorboard)
+            remove_partial(self.output)
+            write_text(self.output / 'config.yaml', self.config.to_yaml())
         save_every = max(1, round(self.config.save_every * self.steps_per_epoch))
         eval_every = round((self.config.eval_every or 0) * self.steps_per_epoch)
         evaluated = False
-        self.wrapped.train()
         self._window = (time.perf_counter(), self.iteration)
-        bar = tqdm(total=self.total, initial=self.iteration, desc='train', disable=not (self.progress and is_main()))
-        with bar:
+        hidden = not (self.progress and is_main())
+        self._bar = tqdm(total=self.total, initial=self.iteration, desc='train', disable=hidden)
+        with self._bar:
             while self.iteration < self.total:
-                for batches in self._epoch():
-                    self._step(batches, bar)
+                for _ in self.train_epoch():
+                    self._bar.update()
                     evaluated = bool(eval_every) and self.iteration % max(1, eval_every) == 0
                     if evaluated:
                         self._evaluate()
@@ -168,8 +145,9 @@ class Trainer:
         if not evaluated:
             self._evaluate()
         self.save('checkpoint.pt')
-        if is_main():
+        if self.metrics is not None:
             write_text(self.output / 'results.json', json.dumps(self.results, indent=1) + '\n')
+            self.metrics.close()
         return self.results
 
     @property
@@ -187,17 +165,23 @@ class Trainer:
             'optimizer': self.optimizer.state_dict(),
             'scaler': self.scaler.state_dict(),
             'iteration': self.iteration,
+            'step_images': self.step_images,
             'best': self.best,
             'results': self.results,
             'config': self.config.to_dict(),
             'meta': describe(self.train_set, self.config.task),
+            'surgery': surgery_of(self.model),
         }
-        save_checkpoint(self.output / name, content)
+        if name == 'checkpoint.pt':
+            save_latest(self.output, content, self.config.keep_checkpoints)
+        else:
+            save_checkpoint(self.output / name, content)
 
-    def _epoch(self) -> Iterator[list]:
-        """The steps left in the current epoch, each a list of `accumulate` batches."""
+    def train_epoch(self) -> Iterator[int]:
+        """Take the steps left in the current epoch; yields the number of steps done so far after each."""
         epoch, done = divmod(self.iteration, self.steps_per_epoch)
         accumulate = self.config.optim.accumulate
+        self.wrapped.train()
         self.train_set.set_epoch(epoch)
         stream = cast(BatchStream, self.loader.batch_sampler)
         stream.set_epoch(epoch, done * accumulate)
@@ -205,12 +189,13 @@ class Trainer:
         for batch in self.loader:
             batches.append(batch)
             if len(batches) == accumulate:
-                yield batches
+                self._step(batches)
+                yield self.iteration
                 batches = []
                 if self.iteration % self.steps_per_epoch == 0:
                     return
 
-    def _step(self, batches: list, bar: tqdm) -> None:
+    def _step(self, batches: list) -> None:
         """One step of the optimiser."""
         optim = self.config.optim
         torch.manual_seed(((self.config.seed * 1_000_003 + self.iteration) * 4096 + rank()) % 2**63)
@@ -241,18 +226,17 @@ class Trainer:
         if self.ema is not None:
             self.ema.update(self.model, self.iteration)
         self.iteration += 1
-        bar.update()
-        self._report(sums, rate, bar)
+        self._report(sums, rate)
 
     def _losses(self, images: list[Tensor], targets: list[dict[str, Any]]) -> dict[str, Tensor]:
         images = [image.to(self.device, non_blocking=True) for image in images]
         moved = [{k: v.to(self.device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in target.items()}
                  for target in targets]  # fmt: skip
-        with _autocast(self.device, self.config.optim.amp):
+        with autocast(self.device, self.config.optim.amp):
             return self.wrapped(images, moved)
 
-    def _report(self, losses: dict[str, float], rate: float, bar: tqdm) -> None:
-        if not is_main() or (self.iteration % self.config.log_every and self.iteration != self.total):
+    def _report(self, losses: dict[str, float], rate: float) -> None:
+        if self.metrics is None or (self.iteration % self.config.log_every and self.iteration != self.total):
             return
         now, (since, first) = time.perf_counter(), self._window
         speed = self.step_images * (self.iteration - first) / max(now - since, 1e-9)
@@ -266,8 +250,9 @@ class Trainer:
             'images_per_s': round(speed, 3),
             'memory_mb': round(peak_memory(self.device) / 2**20, 1),
         }
-        self._write_metrics(row)
-        bar.set_postfix(loss=f'{row["loss"]:.3f}', img_s=f'{speed:.1f}', refresh=False)
+        self.metrics.write(row)
+        if self._bar is not None:
+            self._bar.set_postfix(loss=f'{row["loss"]:.3f}', img_s=f'{speed:.1f}', refresh=False)
 
     def _evaluate(self) -> None:
         self.results = evaluate(
@@ -280,34 +265,10 @@ class Trainer:
             progress=self.progress,
         )
         self._window = (time.perf_counter(), self.iteration)
-        if is_main():
-            self._write_metrics({'iteration': self.iteration, 'results': self.results})
+        if self.metrics is not None:
+            self.metrics.write({'iteration': self.iteration, 'results': self.results})
         figure = self.results[IOU_TYPES[self.config.task][-1]]['AP']
         if figure > self.best:
             self.best = figure
             if self.config.eval_every:
                 self.save('best.pt')
-
-    def _write_metrics(self, row: dict[str, Any]) -> None:
-        with (self.output / 'metrics.jsonl').open('a', encoding='utf-8') as file:
-            file.write(json.dumps(row) + '\n')
-
-    def _drop_metrics_after(self, iteration: int) -> None:
-        """Rows of steps that the checkpoint has not seen will be written again."""
-        path = self.output / 'metrics.jsonl'
-        if is_main() and path.is_file():
-            rows = [line for line in path.read_text().splitlines() if line.endswith('}')]
-            kept = [line for line in rows if json.loads(line)['iteration'] <= iteration]
-            write_text(path, ''.join(line + '\n' for line in kept))
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes: the most allocated on the accelerator, or the most this process held in main memory."""
-    if device.type == 'cuda':
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == 'darwin' else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def _autocast(device: torch.device, amp: str) -> contextlib.AbstractContextManager:
-    return torch.autocast(device.type, _DTYPES[amp]) if amp in _DTYPES else contextlib.nullcontext()

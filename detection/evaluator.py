@@ -88,12 +88,12 @@ class CocoEvaluator:
             raise ValueError(f'image ids {unknown[:5]} are not in the annotations; expected ids of its images')
         self.sigmas = self._sigmas(sigmas) if task == 'keypoint' else None
         self._images: dict[int, dict[str, Any]] = {}
-        self._precision: dict[str, np.ndarray] = {}
+        self.precision: dict[str, np.ndarray] = {}
 
     def reset(self) -> None:
         """Forget all detections."""
         self._images = {}
-        self._precision = {}
+        self.precision = {}
 
     def process(self, targets: Sequence[Mapping[str, Any]], outputs: Sequence[Mapping[str, torch.Tensor]]) -> None:
         """Take the detections of a batch.
@@ -138,9 +138,9 @@ class CocoEvaluator:
 
     def per_category(self, iou_type: str = 'bbox') -> dict[str, float]:
         """AP of every category after ``evaluate`` (in process 0); NaN for one without ground truth."""
-        if iou_type not in self._precision:
+        if iou_type not in self.precision:
             raise ValueError(f'no figures for {iou_type!r}; expected evaluate() first and one of {self.iou_types}')
-        precision = self._precision[iou_type]  # (thresholds, recalls, categories)
+        precision = self.precision[iou_type]  # (thresholds, recalls, categories)
         table = {}
         for k, category in enumerate(sorted(self.label_to_category.values())):
             valid = precision[:, :, k][precision[:, :, k] > -1]
@@ -234,21 +234,18 @@ class CocoEvaluator:
             evaluation.summarize()
         _log.debug('%s', log.getvalue())
         # all objects (area range 0), the largest number of detections
-        self._precision[iou_type] = np.asarray(evaluation.eval['precision'])[..., 0, -1]
+        self.precision[iou_type] = np.asarray(evaluation.eval['precision'])[..., 0, -1]
         names = metric_names(iou_type)
         return {name: float(value) for name, value in zip(names, np.asarray(evaluation.stats)[: len(names)])}
 
     def _build(self, iou_type: str) -> Any:
-        results = self.results(iou_type)
         if self.backend == 'faster':
-            from faster_coco_eval import COCO as FastCOCO
-            from faster_coco_eval import COCOeval_faster
+            from detection.fast_evaluation import BoxEvaluation, evaluation_of_records
 
-            truth = FastCOCO()
-            truth.dataset = self.coco.dataset
-            truth.createIndex()
-            return COCOeval_faster(truth, _fast_results(truth, results, FastCOCO()), iou_type)
-        return COCOeval(self.coco, _load_results(self.coco, results), iou_type)
+            if iou_type == 'bbox':
+                return BoxEvaluation(self.coco, self._images, self.image_ids, list(self.label_to_category.values()))
+            return evaluation_of_records(self.coco, self.results(iou_type), iou_type)
+        return COCOeval(self.coco, load_results(self.coco, self.results(iou_type)), iou_type)
 
     def _sigmas(self, sigmas: Sequence[float] | None) -> np.ndarray:
         category = self.coco.cats[min(self.label_to_category.values())]
@@ -265,7 +262,7 @@ class CocoEvaluator:
         return np.asarray(sigmas, np.float64)
 
 
-def _load_results(coco: COCO, results: list[dict[str, Any]]) -> COCO:
+def load_results(coco: COCO, results: list[dict[str, Any]]) -> COCO:
     """``coco.loadRes`` that also takes an empty list."""
     if results:
         return coco.loadRes(results)
@@ -277,18 +274,6 @@ def _load_results(coco: COCO, results: list[dict[str, Any]]) -> COCO:
     }
     empty.createIndex()
     return empty
-
-
-def _fast_results(truth: Any, results: list[dict[str, Any]], found: Any) -> Any:
-    """faster-coco-eval's ``loadRes`` without the polygon it makes of every box."""
-    if not results or 'bbox' not in results[0]:
-        return truth.loadRes(results)
-    for number, result in enumerate(results, 1):
-        result['id'], result['iscrowd'] = number, 0
-        result['area'] = result['bbox'][2] * result['bbox'][3]
-    found.dataset = {key: truth.dataset[key] for key in ('images', 'categories')} | {'annotations': results}
-    found.createIndex()
-    return found
 
 
 def _encode(masks: torch.Tensor) -> list[dict[str, Any]]:

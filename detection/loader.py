@@ -9,14 +9,16 @@ import torch
 from torch.utils.data import DataLoader, Sampler, Subset
 
 from detection.config import DataConfig, RunConfig
-from detection.data import CocoDataset, collate
-from detection.distributed import rank, world_size
+from detection.data import CocoDataset, Draw, collate
 from detection.samplers import CopyPaste, RepeatFactorSampler, aspect_groups, repeat_factors
 from detection.transforms import build_transforms
+from norton_timm.distributed import rank, world_size
 
 
-class BatchStream(Sampler[list[int]]):
+class BatchStream(Sampler[list[Draw]]):
     """Batches of one epoch for this process: without factors, all processes together take each image at most once.
+
+    Every image comes with its position in the epoch, counted over all processes.
 
     Args:
         groups: a group number for every image; batches hold one group where possible (e.g. wide or tall images, so
@@ -43,7 +45,7 @@ class BatchStream(Sampler[list[int]]):
         """Batches of a whole epoch."""
         return max(1, self.size // (self.batch_size * world_size()))
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[list[Draw]]:
         step = self.batch_size * world_size()
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         order = torch.randperm(len(self.groups), generator=generator).tolist()
@@ -64,12 +66,13 @@ class BatchStream(Sampler[list[int]]):
         batches += [rest[i : i + step] for i in range(0, len(rest) - step + 1, step)]
         mix = torch.randperm(len(batches), generator=generator).tolist()
         first = rank() * self.batch_size
-        for k in mix[self.start : len(self)]:
-            yield batches[k][first : first + self.batch_size]
+        for place, k in list(enumerate(mix))[self.start : len(self)]:
+            mine = range(first, first + self.batch_size)
+            yield [Draw(batches[k][i], place * step + i) for i in mine]
 
 
 def training_sets(config: RunConfig, root: Path) -> tuple[CocoDataset, CocoDataset]:
-    """The training split, augmented as configured, and the validation split of a folder in COCO layout."""
+    """The split to train on, augmented as configured, and the one to evaluate, of a folder in COCO layout."""
     data = config.data
     augment = build_transforms(
         config.task,
@@ -80,8 +83,11 @@ def training_sets(config: RunConfig, root: Path) -> tuple[CocoDataset, CocoDatas
         jitter=data.jitter,
         safe_crop=data.safe_crop,
     )
-    train_set = CocoDataset(root, 'train', config.task, augment, seed=config.seed)
-    return train_set, CocoDataset(root, 'val', config.task)
+    pairs, limit = data.keypoint_pairs() if config.task == 'keypoint' else None, data.images
+    train_set = CocoDataset(
+        root, data.train_split, config.task, augment, seed=config.seed, flip_pairs=pairs, limit=limit
+    )
+    return train_set, CocoDataset(root, data.val_split, config.task, flip_pairs=pairs, limit=limit)
 
 
 def train_loader(dataset: CocoDataset, data: DataConfig, seed: int, pin: bool = False) -> DataLoader:

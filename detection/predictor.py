@@ -12,8 +12,10 @@ import torch
 from torch import nn
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
+import norton_timm
 from detection.draw import Image
 from detection.latency import LatencyRecorder
+from detection.tracking import Tracker
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,8 @@ class Predictor:
             are the same as with any lower threshold, as non-maximum suppression works from the highest score down.
             May be set between frames.
         warmup: frames whose timings are not counted.
+        tracker: name of a tracker that numbers the objects, see `detection.tracking`; frames must then come in order.
+        deploy: tune the network to this device on the first picture, see `norton_timm.deploy`; that takes a while.
     """
 
     def __init__(
@@ -73,6 +77,8 @@ class Predictor:
         imgsz: int | None = None,
         score: float = 0.5,
         warmup: int = 3,
+        tracker: str | None = None,
+        deploy: bool = False,
     ):
         if imgsz is not None and not 32 <= imgsz <= 4096:
             raise ValueError(f'imgsz {imgsz}, expected 32 to 4096 pixels')
@@ -83,6 +89,7 @@ class Predictor:
         self.found = 0  # detections in all frames, warm-up included
         self._own_threshold = model.roi_heads.score_thresh if isinstance(model, GeneralizedRCNN) else 0.0
         self.score = score
+        self.tracker = None if tracker is None else Tracker(tracker, score)
         self.precision = 'fp32'
         self._dtype: torch.dtype | None = None
         if half:
@@ -90,10 +97,15 @@ class Predictor:
             self.precision = 'bf16 autocast' if self.device.type == 'cpu' else 'fp16 autocast'
         if imgsz is not None:
             self._resize(imgsz)
-        if compile:
-            if not isinstance(model, GeneralizedRCNN):
-                raise ValueError(f'compile needs a torchvision R-CNN, got {type(model).__name__}')
-            model.backbone = torch.compile(model.backbone)  # type: ignore[assignment]
+        if compile and not isinstance(model, GeneralizedRCNN):
+            raise ValueError(f'compile needs a torchvision R-CNN, got {type(model).__name__}')
+        self._compile, self._deploy = compile, deploy
+        if not deploy:
+            self._finish()
+
+    def _finish(self) -> None:
+        if self._compile:
+            self.model.backbone = torch.compile(self.model.backbone)  # type: ignore[assignment]
 
     @property
     def score(self) -> float:
@@ -116,6 +128,11 @@ class Predictor:
     @torch.inference_mode()
     def prepare(self, image: Image) -> Prepared:
         """The first stage: to the device, scaled, normalised. Safe to run in another thread than ``detect``."""
+        if self._deploy:
+            with torch.inference_mode(False):
+                self.model = norton_timm.deploy(self.model, [self._tensor(image)])
+                self._finish()
+            self._deploy = False
         start = time.perf_counter()
         with self.recorder.stage('preprocess', sync=True):
             tensor = self._tensor(image)
@@ -142,6 +159,9 @@ class Predictor:
             if isinstance(model, GeneralizedRCNN):
                 output = model.transform.postprocess([output], images.image_sizes, [prepared.size])[0]
             output = self._to_cpu(output)
+        if self.tracker is not None:
+            with recorder.stage('track'):
+                output = self.tracker(output)
         recorder.add('total', prepared.milliseconds + (time.perf_counter() - start) * 1e3)
         return output
 

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from detection.backbone import count_parameters
 from detection.data import CocoDataset, to_tensor
-from detection.distributed import world_size
 from detection.draw import Image, draw_detections, grid
 from detection.engine import Trainer
+from norton_timm.distributed import world_size
 
 
 def format_table(results: Mapping[str, Mapping[str, float]]) -> str:

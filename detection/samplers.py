@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
-from detection.data import CocoDataset
+from detection.data import CocoDataset, Draw
 from detection.transforms import tight_boxes
 
 
@@ -99,12 +99,13 @@ class CopyPaste(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, dict[str, Any]]:
-        rng = np.random.default_rng([self.dataset.item_seed(index), 1])
-        image, target = self.dataset[index]
+    def __getitem__(self, item: int | Draw) -> tuple[torch.Tensor, dict[str, Any]]:
+        seed = self.dataset.item_seed(item)
+        image, target = self.dataset.augmented(item.image if isinstance(item, Draw) else item, seed)
+        rng = np.random.default_rng([seed, 1])
         if rng.random() >= self.p:
             return image, target
-        other_image, other = self.dataset[int(rng.integers(len(self.dataset)))]
+        other_image, other = self.dataset.augmented(int(rng.integers(len(self.dataset))), int(rng.integers(2**62)))
         chosen = torch.from_numpy(np.flatnonzero(rng.random(len(other['labels'])) < 0.5))
         return paste(image, target, other_image, other, chosen, self.min_visible)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import timm
 import yaml
 
 from detection.config import ConfigError, RunConfig, config_from_dict, load_config
@@ -24,10 +25,26 @@ def test_shipped_files_load(path: Path) -> None:
     assert config_from_dict(config.to_dict()) == config
 
 
-def test_torchvision_schedules() -> None:
-    box, keypoint = (load_config(p).optim for p in CONFIGS if p.stem in ('box', 'keypoint'))
-    assert (box.epochs, box.steps, box.lr, box.lr_batch) == (26, (16, 22), 0.02, 16)
-    assert (keypoint.epochs, keypoint.steps) == (46, (36, 43))
+@pytest.mark.parametrize('task', ['box', 'mask', 'keypoint'])
+@pytest.mark.parametrize('tag', ['norton.r043', 'norton.r078', *(f'coring.r{n}' for n in ('045', '049', '063', '077'))])
+def test_every_published_backbone_has_torchvisions_schedule(task: str, tag: str) -> None:
+    method, number = tag.split('.')
+    suffix = {'norton': '_' + number, 'coring': '_coring_' + number}[method] if tag != 'norton.r078' else ''
+    config = load_config(CONFIGS[0].parent / f'{task}{suffix}.yaml')
+    assert config.model.backbone == f'{method}_resnet50.{number}'
+    assert timm.get_pretrained_cfg(config.model.backbone) is not None
+    optim = config.optim
+    assert (config.task, optim.name, optim.schedule) == (task, 'sgd', 'multistep')
+    assert (optim.lr, optim.lr_batch, optim.momentum, optim.weight_decay) == (0.02, 16, 0.9, 1e-4)
+    assert (optim.epochs, optim.steps) == ((46, (36, 43)) if task == 'keypoint' else (26, (16, 22)))
+
+
+@pytest.mark.parametrize('task', ['box', 'mask', 'keypoint'])
+def test_strong_recipes(task: str) -> None:
+    config = load_config(CONFIGS[0].parent / f'{task}_strong.yaml')
+    assert (config.optim.name, config.optim.schedule, config.optim.ema) == ('adamw', 'cosine', 0.9998)
+    assert (config.data.jitter, config.data.crop) == ((0.1, 2.0), (1024, 1024))
+    assert bool(config.data.copy_paste) == (task == 'mask')
 
 
 def test_children_change_only_what_they_name(tmp_path: Path) -> None:
@@ -112,6 +129,12 @@ def test_all_problems_are_reported_together(tmp_path: Path) -> None:
         ({'model': {'norm': 'frozen'}}, "model.norm 'frozen' needs model.pretrained or model.weights"),
         ({'data': {'copy_paste': 0.5}}, 'data.copy_paste is 0.5, expected 0 for task box: it needs masks'),
         ({'data': {'repeat_threshold': 0}}, 'data.repeat_threshold is 0.0, expected a fraction above 0, up to 1'),
+        (
+            {'data': {'flip_pairs': ['left_eye']}},
+            "data.flip_pairs is ['left_eye'], expected names of two keypoints each",
+        ),
+        ({'data': {'images': 0}}, 'data.images is 0, expected more than 0'),
+        ({'keep_checkpoints': 0}, 'keep_checkpoints is 0, expected more than 0'),
         ({'model': {'frozen_stages': 5}}, 'model.frozen_stages is 5, expected 0 to 4'),
     ],
 )

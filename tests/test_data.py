@@ -218,6 +218,27 @@ def test_augmentation_depends_on_seed_epoch_and_index_only(sample: Path) -> None
     assert not equal(free, run(0, 0, None))
 
 
+def test_limit_takes_the_first_images_with_objects(tmp_path: Path) -> None:
+    annotations = [
+        {'id': k, 'image_id': image, 'category_id': 1, 'bbox': [1, 1, 20, 20], 'area': 400, 'iscrowd': crowd,
+         'segmentation': [[1, 1, 21, 1, 21, 21]], 'keypoints': [2, 2, v], 'num_keypoints': int(v > 0)}
+        for k, (image, crowd, v) in enumerate([(2, 1, 2), (3, 0, 0), (5, 0, 2), (6, 0, 2)], 1)
+    ]  # fmt: skip
+    content = {
+        'images': [{'id': i, 'file_name': f'{i}.jpg', 'width': 32, 'height': 32} for i in range(1, 7)],
+        'categories': [{'id': 1, 'name': 'person', 'keypoints': ['nose'], 'skeleton': []}],
+        'annotations': annotations,
+    }
+    for kind in ('instances', 'person_keypoints'):
+        write(tmp_path, content, kind=kind)
+    assert CocoDataset(tmp_path, 'train', 'box', limit=2).image_ids == [3, 5]
+    keypoint = CocoDataset(tmp_path, 'train', 'keypoint', limit=2)
+    assert keypoint.image_ids == [5, 6]
+    assert [keypoint[i][1]['image_id'] for i in range(len(keypoint))] == [5, 6]
+    with pytest.raises(ValueError, match='has 3 images with objects for task mask; expected at least 4'):
+        CocoDataset(tmp_path, 'train', 'mask', limit=4)
+
+
 def test_find_data_prefers_the_path_then_data_coco_then_the_sample(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sample: Path
 ) -> None:

@@ -9,16 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from detection.checkpoint import describe, detector_from_config, load_checkpoint, save_checkpoint
-from detection.config import OptimConfig, RunConfig, config_from_dict
-from detection.data import CocoDataset
+from detection.checkpoint import describe, detector_from_config, load_checkpoint, save_checkpoint, save_latest
+from detection.config import OptimConfig, RunConfig, config_from_dict, load_config
+from detection.data import CocoDataset, Draw
 from detection.engine import Trainer, evaluate, load_detector
 from detection.evaluator import IOU_TYPES
-from detection.loader import BatchStream, eval_loader
+from detection.loader import BatchStream, eval_loader, train_loader, training_sets
 from detection.optim import build_optimizer, learning_rate
 from detection.report import format_table
 from detection.sample import write_sample
-from detection.transforms import build_transforms
 
 CPU = torch.device('cpu')
 
@@ -28,12 +27,12 @@ def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_sample(tmp_path_factory.mktemp('sample'), train=10, val=4, size=(96, 96))
 
 
-def settings(task: str = 'box', **optim) -> RunConfig:
+def settings(task: str = 'box', data: dict | None = None, **optim) -> RunConfig:
     return config_from_dict(
         {
             'task': task,
             'log_every': 1,
-            'data': {'batch_size': 2, 'workers': 0},
+            'data': {'batch_size': 2, 'workers': 0, **(data or {})},
             'model': {
                 'backbone': 'resnet18',
                 'min_size': 64,
@@ -50,9 +49,7 @@ def settings(task: str = 'box', **optim) -> RunConfig:
 
 
 def trainer(config: RunConfig, root: Path, output: Path) -> Trainer:
-    augment = build_transforms(config.task, True, flip=0.5)
-    train_set = CocoDataset(root, 'train', config.task, augment, seed=config.seed)
-    val_set = CocoDataset(root, 'val', config.task)
+    train_set, val_set = training_sets(config, root)
     torch.manual_seed(config.seed)
     model = detector_from_config(config, describe(train_set, config.task))
     return Trainer(config, model, train_set, val_set, output, device=CPU, progress=False)
@@ -102,9 +99,21 @@ class Stop(Exception):
     """Stands for a machine that goes down."""
 
 
-@pytest.mark.parametrize('options', [{}, {'accumulate': 2, 'ema': 0.9}, {'name': 'sgd', 'schedule': 'multistep'}])
+MIXED = {'copy_paste': 1.0, 'repeat_threshold': 1.0, 'jitter': [0.5, 1.5], 'crop': [64, 64], 'color': 0.5}
+
+
+@pytest.mark.parametrize(
+    'options',
+    [
+        {},
+        {'accumulate': 2, 'ema': 0.9},
+        {'name': 'sgd', 'schedule': 'multistep'},
+        {'task': 'mask', 'data': MIXED},
+        {'task': 'mask', 'data': {**MIXED, 'workers': 2}},
+    ],
+)
 def test_interrupted_run_ends_with_the_same_weights(options: dict, sample: Path, tmp_path: Path) -> None:
-    config = settings('box', **{'iterations': 6, **options})
+    config = settings(**{'iterations': 6, **options})
     whole = trainer(config, sample, tmp_path / 'whole')
     whole.run()
 
@@ -114,10 +123,10 @@ def test_interrupted_run_ends_with_the_same_weights(options: dict, sample: Path,
             part.resume(tmp_path / 'parts' / 'checkpoint.pt')
         step = part._step
 
-        def failing(batches, bar, part=part, step=step, stop=stop):
+        def failing(batches, part=part, step=step, stop=stop):
             if part.iteration == stop:
                 raise Stop
-            step(batches, bar)
+            step(batches)
             part.save('checkpoint.pt')
 
         part._step = failing  # type: ignore[method-assign]
@@ -131,6 +140,20 @@ def test_interrupted_run_ends_with_the_same_weights(options: dict, sample: Path,
         assert torch.equal(one, other), name
     assert [r['iteration'] for r in rows(tmp_path / 'parts')] == [1, 2, 3, 4, 5, 6, 6]
     assert last.results == whole.results
+
+
+def test_a_run_in_epochs_goes_on_after_as_many_images(sample: Path, tmp_path: Path) -> None:
+    def config(batch_size: int, **optim) -> RunConfig:
+        return settings('box', {'batch_size': batch_size}, **{'iterations': None, 'epochs': 2, **optim})
+
+    run = trainer(config(2), sample, tmp_path)
+    assert (run.total, run.step_images) == (10, 2)  # 10 images
+    run.iteration = 7
+    run.save('checkpoint.pt')
+    for batch_size, optim, iteration in ((2, {}, 7), (5, {}, 2), (1, {}, 14), (5, {'iterations': 9}, 7)):
+        other = trainer(config(batch_size, **optim), sample, tmp_path)
+        other.resume(tmp_path / 'checkpoint.pt')
+        assert other.iteration == iteration
 
 
 def test_resume_refuses_another_task_or_network(sample: Path, tmp_path: Path) -> None:
@@ -151,6 +174,35 @@ def test_best_checkpoint_is_kept(sample: Path, tmp_path: Path) -> None:
     best = max(evaluations, key=lambda r: r['results']['bbox']['AP'])
     stored = load_checkpoint(tmp_path / 'best.pt')
     assert stored['results']['bbox']['AP'] == best['results']['bbox']['AP'] == run.best
+
+
+def test_the_newest_checkpoints_stay_beside_the_best(sample: Path, tmp_path: Path) -> None:
+    tree = {**settings('box', iterations=20).to_dict(), 'eval_every': 1, 'keep_checkpoints': 2}
+    run = trainer(config_from_dict(tree), sample, tmp_path)
+    (tmp_path / '.checkpoint.pt.x1').write_text('half a file of a killed process')
+    run.run()
+    names = {p.name for p in tmp_path.iterdir() if p.suffix == '.pt' or p.name.startswith('.')}
+    assert names == {'best.pt', 'checkpoint.pt', 'checkpoint_00000015.pt', 'checkpoint_00000020.pt'}
+    assert [load_checkpoint(tmp_path / f'checkpoint{n}.pt')['iteration'] for n in ('', '_00000015')] == [20, 15]
+    assert load_config(tmp_path / 'config.yaml') == run.config
+    # an earlier one is no worse to go on from
+    again = trainer(run.config, sample, tmp_path / 'again')
+    again.resume(tmp_path / 'checkpoint_00000015.pt')
+    again.run()
+    for one, other in zip(run.model.state_dict().values(), again.model.state_dict().values()):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize('links', [True, False])
+def test_rotation_goes_by_time_and_needs_no_links(links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not links:
+        monkeypatch.setattr('os.link', lambda *_: (_ for _ in ()).throw(OSError('no links here')))
+    for iteration in (500, 10, 20, 20, 30):
+        content = {'model': {}, 'config': {}, 'meta': {}, 'iteration': iteration}
+        assert load_checkpoint(save_latest(tmp_path, content, keep=2))['iteration'] == iteration
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['checkpoint.pt'] + [
+        f'checkpoint_000000{n}.pt' for n in (20, 30)
+    ]
 
 
 def test_loss_that_is_not_finite_names_its_images(sample: Path, tmp_path: Path) -> None:
@@ -202,10 +254,11 @@ def test_batches_take_each_image_once_and_can_start_anywhere(monkeypatch: pytest
         stream.set_epoch(epoch)
         epochs.append(list(stream))
     assert epochs[0] == epochs[2] != epochs[1]
-    flat = [i for b in epochs[0] for i in b]
+    flat = [draw for b in epochs[0] for draw in b]
     assert len(epochs[0]) == len(stream) == 6
-    assert len(set(flat)) == len(flat) == 24
-    assert sum(len({groups[i] for i in b}) > 1 for b in epochs[0]) <= 1
+    assert len({draw.image for draw in flat}) == len(flat) == 24
+    assert [draw.position for draw in flat] == list(range(24))
+    assert sum(len({groups[draw.image] for draw in b}) > 1 for b in epochs[0]) <= 1
     stream.set_epoch(0, start=4)
     assert list(stream) == epochs[0][4:]
 
@@ -219,7 +272,36 @@ def test_batches_take_each_image_once_and_can_start_anywhere(monkeypatch: pytest
 
 def test_fewer_images_than_a_step_takes() -> None:
     (batch,) = BatchStream([0] * 3, 7)
-    assert sorted(batch.count(i) for i in range(3)) == [2, 2, 3]
+    images = [draw.image for draw in batch]
+    assert sorted(images.count(i) for i in range(3)) == [2, 2, 3]
+
+
+@pytest.mark.parametrize('copy_paste', [0.0, 1.0])
+def test_an_image_that_comes_again_is_augmented_anew(copy_paste: float, sample: Path) -> None:
+    data = {'copy_paste': copy_paste, 'repeat_threshold': 1.0, 'color': 1.0, 'batch_size': 12, 'flip': 0.0}
+    config = settings('mask', data)
+    train_set, _ = training_sets(config, sample)
+
+    def epoch() -> list[tuple[int, torch.Tensor]]:
+        loader = train_loader(train_set, config.data, config.seed)
+        return [(t['image_id'], image) for images, targets in loader for image, t in zip(images, targets)]
+
+    seen = epoch()
+    again = [(a, b) for k, (i, a) in enumerate(seen) for j, b in seen[:k] if i == j]
+    assert len(again) >= 2
+    assert not any(torch.equal(a, b) for a, b in again)
+    assert all(torch.equal(a, b) for (_, a), (_, b) in zip(seen, epoch()))
+    first = train_set.augmented(0, train_set.item_seed(0))[0]
+    assert torch.equal(first, train_set[0][0])
+    assert torch.equal(first, train_set[Draw(0, 0)][0])
+    assert not torch.equal(first, train_set[Draw(0, 1)][0])
+
+
+def test_keypoints_are_paired_as_configured(sample: Path) -> None:
+    sets = training_sets(settings('keypoint', {'flip_pairs': ['nose:left_knee']}), sample)
+    assert [s.flip_indices[:3] + s.flip_indices[13:14] for s in sets] == [(13, 1, 2, 0)] * 2
+    by_name, _ = training_sets(settings('keypoint'), sample)
+    assert by_name.flip_indices[:3] == (0, 2, 1)
 
 
 def test_processes_share_the_evaluation_without_overlap(sample: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -261,7 +343,7 @@ def test_repeated_images_come_as_often_as_their_factors_say(monkeypatch: pytest.
         stream.set_epoch(epoch)
         batches = list(stream)
         assert len(batches) == 6
-        counts += torch.bincount(torch.tensor(batches).flatten(), minlength=10)
+        counts += torch.bincount(torch.tensor(batches)[..., 0].flatten(), minlength=10)
     assert torch.allclose(counts / counts[:8].mean(), factors, rtol=0.08)
     stream.set_epoch(3)
     whole = list(stream)

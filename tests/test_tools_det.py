@@ -8,9 +8,11 @@ import random
 import runpy
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import cv2
@@ -58,7 +60,7 @@ def test_train_then_evaluate(task: str, tool, sample: Path, tmp_path: Path) -> N
     assert 'AP50' in out
     folder = tmp_path / 'run'
     names = {'checkpoint.pt', 'config.yaml', 'metrics.jsonl', 'predictions.jpg', 'results.json'}
-    assert {p.name for p in folder.iterdir()} == names
+    assert {p.name for p in folder.iterdir() if p.is_file()} == names
     assert cv2.imread(str(folder / 'predictions.jpg')).std() > 10
     results = json.loads((folder / 'results.json').read_text())
     assert [len(figures) for figures in results.values()] == {'box': [12], 'mask': [12, 12], 'keypoint': [12, 10]}[task]
@@ -67,6 +69,15 @@ def test_train_then_evaluate(task: str, tool, sample: Path, tmp_path: Path) -> N
     assert code == 0
     again = json.loads((folder / 'eval_val.json').read_text())
     assert again == {kind: pytest.approx(figures, abs=1e-3) for kind, figures in results.items()}
+
+    code, out, _ = tool('eval_det.py', 'run/checkpoint.pt', '--data', sample, '--workers', 0, '--device', 'cpu',
+                        '--flip', '--report', 'report', '--output', 'flipped.json')  # fmt: skip
+    assert code == 0
+    assert '3 images, with their mirror images' in out
+    assert json.loads((tmp_path / 'flipped.json').read_text()).keys() == results.keys()
+    assert {p.name for p in (tmp_path / 'report').iterdir()} == {
+        'categories.csv', 'errors.json', 'precision_recall.png', 'worst.jpg'
+    }  # fmt: skip
 
 
 def test_resume_goes_on_where_it_stopped(tool, sample: Path, tmp_path: Path) -> None:
@@ -231,3 +242,75 @@ def test_two_processes_train_one_run(sample: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count('2 processes') == 1
     assert '2 iterations of 4 images' in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_node_that_dies_and_comes_back_leaves_a_whole_run(sample: Path, tmp_path: Path) -> None:
+    """Two torchrun agents as two nodes: one is killed with its process, the other goes on alone, then both again.
+
+    pytest tests/test_tools_det.py -m slow -k comes_back
+    """
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        endpoint = f'127.0.0.1:{free.getsockname()[1]}'
+    output = tmp_path / 'run'
+    rows = output / 'metrics.jsonl'
+
+    def agent(name: str) -> subprocess.Popen:
+        command = [sys.executable, '-m', 'torch.distributed.run', '--nnodes=1:2', '--nproc-per-node=1',
+                   '--max-restarts=5', '--rdzv-backend=c10d', '--rdzv-id=run', f'--rdzv-endpoint={endpoint}',
+                   '--rdzv-conf=last_call_timeout=2,keep_alive_interval=1', '--local-addr=127.0.0.1',
+                   str(TOOLS / 'train_det.py'), '--task', 'box', '--data', str(sample), '--backbone', 'resnet18',
+                   '--iterations', '600', '--output', str(output), '--resume', *TINY, '--set', 'log_every=1',
+                   '--set', 'save_every=5', '--set', 'data.batch_size=1']  # fmt: skip
+        env = {**os.environ, 'OMP_NUM_THREADS': '1', 'GLOO_SOCKET_IFNAME': 'lo', 'PYTHONUNBUFFERED': '1'}
+        # a file: a full pipe that nobody reads would stop the run
+        with (tmp_path / f'{name}.log').open('w') as log:
+            return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env)
+
+    def started(processes: int) -> int:
+        """How often a run with so many processes began; its first process prints it."""
+        word = f', {processes} process' + ('es' if processes > 1 else '') + '\n'
+        return sum(path.read_text().count(word) for path in tmp_path.glob('*.log'))
+
+    def steps() -> int:
+        return len(rows.read_text().splitlines()) if rows.exists() else 0
+
+    def wait(condition: Callable[[], bool], *alive: subprocess.Popen) -> None:
+        while not condition():
+            time.sleep(0.05)
+            for process in alive:
+                assert process.poll() is None, [p.read_text()[-2000:] for p in tmp_path.glob('*.log')]
+
+    first = agent('first')
+    wait(lambda: listening(endpoint), first)  # the first agent keeps the meeting point
+    second = agent('second')
+    try:
+        wait(lambda: started(2) == 1 and steps() > 15, first, second)
+        alone = started(1)
+        children = Path(f'/proc/{second.pid}/task/{second.pid}/children').read_text().split()
+        assert len(children) == 1
+        for process in (second.pid, *map(int, children)):  # as when the machine goes down
+            os.kill(process, signal.SIGKILL)
+        second.wait()
+        wait(lambda: started(1) == alone + 1, first)
+        reached = steps()
+        wait(lambda: steps() > reached + 5, first)
+        second = agent('second-again')
+        wait(lambda: started(2) == 2, first, second)
+        assert [first.wait(), second.wait()] == [0, 0]
+    finally:
+        for process in (first, second):
+            if process.poll() is None:
+                process.kill()
+    assert load_checkpoint(output / 'checkpoint.pt')['iteration'] == 600
+    logged = [json.loads(line)['iteration'] for line in rows.read_text().splitlines() if 'loss_classifier' in line]
+    assert logged == list(range(1, 601))
+    assert json.loads((output / 'results.json').read_text())['bbox'].keys() >= {'AP', 'AP50'}
+
+
+def listening(endpoint: str) -> bool:
+    host, port = endpoint.split(':')
+    with socket.socket() as probe:
+        return probe.connect_ex((host, int(port))) == 0

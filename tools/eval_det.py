@@ -15,39 +15,48 @@ def main() -> None:
     parser.add_argument('--split', default='val', help='val, train, or any split with an annotation file')
     parser.add_argument('--output', help='JSON file for the figures, by default eval_SPLIT.json beside the checkpoint')
     parser.add_argument('--detections', help='folder for the detections in the format of COCO submissions')
+    parser.add_argument('--report', help='folder for precision-recall curves, AP by category, and the worst images')
+    parser.add_argument('--flip', action='store_true', help='look at the mirrored images too and merge both answers')
     parser.add_argument('--batch-size', type=int, default=2)
     parser.add_argument('--workers', type=int, default=2, help='loading processes')
     parser.add_argument('--device', default='auto', help='auto, cpu, cuda, cuda:1, ...')
     args = parser.parse_args()
 
+    from detection.analysis import write_report
     from detection.checkpoint import load_detector, write_text
     from detection.data import CocoDataset, find_data
-    from detection.distributed import choose_device, is_main, process_group
     from detection.engine import evaluate
     from detection.evaluator import CocoEvaluator
+    from detection.flip import FlipDetector
     from detection.report import format_table
+    from norton_timm.distributed import choose_device, is_main, process_group
 
     if args.batch_size < 1 or args.workers < 0:
         raise ValueError('--batch-size must be 1 or more and --workers 0 or more')
     device = choose_device(args.device)
     model, meta = load_detector(args.checkpoint)
     source = find_data(args.data)
-    dataset = CocoDataset(source.root, args.split, meta['task'])
+    pairs = meta['config'].data.keypoint_pairs() if meta['task'] == 'keypoint' else None
+    dataset = CocoDataset(source.root, args.split, meta['task'], flip_pairs=pairs)
     unknown = sorted(set(meta['label_to_category'].values()) - set(dataset.coco.cats))
     if unknown:
         raise ValueError(f'{source.root} has no categories {unknown[:5]}, which {args.checkpoint} was trained on')
+    network = FlipDetector(model, dataset.flip_indices) if args.flip else model
     with process_group(device):
         evaluator = CocoEvaluator(dataset.coco, meta['task'], meta['label_to_category'])
-        results = evaluate(model.to(device), dataset, device=device, batch_size=args.batch_size,
+        results = evaluate(network.to(device), dataset, device=device, batch_size=args.batch_size,
                            workers=args.workers, evaluator=evaluator)  # fmt: skip
         if not is_main():
             return
-        print(f'{args.checkpoint} on {len(dataset)} images, {args.split} of {source.name}')
+        flipped = ', with their mirror images' if args.flip else ''
+        print(f'{args.checkpoint} on {len(dataset)} images{flipped}, {args.split} of {source.name}')
         print(format_table(results))
         path = Path(args.output or Path(args.checkpoint).with_name(f'eval_{args.split}.json'))
         print(f'written: {write_text(path, json.dumps(results, indent=1) + chr(10))}')
         if args.detections:
             print('written:', *evaluator.write_results(args.detections))
+        if args.report:
+            print('written:', *write_report(evaluator, dataset, args.report))
 
 
 if __name__ == '__main__':

@@ -1,11 +1,13 @@
 """Train a detector (boxes, masks or keypoints) on a timm backbone, evaluate it, and draw what it finds.
 
 Without --data it takes data/coco if that is there, else a small sample set that it draws itself, with a configuration
-that a laptop can train. All settings are in configs/detection; torchrun starts it on several devices.
+that a laptop can train. All settings are in configs/detection. torchrun starts it on several devices, or on machines
+that share the output folder; with --resume they may fail, restart and join at any time (--nnodes 1:4 --max-restarts 9).
 """
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -20,6 +22,7 @@ def main() -> None:
     parser.add_argument('--data', help='folder in COCO layout')
     parser.add_argument('--config', help='YAML file, instead of the one for this task and data')
     parser.add_argument('--backbone', help='timm name, such as norton_resnet50.r078')
+    parser.add_argument('--weights', help='file to start from: of norton_timm.save or timm, or a whole detector')
     parser.add_argument('--output', help='folder for what is written, by default runs/TASK')
     parser.add_argument('--resume', action='store_true', help='continue from checkpoint.pt in the output folder')
     parser.add_argument('--check-data', action='store_true', help='only read all of the data and list what is wrong')
@@ -31,21 +34,21 @@ def main() -> None:
     parser.add_argument('--set', action='append', default=[], metavar='KEY=VALUE', help='e.g. optim.lr=0.01')
     args = parser.parse_args()
 
-    from detection.checkpoint import describe, detector_from_config, write_text
+    from detection.checkpoint import describe, detector_from_config
     from detection.config import load_config
     from detection.data import find_data
-    from detection.distributed import choose_device, is_main, process_group
     from detection.doctor import check_data
     from detection.engine import Trainer
     from detection.loader import training_sets
     from detection.report import describe_run, format_table, save_predictions
+    from norton_timm.distributed import choose_device, is_main, process_group
 
     if args.task is None and args.config is None:
         raise ValueError('--task is missing, expected box, mask or keypoint')
     overrides = list(args.set) if args.epochs is None else ['optim.iterations=null', *args.set]
-    values = {'task': args.task, 'data.root': args.data, 'model.backbone': args.backbone, 'device': args.device,
-              'seed': args.seed, 'data.workers': args.workers, 'optim.epochs': args.epochs,
-              'optim.iterations': args.iterations}  # fmt: skip
+    values = {'task': args.task, 'data.root': args.data, 'model.backbone': args.backbone,
+              'model.weights': args.weights, 'device': args.device, 'seed': args.seed, 'data.workers': args.workers,
+              'optim.epochs': args.epochs, 'optim.iterations': args.iterations}  # fmt: skip
     config = load_config(args.config, overrides, values)
     device = choose_device(config.device)
     output = Path(args.output or f'runs/{config.task}')
@@ -56,23 +59,22 @@ def main() -> None:
     if args.check_data:
         print(report := check_data(source.root, config.task))
         raise SystemExit(0 if report.ok else 1)
-    if args.resume and not (output / 'checkpoint.pt').is_file():
-        raise FileNotFoundError(f'--resume: no {output / "checkpoint.pt"}')
+    latest = output / 'checkpoint.pt'
+    if args.resume and not latest.is_file() and 'TORCHELASTIC_RUN_ID' not in os.environ:  # it restarts at any time
+        raise FileNotFoundError(f'--resume: no {latest}')
     train_set, val_set = training_sets(config, source.root)
     torch.manual_seed(config.seed)
     model = detector_from_config(config, describe(train_set, config.task))
     with process_group(device):
         trainer = Trainer(config, model, train_set, val_set, output, device=device)
-        if args.resume:
-            trainer.resume(output / 'checkpoint.pt')
+        if args.resume and latest.is_file():
+            trainer.resume(latest)
         if is_main():
             print(describe_run(trainer, source.name))
-            write_text(output / 'config.yaml', config.to_yaml())
         results = trainer.run()
         if is_main():
             save_predictions(trainer.trained, val_set, output / 'predictions.jpg', device=device)
-            print(format_table(results))
-            print(f'written to {output}: checkpoint.pt, config.yaml, metrics.jsonl, results.json, predictions.jpg')
+            print(format_table(results), f'written to {output}', sep='\n')
 
 
 if __name__ == '__main__':
