@@ -284,7 +284,8 @@ def test_studio_plays_a_file_at_its_own_rate():
     time.sleep(1.0)
     last = studio.wait(first.number)
     studio.close()
-    assert (last.number - first.number) / (time.perf_counter() - begin) == pytest.approx(25, rel=0.15)
+    rate = (last.number - first.number) / (time.perf_counter() - begin)
+    assert 15 < rate < 28  # a busy machine may be slower; without the file's own rate it would be hundreds
 
 
 def test_studio_applies_the_threshold_and_shows_rgb():

@@ -295,13 +295,14 @@ class Camera:
 
 def test_a_slow_reader_gets_the_newest_frame_and_the_others_are_counted():
     with LiveSource(lambda: Camera(100), 'camera') as source:
-        frames = []
+        frames, ages = [], []
         for frame in source:
-            assert time.perf_counter() - frame.time < 0.03  # at most about one camera period old
+            ages.append(time.perf_counter() - frame.time)
             frames.append(frame)
             if len(frames) == 10:
                 break
             time.sleep(0.05)
+    assert np.median(ages) < 0.03  # about one camera period; the oldest in a queue would wait for all before it
     assert source.fps == 100
     assert frames[-1].index >= 35
     assert abs(source.dropped - (frames[-1].index + 1 - len(frames))) <= 1

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from detection import demo, pipeline
 from detection.predictor import Predictor
 from detection.rcnn import TASKS
+from detection.tracking import TRACKERS
 from detection.video import open_source
 from detection.video_writer import CODECS, VideoWriteError
 
@@ -34,7 +35,9 @@ def parser() -> Parser:
     p.add_argument('--imgsz', type=int, help='shorter image side inside the network, in pixels; none = as trained')
     p.add_argument('--device', help='cpu, cuda, cuda:1, mps; none = the best there is')
     p.add_argument('--half', action='store_true', help='autocast: float16 on accelerators, bfloat16 on a CPU')
+    p.add_argument('--deploy', action='store_true', help='tune the network to this machine at the first frame')
     p.add_argument('--compile', action='store_true', help='torch.compile the backbone')
+    p.add_argument('--tracker', choices=tuple(TRACKERS), help='number the objects (extra track)')
     p.add_argument('--warmup', type=int, default=3, help='first frames that are not counted')
     p.add_argument('--frames', type=int, help='stop after so many frames')
     p.add_argument('--codec', default='auto', choices=CODECS, help='auto = the first that works here')
@@ -46,7 +49,7 @@ def main() -> None:
     args = parser().parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill` finishes the file as Ctrl-C does
     demo.check_options(args)
-    options = {name: getattr(args, name) for name in ('half', 'compile', 'imgsz', 'score', 'warmup')}
+    options = {name: getattr(args, name) for name in demo.OPTIONS}
     options['device'] = demo.choose_device(args.device)
     if args.serve is not None:
         from detection.serve import serve  # needs the extra `web`
