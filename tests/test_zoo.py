@@ -207,9 +207,14 @@ def test_table_of_everything_published() -> None:
     )
 
 
-def test_a_tag_is_built_within_a_second_or_so() -> None:
-    timm.create_model('norton_resnet50.r078')
-    start = time.perf_counter()
-    timm.create_model('norton_resnet50.r078')
-    assert time.perf_counter() - start < 5
+def test_a_tag_is_built_without_a_decomposition() -> None:
+    """In no more than several times the dense network's time: its layers are made small, not cut."""
+
+    def seconds(name: str) -> float:
+        timm.create_model(name)
+        start = time.perf_counter()
+        timm.create_model(name)
+        return time.perf_counter() - start
+
+    assert min(seconds('norton_resnet50.r078') / seconds('resnet50') for _ in range(3)) < 6
     assert norton_timm.models.compressed.default_cfgs['norton_resnet50'].tags

@@ -5,11 +5,16 @@ from __future__ import annotations
 import argparse
 import logging
 import re
+import signal
 import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-USAGE, FAILURE, INTERRUPTED = 2, 1, 130
+USAGE, FAILURE, INTERRUPTED, TERMINATED = 2, 1, 130, 143
+
+
+class Terminated(KeyboardInterrupt):
+    """The process was asked to end; what handles Ctrl-C handles this."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -33,16 +38,25 @@ def fail(message: object, code: int) -> NoReturn:
     sys.exit(code)
 
 
+def _terminate(signum: int, frame: object) -> NoReturn:
+    raise Terminated
+
+
 def run(main: Callable[[], None]) -> None:
     """Call a tool's main function: wrong arguments and files give one line and exit code 2, a failed run code 1."""
     logging.basicConfig(level=logging.WARNING, format='%(message)s')
     for package in ('norton_timm', 'detection'):
         logging.getLogger(package).setLevel(logging.INFO)
+    before = signal.signal(signal.SIGTERM, _terminate) or signal.SIG_DFL
     try:
         main()
     except (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
         fail(error, USAGE)
     except (FloatingPointError, ConnectionError) as error:
         fail(error, FAILURE)
+    except Terminated:
+        fail('terminated', TERMINATED)
     except KeyboardInterrupt:
         fail('interrupted', INTERRUPTED)
+    finally:
+        signal.signal(signal.SIGTERM, before)
