@@ -1,0 +1,99 @@
+"""detection/weights.py: whole detectors to start from, of our own runs and of torchvision's, and files that are not."""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+from torchvision.ops.misc import FrozenBatchNorm2d
+
+from detection.rcnn import build_detector
+from detection.weights import detector_content, detector_tensors, start_from
+
+SMALL = {'num_classes': 3, 'fpn_channels': 16, 'box_head': 32, 'min_size': 64}
+
+
+def detector(seed: int = 0, name: str = 'resnet18', **options) -> nn.Module:
+    torch.manual_seed(seed)
+    return build_detector('box', name, **{**SMALL, **options})
+
+
+@pytest.fixture
+def trained(tmp_path: Path) -> Path:
+    """As torchvision's reference training writes it, and as a bare state dict."""
+    model = detector(1)
+    torch.save({'model': model.state_dict(), 'epoch': 25}, tmp_path / 'model_25.pth')
+    torch.save(model.state_dict(), tmp_path / 'bare.pth')
+    return tmp_path
+
+
+@pytest.mark.parametrize('name', ['model_25.pth', 'bare.pth'])
+def test_a_detector_starts_from_another(trained: Path, name: str) -> None:
+    expected = detector(1).state_dict()
+    tensors = detector_tensors(trained / name)
+    assert tensors is not None and tensors.keys() == expected.keys()
+    model = detector(2)
+    start_from(model, tensors, trained / name)
+    assert all(torch.equal(t, expected[k]) for k, t in model.state_dict().items())
+
+
+def test_averaged_weights_go_first(tmp_path: Path) -> None:
+    last, averaged = detector(1).state_dict(), detector(2).state_dict()
+    torch.save({'model': last, 'ema': averaged}, tmp_path / 'a.pt')
+    torch.save({'model': last, 'ema': None}, tmp_path / 'b.pt')
+    key = 'backbone.body.conv1.weight'
+    assert torch.equal(detector_tensors(tmp_path / 'a.pt')[key], averaged[key])
+    assert torch.equal(detector_tensors(tmp_path / 'b.pt')[key], last[key])
+
+
+def test_other_classes_keep_their_random_start_and_are_named(trained: Path, caplog) -> None:
+    tensors, model = detector_tensors(trained / 'model_25.pth'), detector(2, num_classes=7)
+    before = {k: t.clone() for k, t in model.state_dict().items()}
+    with caplog.at_level(logging.INFO):
+        start_from(model, tensors, 'model_25.pth')
+    kept = [k for k, t in model.state_dict().items() if t.shape != tensors[k].shape]
+    assert sorted(kept) == [f'roi_heads.box_predictor.{k}' for k in
+                            ('bbox_pred.bias', 'bbox_pred.weight', 'cls_score.bias', 'cls_score.weight')]  # fmt: skip
+    assert all(torch.equal(model.state_dict()[k], before[k]) for k in kept)
+    assert '4 tensors keep their random start' in caplog.text and 'cls_score.weight' in caplog.text
+
+
+def test_torchvisions_own_detector_fits_ours(tmp_path: Path) -> None:
+    theirs = torchvision.models.detection.fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None, num_classes=3)
+    torch.save(OrderedDict(theirs.state_dict()), tmp_path / 'theirs.pth')
+    ours = build_detector('box', 'resnet50', num_classes=3, weights=tmp_path / 'theirs.pth').eval()
+    image = [torch.rand(3, 96, 96)]
+    with torch.no_grad():
+        for key, expected in theirs.eval()(image)[0].items():
+            torch.testing.assert_close(ours(image)[0][key], expected)
+
+
+def test_freezing_makes_the_backbones_norms_constant(trained: Path) -> None:
+    model = detector(2)
+    start_from(model, detector_tensors(trained / 'bare.pth'), 'bare.pth', freeze=True)
+    norms = [m for m in model.backbone.body.modules() if isinstance(m, (nn.BatchNorm2d, FrozenBatchNorm2d))]
+    assert norms and not any(p.requires_grad for m in norms for p in m.parameters())
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in norms)
+
+
+@pytest.mark.parametrize('name', ['resnet34', 'norton_resnet50.r078'])
+def test_another_backbone_is_refused(trained: Path, name: str) -> None:
+    with pytest.raises(ValueError, match=r'bare\.pth has another backbone: backbone\.body\.'):
+        start_from(detector(2, name), detector_tensors(trained / 'bare.pth'), trained / 'bare.pth')
+
+
+def test_what_is_no_detector_is_left_to_other_readers(tmp_path: Path) -> None:
+    (tmp_path / 'text.pth').write_text('no weights')
+    (tmp_path / 'empty.pth').write_bytes(b'')
+    torch.save({'conv1.weight': torch.zeros(2)}, tmp_path / 'classifier.pth')
+    torch.save([1, 2], tmp_path / 'list.pth')
+    torch.save(nn.Linear(2, 2), tmp_path / 'pickled.pth')  # a whole module: unpickling it would run its code
+    for path in tmp_path.iterdir():
+        assert detector_content(path) is None, path.name
+    with pytest.raises(FileNotFoundError, match='no file with backbone weights at'):
+        detector_content(tmp_path / 'nowhere.pth')
