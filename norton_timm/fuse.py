@@ -63,7 +63,7 @@ class FusedConv2d(nn.Conv2d):
             act = unary or 'none'
             op = (
                 torch.ops.mkldnn._convolution_pointwise.default
-            )  # by the name of the overload: a third less time to call
+            )  # the overload, found once
             return op(x, weight, self.bias, *geometry, act, [], '')
         if self.in_place:
             op = torch.ops.mkldnn._convolution_pointwise_.binary
