@@ -61,9 +61,7 @@ class FusedConv2d(nn.Conv2d):
         weight, unary = self._packed_weight(x), 'relu' if self.relu else None
         if other is None:
             act = unary or 'none'
-            op = (
-                torch.ops.mkldnn._convolution_pointwise.default
-            )  # the overload, found once
+            op = torch.ops.mkldnn._convolution_pointwise.default
             return op(x, weight, self.bias, *geometry, act, [], '')
         if self.in_place:
             op = torch.ops.mkldnn._convolution_pointwise_.binary
