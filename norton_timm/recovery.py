@@ -12,7 +12,6 @@ from typing import Any, cast
 
 import timm
 import torch
-import yaml
 from timm.models import PretrainedCfg
 from torch import nn
 
@@ -30,6 +29,8 @@ from norton_timm.image_data import Preprocessing
 from norton_timm.image_sources import open_data
 from norton_timm.latency import compare_latency
 from norton_timm.measure import channels_last, ready_to_run
+from norton_timm.plain_yaml import read_plain, read_plain_file
+from norton_timm.settings import build
 from norton_timm.spec import CompressionSpec
 from norton_timm.train_config import TrainConfig
 
@@ -113,11 +114,10 @@ class Recovery:
         model = self.dense if self.spec is None else self._compressed()
         if self.config.optim.epochs:
             trainer = self._trainer(model)
-            accuracy = trainer.run()
+            trainer.run()
             model = trainer.trained
-        else:
-            accuracy = evaluate(model, self.data, self.device)
         model = model.eval().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        accuracy = evaluate(model, self.data, self.device)  # in full precision, whatever the training's was
         self.facts.update({'top1': accuracy['top1'], 'top5': accuracy['top5'], 'loss': accuracy['loss']})
         results = self._results(model)
         if is_main():
@@ -257,5 +257,19 @@ def refuse_other_run(output: Path, text: str) -> None:
         ValueError: it does.
     """
     path = output / CONFIG
-    if path.is_file() and yaml.safe_load(path.read_text(encoding='utf-8')) != yaml.safe_load(text):
+    if path.is_file() and run_in(path) != run_in(text):
         raise ValueError(f'{output} holds a run with another configuration ({CONFIG}): choose another folder')
+
+
+def run_in(source: Path | str) -> TrainConfig:
+    """The configuration in a run's own file, or in its text; keys that an older version did not write at their default.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    problems: list[str] = []
+    values = read_plain(source) if isinstance(source, str) else read_plain_file(source)
+    config = build(TrainConfig, values, '', problems)
+    if problems:
+        raise ValueError(f'{source} is damaged: {problems[0]}')
+    return config
