@@ -103,8 +103,7 @@ def benchmark_training(rounds: int, seed: int) -> list[Row]:
                     step()
                 if number:  # the first round is warm-up
                     seconds[label].append(elapsed())
-        label = f'{ours} rank {how["rank"]}' if how else ours
-        row: Row = {'model': label, 'batch': batch, **{f'{k}_s': min(v) for k, v in seconds.items()}}
+        row: Row = {'model': ours + ' rank 2' * bool(how), 'batch': batch, **{f'{k}_s': min(v) for k, v in seconds.items()}}
         row['dense_over_uncompressed'] = row['dense_s'] / row['uncompressed_s']
         for label in ('factored', 'authors_block', 'authors_block_channels_last'):
             row[f'{label}_over_dense'] = row[f'{label}_s'] / row['dense_s']
