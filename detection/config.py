@@ -20,12 +20,13 @@ import yaml
 from detection.backbone import NORMS
 from detection.compression import RECIPES
 from detection.rcnn import RCNN_OPTIONS, TASKS
-from norton_timm.settings import ConfigError, build, plain, read_tree
+from norton_timm.settings import ConfigError, brief, build, outside, plain, read_tree
 from norton_timm.spec import CompressionSpec
 
 AMP = ('none', 'bf16', 'fp16')
 OPTIMIZERS = ('sgd', 'adamw')
 SCHEDULES = ('multistep', 'cosine')
+_MOST_LAYERS = 16  # of a mask or keypoint head
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,7 @@ class RunConfig:
 
     task: str = 'box'
     seed: int = 0
+    deterministic: bool = False  # only operations that give equal bits each time; slower on a GPU
     device: str = 'auto'  # auto, cpu, cuda, cuda:1, ...
     channels_last: bool = True
     log_every: int = 20  # iterations
@@ -170,32 +172,28 @@ def _check(config: RunConfig) -> list[str]:
             near = get_close_matches(str(name), RCNN_OPTIONS, n=1, cutoff=0.5)
             hint = f'did you mean {near[0]}?' if near else f'expected one of {", ".join(RCNN_OPTIONS)}'
             problems.append(f'unknown key model.rcnn.{name}: {hint}')
-    positive: dict[str, float | None] = {
-        'data.batch_size': data.batch_size,
-        'data.images': data.images,
-        'model.max_size': model.max_size,
+    problems += outside({
+        'data.batch_size': data.batch_size, 'data.images': data.images, 'model.max_size': model.max_size,
+        'optim.lr_batch': optim.lr_batch, 'optim.accumulate': optim.accumulate,
+        **{f'model.anchor_sizes[{k}]': n for k, n in enumerate(model.anchor_sizes[:5])},
+    }, 0, 2**20, above=True)  # fmt: skip
+    # a checkpoint brings a configuration along: what it may make a reader build is bounded
+    problems += outside({
         'model.fpn_channels': model.fpn_channels,
-        'model.box_head': model.box_head,
-        'optim.lr': optim.lr,
-        'optim.lr_batch': optim.lr_batch,
-        'optim.epochs': optim.epochs,
-        'optim.iterations': optim.iterations,
-        'optim.clip': optim.clip,
-        'optim.accumulate': optim.accumulate,
-        'log_every': config.log_every,
-        'eval_every': config.eval_every,
-        'save_every': config.save_every,
-        'keep_checkpoints': config.keep_checkpoints,
-    }
-    problems += [f'{key} is {v}, expected more than 0' for key, v in positive.items() if v is not None and not v > 0]
-    not_negative: dict[str, float] = {
-        'seed': config.seed,
-        'data.workers': data.workers,
-        'optim.warmup': optim.warmup,
-        'optim.weight_decay': optim.weight_decay,
+        **{f'model.{key}[{k}]': n for key in ('mask_layers', 'keypoint_layers')
+           for k, n in enumerate(getattr(model, key)[:_MOST_LAYERS])},
+    }, 0, 4096, above=True)  # fmt: skip
+    problems += outside({'model.box_head': model.box_head}, 0, 8192, above=True)
+    problems += outside({
+        'optim.epochs': optim.epochs, 'optim.iterations': optim.iterations, 'log_every': config.log_every,
+        'eval_every': config.eval_every, 'save_every': config.save_every, 'keep_checkpoints': config.keep_checkpoints,
+    }, 0, 10**12, above=True)  # fmt: skip
+    problems += outside({'optim.lr': optim.lr, 'optim.clip': optim.clip}, 0, 1e300, above=True)
+    problems += outside({
+        'seed': config.seed, 'optim.warmup': optim.warmup, 'optim.weight_decay': optim.weight_decay,
         'optim.momentum': optim.momentum,
-    }
-    problems += [f'{key} is {v}, expected 0 or more' for key, v in not_negative.items() if not v >= 0]
+    }, 0, 2**32 - 1)  # fmt: skip
+    problems += outside({'data.workers': data.workers}, 0, 1024)
     for key in ('flip', 'color', 'safe_crop', 'copy_paste'):
         p = getattr(data, key)
         if not 0 <= p <= 1:
@@ -208,18 +206,18 @@ def _check(config: RunConfig) -> list[str]:
         problems.append(f'data.flip_pairs is {list(data.flip_pairs)}, expected names of two keypoints each, LEFT:RIGHT')
     if optim.ema is not None and not 0 < optim.ema < 1:
         problems.append(f'optim.ema is {optim.ema}, expected a decay between 0 and 1')
-    if len(data.jitter) != 2 or not 0 < data.jitter[0] <= data.jitter[1]:
+    if len(data.jitter) != 2 or not 0 < data.jitter[0] <= data.jitter[1] <= 1000:
         problems.append(f'data.jitter is {list(data.jitter)}, expected two factors above 0, the smaller one first')
-    if data.crop is not None and (len(data.crop) != 2 or min(data.crop) < 1):
+    if data.crop is not None and (len(data.crop) != 2 or not 1 <= min(data.crop) <= max(data.crop) <= 2**15):
         problems.append(f'data.crop is {list(data.crop)}, expected [height, width] in pixels')
     if not 0 <= model.frozen_stages <= 4:
         problems.append(f'model.frozen_stages is {model.frozen_stages}, expected 0 to 4')
-    if len(model.anchor_sizes) != 5 or min(model.anchor_sizes) <= 0:
-        problems.append(f'model.anchor_sizes is {list(model.anchor_sizes)}, expected five sizes in pixels')
+    if len(model.anchor_sizes) != 5:
+        problems.append(f'model.anchor_sizes is {brief(model.anchor_sizes)}, expected five sizes in pixels')
     for key, layers in (('mask_layers', model.mask_layers), ('keypoint_layers', model.keypoint_layers)):
-        if not layers or min(layers) < 1:
-            problems.append(f'model.{key} is {list(layers)}, expected one width or more, each at least 1')
-    if model.min_size is not None and (not model.min_size or min(model.min_size) < 1):
+        if not 1 <= len(layers) <= _MOST_LAYERS:
+            problems.append(f'model.{key} is {brief(layers)}, expected one width or more, at most {_MOST_LAYERS}')
+    if model.min_size is not None and (not model.min_size or min(model.min_size) < 1 or max(model.min_size) > 2**15):
         problems.append(f'model.min_size is {list(model.min_size)}, expected pixels, at least 1')
     if not timm.is_model(model.backbone.split('.')[0]):
         near = get_close_matches(model.backbone.split('.')[0], timm.list_models(), n=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -10,9 +11,13 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-import yaml
+from norton_timm.plain_yaml import read_plain, read_plain_file
 
 NAMES = {int: 'a whole number', float: 'a number', str: 'text', bool: 'true or false'}
+
+
+_DEEPEST = 8  # dots in a key
+_LARGEST = 2**53  # whole numbers up to here are exact in every language
 
 
 class ConfigError(ValueError):
@@ -31,9 +36,9 @@ def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f'no configuration file {path}')
     try:
-        tree = _numbers(yaml.safe_load(path.read_text(encoding='utf-8')) or {})
-    except yaml.YAMLError as error:
-        raise ConfigError([f'{path.name} is not YAML: {" ".join(str(error).split())}']) from error
+        tree = _numbers(read_plain_file(path) or {})
+    except ValueError as error:
+        raise ConfigError([f'{path.name} is {error}']) from None
     if not isinstance(tree, dict):
         raise ConfigError([f'{path.name} holds a {type(tree).__name__}, expected a mapping of keys'])
     base = tree.pop('base', None)
@@ -65,13 +70,13 @@ def read_tree(
             merge(tree, nested(key.split('.'), given))
     for text in overrides:
         key, equals, value = text.partition('=')
-        if not equals or not key.strip():
-            problems.append(f'override {text!r} is not of the form key=value')
+        if not equals or not key.strip() or key.count('.') > _DEEPEST:
+            problems.append(f'override {brief(text)} is not of the form key=value')
             continue
         try:
             merge(tree, nested(key.strip().split('.'), parse(value)))
-        except yaml.YAMLError:
-            problems.append(f'override {text!r}: the value is not YAML')
+        except ValueError as error:
+            problems.append(f'override {brief(text)}: the value is {error}')
     return tree, problems
 
 
@@ -91,7 +96,7 @@ def nested(keys: list[str], value: Any) -> dict[str, Any]:
 
 def parse(text: str) -> Any:
     """A value as YAML reads it."""
-    return _numbers(yaml.safe_load(text))
+    return _numbers(read_plain(text))
 
 
 def _numbers(value: Any) -> Any:
@@ -108,6 +113,25 @@ def _numbers(value: Any) -> Any:
     return value
 
 
+def brief(value: Any) -> str:
+    """A value for a message, cut where it is long."""
+    value = list(value) if isinstance(value, tuple) else value
+    text = repr(value) if not isinstance(value, int) or abs(value) < 10**60 else f'about 2^{value.bit_length()}'
+    return text if len(text) <= 80 else f'{text[:76]} ...'
+
+
+def outside(values: Mapping[str, float | None], low: float, high: float, above: bool = False) -> list[str]:
+    """A problem for each value (None: not given) below `low`, or with `above` equal to it, or beyond `high`."""
+    told = f'more than {low:g}' if above else f'{low:g} or more'
+    problems = []
+    for key, value in values.items():
+        if value is not None and not (value > low if above else value >= low):
+            problems.append(f'{key} is {value}, expected {told}')
+        elif value is not None and value > high:
+            problems.append(f'{key} is {value}, expected at most {high:,}')
+    return problems
+
+
 def plain(value: Any) -> Any:
     """Tuples as lists, for YAML and for files that are read without unpickling."""
     if isinstance(value, dict):
@@ -119,21 +143,21 @@ def build(cls: type, tree: Any, where: str, problems: list[str]) -> Any:
     """An instance of a dataclass; what does not fit is noted and left at its default."""
     hints = typing.get_type_hints(cls)
     if not isinstance(tree, dict):
-        problems.append(f'{where.rstrip(".") or "configuration"} is {tree!r}, expected keys: {", ".join(hints)}')
+        problems.append(f'{where.rstrip(".") or "configuration"} is {brief(tree)}, expected keys: {", ".join(hints)}')
         return cls()
     values = {}
     for key, value in tree.items():
         if key not in hints:
-            near = get_close_matches(str(key), list(hints), n=1, cutoff=0.5)
+            near = get_close_matches(str(key)[:60], list(hints), n=1, cutoff=0.5)
             hint = f'did you mean {where}{near[0]}?' if near else f'expected one of {", ".join(hints)}'
-            problems.append(f'unknown key {where}{key}: {hint}')
+            problems.append(f'unknown key {where}{str(key)[:60]}: {hint}')
         elif dataclasses.is_dataclass(hints[key]):
             values[key] = build(typing.cast(type, hints[key]), value, f'{where}{key}.', problems)
         else:
             try:
                 values[key] = _convert(value, hints[key])
             except TypeError as error:
-                problems.append(f'{where}{key} is {value!r}, expected {error}')
+                problems.append(f'{where}{key} is {brief(value)}, expected {error}')
     return cls(**values)
 
 
@@ -155,10 +179,14 @@ def _convert(value: Any, hint: Any) -> Any:
         if not isinstance(value, dict):
             raise TypeError('a mapping of keys')
         return dict(value)
+    if hint is int and isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if hint in (int, float) and isinstance(value, int) and not isinstance(value, bool) and abs(value) > _LARGEST:
+        raise TypeError('a number of at most 2^53')
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if hint is int and isinstance(value, float) and value.is_integer():
-        return int(value)
+    if hint is float and isinstance(value, float) and not math.isfinite(value):
+        raise TypeError('a finite number')
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         raise TypeError(
             {'int': 'a whole number', 'float': 'a number', 'str': 'text', 'bool': 'true or false'}[hint.__name__]

@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from norton_timm.plain_yaml import read_plain, read_plain_file
 from norton_timm.saliency import CRITERIA, SCORES, STRATEGIES
 
 METHODS = ('norton', 'coring')
@@ -260,17 +261,14 @@ class CompressionSpec:
             ValueError: a missing file, malformed YAML or a bad field, naming the source.
         """
         where = 'YAML text'
-        if isinstance(source, os.PathLike) or ('\n' not in source and ':' not in source):
-            where = str(source)
-            try:
-                source = Path(source).read_text()
-            except (OSError, UnicodeDecodeError) as error:
-                raise ValueError(f'{where}: cannot read the spec: {getattr(error, "strerror", error)}') from None
         try:
-            values = yaml.safe_load(source)  # type: ignore[arg-type]
-        except (yaml.YAMLError, RecursionError, ValueError) as error:
-            raise ValueError(f'{where}: not valid YAML: {" ".join(str(error).split())[:200]}') from None
-        try:
+            if isinstance(source, os.PathLike) or ('\n' not in source and ':' not in source):
+                where = str(source)
+                values = read_plain_file(Path(source))
+            else:
+                values = read_plain(source)
             return cls.from_dict(values)
+        except OSError as error:
+            raise ValueError(f'{where}: cannot read the spec: {error.strerror}') from None
         except (ValueError, TypeError) as error:
             raise ValueError(f'{where}: {error}') from None

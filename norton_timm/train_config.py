@@ -13,7 +13,7 @@ import timm
 import yaml
 from timm.optim import list_optimizers
 
-from norton_timm.settings import ConfigError, build, plain, read_tree
+from norton_timm.settings import ConfigError, build, outside, plain, read_tree
 
 SCHEDULES = ('cosine', 'tanh', 'poly')
 AMP = ('none', 'bf16', 'fp16')
@@ -74,6 +74,7 @@ class TrainConfig:
     recipe: str | None = None  # compress by this: a tag or a YAML file; None: the tag's own, or no compression
     shot_epochs: int = 0  # training between the rounds of a K-shot recipe, in epochs
     seed: int = 0
+    deterministic: bool = False  # only operations that give equal bits each time; slower on a GPU
     device: str = 'auto'
     channels_last: bool = True
     compile: bool = False
@@ -117,19 +118,19 @@ def _check(config: TrainConfig) -> list[str]:
         problems.append(f'optim.name {optim.name!r} is unknown' + (f': did you mean {near[0]}?' if near else ''))
     if optim.schedule not in SCHEDULES:
         problems.append(f'optim.schedule is {optim.schedule!r}, expected one of {", ".join(SCHEDULES)}')
-    positive: dict[str, float | None] = {
-        'optim.lr': optim.lr, 'optim.batch_size': optim.batch_size,
-        'optim.accumulate': optim.accumulate, 'optim.eval_every': optim.eval_every,
-        'optim.clip': optim.clip, 'distill.temperature': distill.temperature,
-    }  # fmt: skip
-    problems += [f'{key} is {v}, expected more than 0' for key, v in positive.items() if v is not None and not v > 0]
-    not_negative: dict[str, float] = {
+    problems += outside({
+        'optim.batch_size': optim.batch_size, 'optim.accumulate': optim.accumulate,
+        'optim.eval_every': optim.eval_every,
+    }, 0, 10**9, above=True)  # fmt: skip
+    problems += outside({
+        'optim.lr': optim.lr, 'optim.clip': optim.clip, 'distill.temperature': distill.temperature,
+    }, 0, 1e300, above=True)  # fmt: skip
+    problems += outside({
         'seed': config.seed, 'shot_epochs': config.shot_epochs, 'optim.epochs': optim.epochs,
-        'data.workers': data.workers,
         'data.calibration': data.calibration, 'data.mixup': data.mixup, 'data.cutmix': data.cutmix,
         'optim.weight_decay': optim.weight_decay, 'optim.warmup': optim.warmup, 'distill.features': distill.features,
-    }  # fmt: skip
-    problems += [f'{key} is {v}, expected 0 or more' for key, v in not_negative.items() if not v >= 0]
+    }, 0, 2**32 - 1)  # fmt: skip
+    problems += outside({'data.workers': data.workers}, 0, 1024)
     fractions: dict[str, float | None] = {
         'optim.momentum': optim.momentum, 'optim.smoothing': optim.smoothing, 'optim.ema': optim.ema,
     }  # fmt: skip

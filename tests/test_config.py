@@ -117,7 +117,7 @@ def test_all_problems_are_reported_together(tmp_path: Path) -> None:
         ({'channels_last': 'yes please'}, "channels_last is 'yes please', expected true or false"),
         ({'optim': 3}, 'optim is 3, expected keys: name, lr'),
         ({'optim': {'ema': 1.0}}, 'optim.ema is 1.0, expected a decay between 0 and 1'),
-        ({'optim': {'lr': float('nan')}}, 'optim.lr is nan, expected more than 0'),
+        ({'optim': {'lr': float('nan')}}, 'optim.lr is nan, expected a finite number'),
         ({'data': {'flip': 1.2}}, 'data.flip is 1.2, expected 0 to 1'),
         ({'data': {'jitter': [2.0, 1.0]}}, 'data.jitter is [2.0, 1.0], expected two factors'),
         ({'model': {'keypoint_layers': []}}, 'model.keypoint_layers is [], expected one width or more'),
@@ -152,7 +152,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         load_config(write(tmp_path / 'orphan.yaml', 'base: gone.yaml\n'))
     with pytest.raises(ConfigError, match=r'loop\.yaml is its own base'):
         load_config(write(tmp_path / 'loop.yaml', 'base: loop.yaml\n'))
-    with pytest.raises(ConfigError, match='is not YAML'):
+    with pytest.raises(ConfigError, match='is not valid YAML'):
         load_config(write(tmp_path / 'broken.yaml', 'task: [box\n'))
     with pytest.raises(ConfigError, match='holds a list'):
         load_config(write(tmp_path / 'list.yaml', '- box\n'))

@@ -52,7 +52,7 @@ def test_files_values_and_overrides_in_that_order(tmp_path: Path) -> None:
     ('optim.name=sdg', "'sdg' is unknown: did you mean sgd"),
     ('optim.schedule=step', 'expected one of cosine'),
     ('optim.lr=0', 'expected more than 0'),
-    ('optim.lr=.nan', 'expected more than 0'),
+    ('optim.lr=.nan', 'expected a finite number'),
     ('optim.epochs=-1', 'expected 0 or more'),
     ('optim.accumulate=0', 'expected more than 0'),
     ('optim.clip=-1', 'expected more than 0'),
