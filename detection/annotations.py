@@ -6,17 +6,19 @@ import contextlib
 import io
 import json
 import logging
-import math
 import os
 import re
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
 from torchvision.models._meta import _COCO_CATEGORIES
+
+from norton_timm.pictures import MOST_PIXELS
+from norton_timm.settings import brief
 
 _log = logging.getLogger(__name__)
 
@@ -29,7 +31,8 @@ _FIELDS: dict[str, dict[str, type]] = {
 
 def decode_mask(record: dict[str, Any], height: int, width: int) -> np.ndarray:
     """Mask ``(H, W)`` uint8 of an annotation's polygons or run-length code."""
-    outline = record['segmentation']
+    outline, where = record['segmentation'], f'annotation {record["id"]}'
+    check_outline(record, height, width)
     try:
         if isinstance(outline, list):
             rle = mask_utils.merge(mask_utils.frPyObjects([p for p in outline if len(p) >= 6], height, width))
@@ -39,10 +42,56 @@ def decode_mask(record: dict[str, Any], height: int, width: int) -> np.ndarray:
             rle = outline
         mask = mask_utils.decode(rle)
     except Exception as error:  # pycocotools raises bare exceptions of many types
-        raise ValueError(f'annotation {record["id"]} has a malformed segmentation: {error}') from None
-    if mask.shape != (height, width):
-        raise ValueError(f'annotation {record["id"]} has a mask of {mask.shape}; its image is {(height, width)}')
+        raise ValueError(f'{where} has a malformed segmentation: {error}') from None
     return mask
+
+
+def check_outline(record: dict[str, Any], height: int, width: int) -> None:
+    """Look whether pycocotools' C code, which trusts its input, can be given an annotation's segmentation.
+
+    Raises:
+        ValueError: it is neither polygons of numbers nor a run-length code of the image's size.
+    """
+    outline, where = record['segmentation'], f'annotation {record["id"]}'
+    if isinstance(outline, list):
+        good = all(_numbers(polygon) for polygon in outline)
+    else:
+        size, counts = (outline.get(k) if isinstance(outline, dict) else None for k in ('size', 'counts'))
+        good = isinstance(size, list) and len(size) == 2 and all(_is(n, int) for n in size)
+        if good and size != [height, width]:
+            raise ValueError(f'{where} has a mask of {(size[0], size[1])}; its image is {(height, width)}')
+        if isinstance(counts, list):
+            good = good and all(_is(n, int) and n >= 0 for n in counts) and sum(counts) == height * width
+        else:
+            good = good and isinstance(counts, (str, bytes)) and _length(counts) == height * width
+    if not good:
+        told = f'polygons of numbers, or a run-length code of {height}x{width} pixels'
+        raise ValueError(f'{where} has a malformed segmentation {brief(outline)}; expected {told}')
+
+
+def _length(code: str | bytes) -> int:
+    """Pixels that a compressed run-length code stands for; -1 for what is none.
+
+    Five bits to a character, the sixth says that more follow; from the third on, counts are differences to the one
+    before the last (pycocotools' rleToString).
+    """
+    counts: list[int] = []
+    value, shift = 0, 0
+    for character in code.encode() if isinstance(code, str) else code:
+        bits = character - 48
+        if not 0 <= bits < 64 or shift > 30:
+            return -1
+        value |= (bits & 31) << shift
+        shift += 5
+        if bits & 32:
+            continue
+        if bits & 16:
+            value -= 1 << shift
+        counts.append(value + (counts[-2] if len(counts) > 2 else 0))
+        if counts[-1] < 0:
+            return -1
+        value = shift = 0
+    return sum(counts) if not shift else -1
 
 
 def load_coco(path: str | os.PathLike[str]) -> COCO:
@@ -85,7 +134,7 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_bytes())
     except OSError as error:
         raise ValueError(f'cannot read annotation file {path}: {error.strerror or error}') from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f'annotation file {path} is not valid JSON: {error}') from None
 
 
@@ -176,7 +225,7 @@ def keypoint_layout(
     coco: COCO, labels: dict[int, int], source: object
 ) -> tuple[tuple[str, ...], tuple[tuple[int, int], ...]]:
     """Keypoint names and edges (from 0) that all categories share."""
-    layouts = {tuple(coco.cats[c].get('keypoints', ())) for c in labels.values()} - {()}
+    layouts = {tuple(coco.cats[c].get('keypoints') or ()) for c in labels.values()} - {()}
     if not layouts:
         return (), ()
     if len(layouts) > 1:
@@ -184,6 +233,9 @@ def keypoint_layout(
     names = layouts.pop()
     for category in labels.values():
         edges = coco.cats[category].get('skeleton') or ()
+        wrong = [edge for edge in edges if not all(1 <= k <= len(names) for k in edge)]
+        if wrong:
+            raise ValueError(f'{source} has edge {wrong[0]}; expected two numbers from 1 to {len(names)}')
         if edges:
             return names, tuple((int(a) - 1, int(b) - 1) for a, b in edges)
     return names, ()
@@ -219,9 +271,7 @@ def content_problems(content: Any) -> Iterator[tuple[str, str]]:
     for key, types in _FIELDS.items():
         ids[key] = set()
         for position, record in enumerate(content[key]):
-            wrong = [
-                n for n, kind in types.items() if not isinstance(record, dict) or not isinstance(record.get(n), kind)
-            ]
+            wrong = [n for n, kind in types.items() if not isinstance(record, dict) or not _is(record.get(n), kind)]
             if wrong:
                 yield 'missing field', f'{key}[{position}] has no {types[wrong[0]].__name__} {wrong[0]!r}'
                 if wrong[0] != 'id' and isinstance(record, dict):
@@ -230,13 +280,14 @@ def content_problems(content: Any) -> Iterator[tuple[str, str]]:
                 yield 'duplicate id', f'{key}[{position}] has id {record["id"]} again; expected unique ids'
             else:
                 ids[key].add(record['id'])
-                if key == 'images' and min(record['width'], record['height']) < 1:
-                    yield (
-                        'image size',
-                        f'image {record["id"]} is {record["width"]}x{record["height"]}; expected 1 or more',
-                    )
+                if key == 'images':
+                    yield from _image_problems(record)
+                elif key == 'categories':
+                    yield from _category_problems(record)
     counts = {
-        c['id']: len(c['keypoints']) for c in content['categories'] if _valid(c, 'categories') and c.get('keypoints')
+        c['id']: len(c['keypoints'])
+        for c in content['categories']
+        if _valid(c, 'categories') and isinstance(c.get('keypoints'), list) and c['keypoints']
     }
     for record in content['annotations']:
         if _valid(record, 'annotations'):
@@ -244,7 +295,52 @@ def content_problems(content: Any) -> Iterator[tuple[str, str]]:
 
 
 def _valid(record: Any, key: str) -> bool:
-    return isinstance(record, dict) and all(isinstance(record.get(n), kind) for n, kind in _FIELDS[key].items())
+    return isinstance(record, dict) and all(_is(record.get(n), kind) for n, kind in _FIELDS[key].items())
+
+
+def _is(value: Any, kind: type) -> bool:
+    if kind is int:  # true and false are int in Python; larger numbers do not fit into evaluation's arrays
+        return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**53
+    return isinstance(value, kind)
+
+
+def _numbers(value: Any) -> bool:
+    """Whether a value is a list of finite numbers."""
+    return isinstance(value, list) and all(
+        isinstance(v, (int, float)) and abs(v) < 1e30 and not isinstance(v, bool) for v in value
+    )
+
+
+def _image_problems(record: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    width, height = record['width'], record['height']
+    if min(width, height) < 1 or width * height > MOST_PIXELS:
+        told = f'image {record["id"]} is {width}x{height}; expected 1 or more, and at most {MOST_PIXELS:,} pixels'
+        yield 'image size', told
+    if leads_away(record['file_name']):
+        told = f'image {record["id"]} has file name {brief(record["file_name"])}; expected a file in the image folder'
+        yield 'file name', told
+
+
+def leads_away(name: str) -> bool:
+    """Whether a file name in an annotation file is no path below the image folder."""
+    parts = PurePosixPath(name.replace('\\', '/')).parts
+    return not parts or parts[0] == '/' or '..' in parts or '\0' in name or len(name) > 1000
+
+
+def _category_problems(record: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    where, names = f'category {record["id"]}', record.get('keypoints')
+    if names is not None and not (isinstance(names, list) and all(isinstance(n, str) for n in names)):
+        yield 'malformed keypoints', f'{where} has keypoints {brief(names)}; expected a list of names'
+        return
+    edges, sigmas = record.get('skeleton'), record.get('sigmas')
+    if edges is not None and not (isinstance(edges, list) and all(_is_edge(e) for e in edges)):
+        yield 'malformed skeleton', f'{where} has skeleton {brief(edges)}; expected pairs of whole numbers'
+    if sigmas is not None and not (_numbers(sigmas) and len(sigmas) == len(names or ()) and all(s > 0 for s in sigmas)):
+        yield 'malformed sigmas', f'{where} has sigmas {brief(sigmas)}; expected a number above 0 for each keypoint'
+
+
+def _is_edge(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(_is(k, int) for k in value)
 
 
 def _annotation_problems(
@@ -254,11 +350,17 @@ def _annotation_problems(
     for kind, known in (('image', ids['images']), ('category', ids['categories'])):
         if record[f'{kind}_id'] not in known:
             yield f'unknown {kind}', f'{where} refers to {kind} {record[f"{kind}_id"]}, which is not in the file'
-    box = record['bbox']
-    if len(box) != 4 or not all(isinstance(v, (int, float)) and math.isfinite(v) for v in box):
-        yield 'malformed box', f'{where} has bbox {box}; expected four finite numbers x, y, width, height'
-    if record.get('iscrowd', 0) not in (0, 1):
-        yield 'malformed crowd flag', f'{where} has iscrowd {record["iscrowd"]!r}; expected 0 or 1'
+    box, area = record['bbox'], record.get('area', 0)
+    if len(box) != 4 or not _numbers(box):
+        yield 'malformed box', f'{where} has bbox {brief(box)}; expected four finite numbers x, y, width, height'
+    if not _numbers([area]):
+        yield 'malformed area', f'{where} has area {brief(area)}; expected a finite number'
+    if not _is(record.get('iscrowd', 0), int) or record.get('iscrowd', 0) not in (0, 1):
+        yield 'malformed crowd flag', f'{where} has iscrowd {brief(record["iscrowd"])}; expected 0 or 1'
     count, points = counts.get(record['category_id']), record.get('keypoints')
-    if count is not None and points is not None and len(points) != 3 * count:
+    if 'keypoints' in record and not _numbers(points):
+        yield 'malformed keypoints', f'{where} has keypoints {brief(points)}; expected finite numbers'
+    elif count is not None and points is not None and len(points) != 3 * count:
         yield 'keypoint count', f'{where} has {len(points)} keypoint numbers; expected {3 * count}, for {count} names'
+    if not _is(record.get('num_keypoints', 0), int):
+        yield 'malformed number', f'{where} has num_keypoints {brief(record["num_keypoints"])}; expected a whole number'

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import cv2
 import numpy as np
 import torch
 from torch.utils.data import Dataset
@@ -22,6 +21,7 @@ from detection.annotations import (
     load_coco,
     mirror_indices,
 )
+from detection.decode import read_picture
 from detection.sample import ensure_sample
 from detection.transforms import Transform, check_task
 
@@ -131,9 +131,9 @@ class CocoDataset(Dataset):
         self.label_to_category, self.class_names = class_map(self.coco, task, self.annotation_file)
         self.num_classes = len(self.class_names)
         self._labels = {category: label for label, category in self.label_to_category.items()}
-        self.keypoint_names, self.skeleton = keypoint_layout(self.coco, self.label_to_category, self.annotation_file)
-        if task != 'keypoint':
-            self.keypoint_names, self.skeleton = (), ()
+        self.keypoint_names, self.skeleton = (
+            keypoint_layout(self.coco, self.label_to_category, self.annotation_file) if task == 'keypoint' else ((), ())
+        )
         self.num_keypoints = len(self.keypoint_names)
         self.flip_indices = mirror_indices(self.keypoint_names, flip_pairs)
         self.min_keypoints = min_keypoints
@@ -264,16 +264,9 @@ def read_rgb(path: Path) -> np.ndarray:
     """An image file as RGB uint8 ``(H, W, 3)``.
 
     Raises:
-        ValueError: If it is missing or no image.
+        ValueError: If it is missing, no image, or too large.
     """
-    try:
-        data = np.fromfile(path, np.uint8)
-    except OSError as error:
-        raise ValueError(f'cannot read image {path}: {error.strerror or error}') from None
-    image = cv2.imdecode(data, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION) if data.size else None
-    if image is None:
-        raise ValueError(f'cannot read image {path}: {data.size} bytes that are no JPEG, PNG or other known format')
-    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+    return read_picture(path, oriented=False)
 
 
 def _has_annotations(root: Path) -> bool:

@@ -13,10 +13,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
-from detection.annotations import content_problems, decode_mask, find_annotations, find_images, read_json
+from detection.annotations import content_problems, decode_mask, find_annotations, find_images, leads_away, read_json
 from detection.transforms import check_task
+from norton_timm.pictures import read_rgb
 
 _log = logging.getLogger(__name__)
 
@@ -109,7 +108,7 @@ def check_data(
             continue
         found = [Problem(kind, f'{path.name}: {message}') for kind, message in content_problems(content)]
         report.problems += found
-        if any(p.kind in ('format', 'missing field') for p in found):
+        if any(p.kind in ('format', 'missing field') or p.kind.startswith('malformed') for p in found):
             continue  # what follows relies on them
         categories[split] = {c['id']: (c['name'], tuple(c.get('keypoints') or ())) for c in content['categories']}
         report.counts[split] = _counts(content)
@@ -181,7 +180,7 @@ def _box(record: dict[str, Any], image: dict[str, Any]) -> Iterator[Problem]:
     where, (x, y, w, h) = f'annotation {record["id"]}', record['bbox']
     width, height = image['width'], image['height']
     area = record.get('area')
-    if area is not None and (not isinstance(area, (int, float)) or not math.isfinite(area) or area < 0):
+    if isinstance(area, (int, float)) and area < 0:
         yield Problem('malformed area', f'{where} has area {area!r}; expected a number of 0 or more')
     if not all(isinstance(v, (int, float)) and math.isfinite(v) for v in record['bbox']):
         return
@@ -242,15 +241,15 @@ def _points(record: dict[str, Any], image: dict[str, Any], count: int) -> Iterat
 
 def _image(folder: Path, record: dict[str, Any]) -> Problem | None:
     """Decode one image; a truncated file, which OpenCV fills up with grey, is a problem too."""
+    if leads_away(record['file_name']):
+        return None  # listed before
     path = folder / record['file_name']
     if not path.is_file():
         return Problem('missing image', f'{path} does not exist')
     try:
-        with Image.open(path) as image:
-            image.load()
-            size = image.size
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        return Problem('unreadable image', f'{path} cannot be read: {error}'.replace('\n', ' '))
+        size = read_rgb(path, f'{path} cannot be read').size
+    except ValueError as error:
+        return Problem('unreadable image', str(error))
     expected = (record['width'], record['height'])
     if size != expected:
         turned = '; it may be turned by its EXIF data' if size == expected[::-1] else ''

@@ -24,7 +24,7 @@ from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from detection.annotations import class_map
+from detection.annotations import check_outline, class_map
 from detection.transforms import check_task
 
 _log = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ class CocoEvaluator:
         if backend == 'faster' and not installed:
             raise ValueError("backend 'faster' needs the package faster-coco-eval; expected it installed")
         self.backend = ('faster' if installed else 'pycocotools') if backend == 'auto' else backend
-        self.coco, self.task = coco, task
+        self.coco, self.task = with_masks(coco) if task == 'mask' else coco, task
         self.iou_types = IOU_TYPES[task]
         self.label_to_category = dict(label_to_category or class_map(coco, task)[0])
         self.image_ids = sorted(set(coco.imgs if image_ids is None else image_ids))
@@ -260,6 +260,35 @@ class CocoEvaluator:
         if len(sigmas) != count or min(sigmas) <= 0:
             raise ValueError(f'got {len(sigmas)} sigmas for {count} keypoints; expected one above 0 for each')
         return np.asarray(sigmas, np.float64)
+
+
+def with_masks(coco: COCO) -> COCO:
+    """Ground truth for masks: an object without one neither counts nor makes detections on it wrong, as a crowd.
+
+    Raises:
+        ValueError: a malformed mask.
+    """
+    bare = []
+    for record in coco.dataset['annotations']:
+        if record.get('segmentation'):
+            image = coco.imgs[record['image_id']]
+            check_outline(record, image['height'], image['width'])
+        else:
+            bare.append(record['id'])
+    if not bare:
+        return coco
+    _log.warning('%d objects have no mask, such as annotation %d: they do not count', len(bare), bare[0])
+    truth, without = COCO(), set(bare)
+    records = [_crowd(a) if a['id'] in without else a for a in coco.dataset['annotations']]
+    truth.dataset = {**coco.dataset, 'annotations': records}
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth.createIndex()
+    return truth
+
+
+def _crowd(record: dict[str, Any]) -> dict[str, Any]:
+    x, y, w, h = record['bbox']
+    return {**record, 'iscrowd': 1, 'segmentation': [[x, y, x + w, y, x + w, y + h, x, y + h]]}
 
 
 def load_results(coco: COCO, results: list[dict[str, Any]]) -> COCO:

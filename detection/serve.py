@@ -30,7 +30,18 @@ except ImportError as error:
     raise ValueError(f'the web page needs starlette, uvicorn and websockets ({error}): pip install .[web]') from error
 
 _LARGEST_MESSAGE = 8 * 2**20  # bytes; a browser's camera picture has a few 100 KB
+_LARGEST_SETTINGS = 10_000  # characters
 _REFUSED = 4403  # WebSocket close code
+_HEADERS = {
+    'Cache-Control': 'no-store',
+    # no other page may frame this one, or learn its address and with it the token
+    'Content-Security-Policy': "default-src 'self'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
+    "img-src 'self' blob: data:; connect-src 'self' ws: wss:; frame-ancestors 'none'; base-uri 'none'; "
+    "form-action 'none'",
+    'X-Frame-Options': 'DENY',
+    'X-Content-Type-Options': 'nosniff',
+    'Referrer-Policy': 'no-referrer',
+}
 
 
 def is_loopback(host: str) -> bool:
@@ -65,7 +76,7 @@ def build_app(studio: Studio, *, token: str | None = None) -> Starlette:
         if not allowed(request):
             return PlainTextResponse('403: open the address with the token that the server printed', 403)
         html = resources.files('detection').joinpath('web/index.html').read_text(encoding='utf-8')
-        return HTMLResponse(html, headers={'Cache-Control': 'no-store'})
+        return HTMLResponse(html, headers=_HEADERS)
 
     async def watch(peer: WebSocket) -> None:
         """Sends facts, then statistics and JPEG in turn; a slow viewer misses pictures, it gets no old ones."""
@@ -148,13 +159,23 @@ def serve(studio: Studio, host: str, port: int, announce: Callable[[str], object
         studio.close()
 
 
+def read_settings(text: str) -> dict[str, Any]:
+    """The settings in a message of the page; ``ValueError`` for anything but a small JSON object."""
+    if len(text) > _LARGEST_SETTINGS:
+        raise ValueError(f'{len(text)} characters, expected an object of at most {_LARGEST_SETTINGS}')
+    try:
+        settings = json.loads(text)
+    except RecursionError:
+        raise ValueError('too many levels, expected an object') from None
+    if not isinstance(settings, dict):
+        raise ValueError(f'{text[:80]}, expected an object')
+    return settings
+
+
 async def _receive_settings(peer: WebSocket, studio: Studio) -> None:
     while True:
         try:
-            settings = json.loads(await peer.receive_text())
-            if not isinstance(settings, dict):
-                raise ValueError(f'{settings!r}, expected an object')
-            await asyncio.to_thread(studio.choose, settings)
+            await asyncio.to_thread(studio.choose, read_settings(await peer.receive_text()))
             await peer.send_json(studio.facts())
         except ValueError as error:
             await peer.send_json({'error': str(error)})

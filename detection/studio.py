@@ -12,6 +12,7 @@ from typing import Any
 import cv2
 import numpy as np
 
+from detection.decode import decode_rgb
 from detection.draw import Image
 from detection.latency import RateMeter
 from detection.pipeline import annotate
@@ -20,7 +21,7 @@ from detection.video import Frame, FrameSource
 
 log = logging.getLogger(__name__)
 
-_MAX_SIDE = 4096  # of a picture sent by a browser
+_MOST_PIXELS = 4096 * 4096  # of a picture sent by a browser
 
 
 @dataclass(frozen=True)
@@ -96,12 +97,12 @@ class Studio:
         """Change the model (``model``: a choice's key) or the threshold (``score``); ``ValueError`` for others."""
         unknown = set(settings) - {'model', 'score'}
         if unknown:
-            raise ValueError(f'setting {sorted(unknown)[0]!r}, expected model or score')
+            raise ValueError(f'setting {sorted(unknown)[0][:80]!r}, expected model or score')
         key, score = settings.get('model', self.key), settings.get('score', self.score)
-        if key not in self.choices:
-            raise ValueError(f'model {key!r}, expected one of {", ".join(self.choices)}')
+        if not isinstance(key, str) or key not in self.choices:
+            raise ValueError(f'model {str(key)[:80]!r}, expected one of {", ".join(self.choices)}')
         if isinstance(score, bool) or not isinstance(score, (int, float)) or not 0 <= score <= 1:
-            raise ValueError(f'score {score!r}, expected a number from 0 to 1')
+            raise ValueError(f'score {str(score)[:80]}, expected a number from 0 to 1')
         self._predictor(key)
         if key != self.key:
             self._meter = RateMeter(window=20)
@@ -164,10 +165,7 @@ class Studio:
 
     def process_jpeg(self, data: bytes, meter: RateMeter) -> Snapshot:
         """`process` for an encoded picture from a browser; ``ValueError`` when it is none."""
-        bgr: Any = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR) if data else None
-        if bgr is None or max(bgr.shape[:2]) > _MAX_SIDE:
-            raise ValueError(f'{len(data)} bytes that are no picture of at most {_MAX_SIDE} pixels a side')
-        return self.process(cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB), meter)
+        return self.process(decode_rgb(data, 'camera: no picture', oriented=True, most_pixels=_MOST_PIXELS), meter)
 
     def _predictor(self, key: str) -> Predictor:
         with self._running:

@@ -22,6 +22,7 @@ from typing import Any, Protocol
 import cv2
 import numpy as np
 
+from detection.decode import read_picture
 from detection.draw import Image
 
 log = logging.getLogger(__name__)
@@ -143,10 +144,7 @@ class ImageSource(FrameSource):
     def __iter__(self) -> Iterator[Frame]:
         size: tuple[int, int] | None = None
         for index, path in enumerate(self._paths):
-            bgr = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_COLOR) if path.stat().st_size else None
-            if bgr is None:
-                raise ValueError(f'{path} is not a picture that can be decoded')
-            image = _rgb(bgr)
+            image = read_picture(path, oriented=True)
             size = size or (image.shape[1], image.shape[0])
             yield Frame(fit(image, size), index, time.perf_counter())
 

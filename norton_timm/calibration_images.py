@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from norton_timm.image_data import Preprocessing
 from norton_timm.image_sources import open_data
+from norton_timm.pictures import DAMAGE, refuse_postscript
 
 _BATCH = 128
 
@@ -41,9 +42,11 @@ def calibration_images(
     if not path.is_dir():
         raise ValueError(f'calibration: no folder of images and no archive at {path}')
     folder = path / 'train' if (path / 'train').is_dir() else path
+    refuse_postscript()
     try:
         images = ImageDataset(str(folder), transform=create_transform(**{**cfg, 'input_size': (3, height, width)}))
         chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:count].tolist()
         return list(torch.stack([images[k][0] for k in chosen]).split(_BATCH))
-    except RuntimeError as error:
-        raise ValueError(f'calibration: {folder}: no images that can be read: {str(error)[:200]}') from None
+    except (RuntimeError, *DAMAGE) as error:
+        told = ' '.join(str(error).split())[:200]
+        raise ValueError(f'calibration: {folder}: no images that can be read: {told}') from None

@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor, nn
 
 from norton_timm import export
 from norton_timm.deploy import relative_difference
+from norton_timm.pictures import read_rgb
 
 BOX_TOLERANCE = 0.5  # pixels
 SCORE_TOLERANCE = 1e-3
@@ -67,11 +68,7 @@ def read_images(paths: Iterable[Path], size: tuple[int, int]) -> list[Tensor]:
     """
     found = []
     for path in paths:
-        try:
-            with Image.open(path) as picture:
-                pixels = np.array(picture.convert('RGB').resize((size[1], size[0]), Image.Resampling.BILINEAR))
-        except (OSError, UnidentifiedImageError) as error:
-            raise ValueError(f'{path}: no picture that can be read: {error}') from None
+        pixels = np.array(read_rgb(path, path).resize((size[1], size[0]), Image.Resampling.BILINEAR))
         found.append(torch.from_numpy(pixels).permute(2, 0, 1).float() / 255)
     return found
 

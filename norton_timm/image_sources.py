@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import lzma
 import tarfile
 import zlib
@@ -12,13 +11,14 @@ from typing import IO, Any, cast
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from timm.data import create_dataset
 from torchvision.datasets import CIFAR10
 
 from norton_timm.image_data import ArrayData, Batch, ClassificationData, LoadedData, Preprocessing
+from norton_timm.pictures import picture_size, read_rgb, refuse_postscript
 
 _LARGEST = 64  # pixels a side of images that are held in memory
+_LARGEST_FILE, _MOST_FILES = 2**20, 4_000_000  # bytes of one such image, and how many
 
 
 def open_data(
@@ -81,7 +81,12 @@ def read_archive(path: Path) -> tuple[Batch, Batch, list[str]]:
     found: dict[str, list[tuple[str, str, np.ndarray]]] = {'train': [], 'test': []}
     try:
         with tarfile.open(path) as archive:
-            for member in archive:
+            for number, member in enumerate(archive):
+                if member.size > _LARGEST_FILE or number >= _MOST_FILES:  # its few bytes may unpack to any size
+                    raise ValueError(
+                        f'{path}: {member.name[:80]} of {member.size:,} bytes, file {number + 1:,}; expected small '
+                        f'images of at most {_LARGEST_FILE:,} bytes, {_MOST_FILES:,} at most'
+                    )
                 parts = PurePosixPath(member.name).parts
                 if member.isfile() and len(parts) >= 3 and parts[-3] in found:
                     content = cast(IO[bytes], archive.extractfile(member)).read()
@@ -103,13 +108,9 @@ def read_archive(path: Path) -> tuple[Batch, Batch, list[str]]:
 
 
 def _decode(content: bytes, name: str) -> np.ndarray:
-    try:
-        with Image.open(io.BytesIO(content)) as image:
-            if max(image.size) > _LARGEST:
-                raise ValueError(f'{name} has {image.size} pixels; unpack archives of images over {_LARGEST} pixels')
-            return np.asarray(image.convert('RGB'))
-    except (UnidentifiedImageError, OSError) as error:
-        raise ValueError(f'{name}: not an image that can be read: {" ".join(str(error).split())[:200]}') from None
+    if max(size := picture_size(content, name)) > _LARGEST:
+        raise ValueError(f'{name} has {size} pixels; unpack archives of images over {_LARGEST} pixels')
+    return np.asarray(read_rgb(content, name))
 
 
 def _read_cifar10(root: Path) -> tuple[Batch, Batch, list[str]]:
@@ -136,6 +137,7 @@ def _open_timm(source: str) -> tuple[Any, Any, list[str]]:
             f'no data set {source!r}: expected cifar10, an archive, a folder with train/ and val/, or a name of '
             'timm such as hfds/timm/mini-imagenet or torch/cifar100'
         )
+    refuse_postscript()
     try:
         train, test = (create_dataset(name, root=r, split=s) for r, s in zip(roots, splits))
     except (RuntimeError, ValueError, AssertionError, ImportError, OSError) as error:

@@ -93,7 +93,7 @@ def browser() -> Iterator[object]:
 
 
 def open_page(browser, address: str):
-    page = browser.new_page()
+    page = browser.new_page(bypass_csp=True)  # playwright's waiting evaluates text in the page
     page.set_default_timeout(30_000)
     page.problems = []
     page.on('console', lambda m: page.problems.append(m.text) if m.type in ('error', 'warning') else None)
