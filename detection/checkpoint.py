@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import pickle
 import shutil
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
 from detection.config import RunConfig, config_from_dict
@@ -17,8 +15,10 @@ from detection.rcnn import build_detector
 from detection.start import dense_name, restore
 from norton_timm import files
 from norton_timm.files import replacing
+from norton_timm.pickles import load_plain, write_plain
 
 _KEYS = ('model', 'config', 'meta')
+_MOST_CLASSES = 10_000  # of a file that nobody vouches for: larger networks would be built before it is refused
 
 
 class Described(Protocol):
@@ -68,7 +68,7 @@ def save_checkpoint(path: str | Path, content: dict[str, Any]) -> Path:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
-        torch.save(content, temporary)
+        write_plain(temporary, content)
     return path
 
 
@@ -116,13 +116,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         FileNotFoundError: there is no such file.
         ValueError: it is not such a checkpoint.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f'no checkpoint file {path}')
-    try:
-        content = torch.load(path, map_location='cpu', weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError) as error:
-        raise ValueError(f'{path} is not a checkpoint that can be read ({type(error).__name__})') from error
+    content = load_plain(Path(path))
     missing = [key for key in _KEYS if not isinstance(content, dict) or key not in content]
     if missing:
         raise ValueError(f'{path} is not a checkpoint of train_det.py: it lacks {", ".join(missing)}')
@@ -137,20 +131,54 @@ def load_detector(path: str | Path) -> tuple[GeneralizedRCNN, dict[str, Any]]:
         `keypoint_names`, `skeleton`, `iteration`, `results` and `config` (a `RunConfig`).
     """
     content = load_checkpoint(path)
+    try:
+        model, config = _rebuilt(content)
+    # what a file says of itself may be anything, and then fails wherever it is first used
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
+        told = ' '.join(str(error).split())[:300]
+        raise ValueError(f'{path} does not fit its own configuration: {told}') from None
+    facts = {'config': config, 'iteration': content.get('iteration'), 'results': content.get('results')}
+    meta = {**content['meta'], **facts}
+    return model, meta
+
+
+def _rebuilt(content: dict[str, Any]) -> tuple[GeneralizedRCNN, RunConfig]:
     # files that the run was started from may be gone by now, and are not needed
     tree = dict(content['config'])
     tree['data'] = {**tree['data'], 'root': None}
     tree['model'] = {**tree['model'], 'weights': None, 'pretrained': False, 'norm': None, 'compress': None}
-    config = config_from_dict(tree)
+    config, meta = config_from_dict(tree), content['meta']
+    _check_meta(meta, config.task)
     dense = config
     if content.get('surgery') is not None:  # it says what was cut, so that the dense detector is what to begin with
         options = dataclasses.replace(config.model, backbone=dense_name(config.model.backbone), recipe='backbone')
         dense = dataclasses.replace(config, model=options)
-    model = detector_from_config(dense, content['meta'])
-    try:
-        restore(model, content)
-    except ValueError as error:
-        raise ValueError(f'{path} does not fit its own configuration: {error}') from None
-    facts = {'config': config, 'iteration': content.get('iteration'), 'results': content.get('results')}
-    meta = {**content['meta'], **facts}
-    return model.eval(), meta
+    model = detector_from_config(dense, meta)
+    restore(model, content)
+    return model.eval(), config
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_meta(meta: Any, task: str) -> None:
+    """What a checkpoint says of classes and keypoints; ValueError names what is wrong."""
+    known = isinstance(meta, dict)
+    names, labels = (meta.get(k) if known else None for k in ('class_names', 'label_to_category'))
+    points, edges, count = (meta.get(k) if known else None for k in ('keypoint_names', 'skeleton', 'num_keypoints'))
+    good = {
+        'task': known and meta.get('task') == task,
+        'num_classes': known and _is_int(meta.get('num_classes')) and 1 <= meta['num_classes'] <= _MOST_CLASSES,
+        'class_names': isinstance(names, list) and all(isinstance(n, str) for n in names),
+        'label_to_category': isinstance(labels, dict) and all(_is_int(k) and _is_int(v) for k, v in labels.items()),
+        'num_keypoints': _is_int(count) and 0 <= count <= _MOST_CLASSES,
+        'keypoint_names': points is None or (isinstance(points, list) and all(isinstance(n, str) for n in points)),
+        'skeleton': isinstance(edges, (list, tuple)) and all(
+            isinstance(e, (list, tuple)) and len(e) == 2 and all(_is_int(k) and 0 <= k < count for k in e)
+            for e in edges
+        ),
+    }  # fmt: skip
+    wrong = [key for key, fits in good.items() if not fits]
+    if wrong:
+        raise ValueError(f'what it says of its {wrong[0]} makes no sense')

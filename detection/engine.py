@@ -33,6 +33,7 @@ from detection.evaluator import IOU_TYPES
 from detection.loader import BatchStream, train_loader
 from detection.optim import build_optimizer, learning_rate
 from norton_timm.distributed import is_main, rank, world_size
+from norton_timm.interrupts import HeldSignals
 from norton_timm.metrics import MetricsWriter, peak_memory
 from norton_timm.rebuild import surgery_of
 
@@ -84,7 +85,12 @@ class Trainer:
             )
         data = config.data
         self.loader = train_loader(train_set, data, config.seed, pin=device.type == 'cuda')
-        self.steps_per_epoch = max(1, len(self.loader) // config.optim.accumulate)
+        if len(self.loader) < config.optim.accumulate:
+            raise ValueError(
+                f'optim.accumulate is {config.optim.accumulate}, expected at most the {len(self.loader)} batches of an '
+                'epoch'
+            )
+        self.steps_per_epoch = len(self.loader) // config.optim.accumulate
         self.total = config.optim.iterations or max(1, round(config.optim.epochs * self.steps_per_epoch))
         self.step_images = data.batch_size * world_size() * config.optim.accumulate
         self.iteration, self.best = 0, -1.0
@@ -100,6 +106,9 @@ class Trainer:
         on after as many images, one whose length is given in iterations after as many steps.
         """
         content = load_checkpoint(path)
+        lacking = [key for key in ('scaler', 'iteration', 'best', 'results') if key not in content]
+        if lacking and 'optimizer' in content:
+            raise ValueError(f'{path} lacks {", ".join(lacking)}, so no run can be resumed from it')
         if 'optimizer' not in content:
             raise ValueError(f'{path} holds no optimiser state, so no run can be resumed from it')
         if content['meta'] != describe(self.train_set, self.config.task):
@@ -131,20 +140,25 @@ class Trainer:
         self._window = (time.perf_counter(), self.iteration)
         hidden = not (self.progress and is_main())
         self._bar = tqdm(total=self.total, initial=self.iteration, desc='train', disable=hidden)
-        with self._bar:
+        with self._bar, HeldSignals() as signals:
             while self.iteration < self.total:
                 for _ in self.train_epoch():
                     self._bar.update()
                     evaluated = bool(eval_every) and self.iteration % max(1, eval_every) == 0
                     if evaluated:
-                        self._evaluate()
+                        self._evaluate(signals)
                     if self.iteration % save_every == 0 and self.iteration < self.total:
                         self.save('checkpoint.pt')
+                    if signals.arrived(self.device):
+                        self.save('checkpoint.pt')
+                        log.info('stopped after iteration %d of %d', self.iteration, self.total)
+                        signals.deliver()
                     if self.iteration >= self.total:
                         break
-        if not evaluated:
-            self._evaluate()
-        self.save('checkpoint.pt')
+            if not evaluated:
+                self.save('checkpoint.pt')  # an evaluation may take long enough to be killed
+                self._evaluate(signals)
+            self.save('checkpoint.pt')
         if self.metrics is not None:
             write_text(self.output / 'results.json', json.dumps(self.results, indent=1) + '\n')
             self.metrics.close()
@@ -254,16 +268,21 @@ class Trainer:
         if self._bar is not None:
             self._bar.set_postfix(loss=f'{row["loss"]:.3f}', img_s=f'{speed:.1f}', refresh=False)
 
-    def _evaluate(self) -> None:
-        self.results = evaluate(
-            self.trained,
-            self.val_set,
-            device=self.device,
-            batch_size=self.config.data.batch_size,
-            workers=self.config.data.workers,
-            amp=self.config.optim.amp,
-            progress=self.progress,
-        )
+    def _evaluate(self, signals: HeldSignals) -> None:
+        try:
+            with signals.released():
+                self.results = evaluate(
+                    self.trained,
+                    self.val_set,
+                    device=self.device,
+                    batch_size=self.config.data.batch_size,
+                    workers=self.config.data.workers,
+                    amp=self.config.optim.amp,
+                    progress=self.progress,
+                )
+        except KeyboardInterrupt:
+            self.save('checkpoint.pt')
+            raise
         self._window = (time.perf_counter(), self.iteration)
         if self.metrics is not None:
             self.metrics.write({'iteration': self.iteration, 'results': self.results})

@@ -13,7 +13,10 @@ from detection.data import CocoDataset
 from detection.evaluator import CocoEvaluator, Metrics
 from detection.loader import eval_loader
 from norton_timm.distributed import is_main
+from norton_timm.finite import check_weights, watched
 
+_WATCHED = ('backbone', 'rpn.head', 'roi_heads.box_predictor', 'roi_heads.mask_predictor',
+            'roi_heads.keypoint_predictor')  # fmt: skip
 _DTYPES = {'bf16': torch.bfloat16, 'fp16': torch.float16}
 
 
@@ -41,7 +44,12 @@ def evaluate(
         label_to_category: what the model's labels mean; by default as in the data set.
         amp: `none`, `bf16` or `fp16`.
         progress: show a progress bar.
+
+    Raises:
+        FloatingPointError: NaN or infinite weights or activations; torchvision's R-CNNs would drop what comes of them
+            and seem to find nothing.
     """
+    check_weights(model, 'the network to evaluate')
     if evaluator is None:
         labels = label_to_category or dataset.label_to_category
         evaluator = CocoEvaluator(dataset.coco, dataset.task, labels, image_ids=dataset.image_ids)
@@ -49,7 +57,9 @@ def evaluate(
     was_training = model.training
     model.eval()
     batches = eval_loader(dataset, batch_size, workers)
-    with torch.inference_mode():
+    parts = {name: module for name, module in model.named_modules() if name in _WATCHED}
+    hint = 'mixed precision in fp16 overflows at 65504, try bf16 or none' if amp == 'fp16' else 'the weights diverged'
+    with torch.inference_mode(), watched(parts, hint):
         for images, targets in tqdm(batches, 'evaluate', leave=False, disable=not (progress and is_main())):
             with autocast(device, amp):
                 outputs = model([image.to(device, non_blocking=True) for image in images])

@@ -244,8 +244,8 @@ def run(
             if go_on is False:
                 report.stopped = 'closed by the user'
                 break
-    except KeyboardInterrupt:
-        report.stopped = 'interrupted'
+    except KeyboardInterrupt as stop:
+        report.stopped = str(stop) or 'interrupted'
     finally:
         for channel in (frames, prepared, results):
             channel.close(discard=True)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import logging
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from timm.layers import freeze_batch_norm_2d
 from torch import Tensor, nn
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
+
+from norton_timm.pickles import load_plain
 
 log = logging.getLogger(__name__)
 
@@ -27,8 +27,8 @@ def detector_content(path: str | Path) -> dict[str, Any] | None:
     if not Path(path).is_file():
         raise FileNotFoundError(f'no file with backbone weights at {path}')
     try:
-        content = torch.load(path, map_location='cpu', weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError):
+        content = load_plain(Path(path))
+    except ValueError:
         return None  # not torch's format, or what timm reads in its own way
     if not isinstance(content, dict):
         return None

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from norton_timm.layers import CPDConv2d
 from norton_timm.layouts import layout_of, widths_of
 from norton_timm.models._compressed import compressed_model, make_spec, same_shapes, spec_of, tags
+from norton_timm.pickles import load_plain
 from norton_timm.shortcut import ChannelMap, padding_index
 from norton_timm.spec import format_rates, parse_rates
 
@@ -128,12 +128,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise ValueError(f'checkpoint {str(path)!r} does not exist')
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace, *_numpy_scalars()]):
-            payload = torch.load(path, map_location='cpu', weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f'{path} cannot be read with weights_only=True: {reason}') from error
+    payload = load_plain(path, [argparse.Namespace, *_numpy_scalars()])
     if not isinstance(payload, dict):
         raise ValueError(f'{path} holds a {type(payload).__name__}, expected a dictionary of tensors')
     return payload

@@ -6,6 +6,7 @@ the tensors that are there, and nothing is allocated that the file does not hold
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -233,7 +234,10 @@ def _write(path: Path, recipe: Recipe, tensors: dict[str, Tensor]) -> None:
     values = recipe.to_dict()
     values = {_DIGEST: _digest(values, tensors), **values}
     # one entry only: safetensors writes several in random order, and equal networks should give equal files
-    save_file(tensors, path, {_RECIPE: json.dumps(values, allow_nan=False)})
+    try:
+        save_file(tensors, path, {_RECIPE: json.dumps(values, allow_nan=False)})
+    except SafetensorError as error:
+        raise OSError(errno.EIO, f'could not be written: {error}', str(path)) from None
 
 
 def _weights_file(path: str | os.PathLike[str]) -> Path:

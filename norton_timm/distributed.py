@@ -51,6 +51,16 @@ def choose_device(name: str = 'auto') -> torch.device:
     return device
 
 
+def make_deterministic() -> None:
+    """Let PyTorch use only operations that give the same bits each time; where there is none, it says which.
+
+    On a CPU the bits depend on the number of threads all the same; on a GPU on its kind and on PyTorch's version.
+    """
+    os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # read when CUDA starts
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+
+
 @contextlib.contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
     """Join the processes of torchrun (nccl on GPUs, gloo else) for the time of the block; nothing without torchrun."""

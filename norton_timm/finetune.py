@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import pickle
+import random
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,9 +26,12 @@ from tqdm import tqdm
 from norton_timm.distill import Distillation
 from norton_timm.distributed import is_main, rank, world_size
 from norton_timm.files import replacing
+from norton_timm.finite import check_weights
 from norton_timm.image_data import Batch, ClassificationData
+from norton_timm.interrupts import HeldSignals
 from norton_timm.metadata import evaluating
 from norton_timm.metrics import MetricsWriter, peak_memory
+from norton_timm.pickles import load_plain, write_plain
 from norton_timm.train_config import OptimConfig
 
 log = logging.getLogger(__name__)
@@ -44,6 +47,9 @@ def evaluate(
 
     Returns:
         `top1` and `top5` in percent, and `loss`, the mean cross-entropy.
+
+    Raises:
+        FloatingPointError: NaN or infinite weights or answers.
     """
     sums = torch.zeros(4, dtype=torch.float64, device=device)
     with evaluating(model):
@@ -57,6 +63,12 @@ def evaluate(
     if world_size() > 1:
         dist.all_reduce(sums)
     top1, top5, loss, count = sums.tolist()
+    if not math.isfinite(loss):
+        check_weights(model, 'the network to evaluate')
+        told = 'mixed precision in fp16 overflows at 65504, try bf16' if amp == 'fp16' else 'its weights are finite'
+        raise FloatingPointError(f'the network answers with NaN or infinite numbers; {told}')
+    if not count:
+        raise ValueError('the test split has no images, expected at least one')
     return {'top1': 100 * top1 / count, 'top5': 100 * top5 / count, 'loss': loss / count}
 
 
@@ -68,8 +80,9 @@ def autocast(device: torch.device, amp: str) -> contextlib.AbstractContextManage
 class Trainer:
     """Trains a network on labels and, if there is one, on its teacher.
 
-    All that is random in an epoch follows from seed and epoch, and a checkpoint is written after each epoch: a run that
-    was stopped at any moment and started again gives the same weights (on one machine's CPU, bit for bit).
+    All that is random in a step follows from seed, epoch and step. A checkpoint is written after each epoch, and after
+    the step at which Ctrl-C or SIGTERM arrived: a run that was stopped at any moment and started again gives the same
+    weights (on one machine's CPU, bit for bit).
 
     Args:
         model: the network; it is trained in place.
@@ -128,7 +141,7 @@ class Trainer:
             self.wrapped = DistributedDataParallel(
                 self.wrapped, device_ids=[device] if device.type == 'cuda' else None, gradient_as_bucket_view=True
             )
-        self.epoch = 0
+        self.epoch, self.step, self.loss = 0, 0, 0.0  # epochs done, steps of the next one, their summed loss
         self.results: dict[str, float] = {}
 
     @property
@@ -145,41 +158,57 @@ class Trainer:
             if is_main():
                 metrics = MetricsWriter(self.output, self.epoch, step='epoch', run=self.checkpoint.stem)
                 stack.callback(metrics.close)
+            signals = stack.enter_context(HeldSignals())
             while self.epoch < self.optim.epochs:
-                row = self._epoch()
-                self.epoch += 1
-                if self.epoch % self.optim.eval_every == 0 or self.epoch == self.optim.epochs:
-                    self.results = evaluate(self.trained, self.data, self.device, amp=self.optim.amp)
-                    row.update(self.results)
+                row = self._epoch(signals)
+                if (self.epoch + 1) % self.optim.eval_every == 0 or self.epoch + 1 == self.optim.epochs:
+                    self.results = self._evaluate(signals)
+                    row.update({'test_loss' if key == 'loss' else key: v for key, v in self.results.items()})
+                self.epoch, self.step, self.loss = self.epoch + 1, 0, 0.0
                 if metrics is not None:
                     metrics.write(row)
-                    self._save()
+                self._save()
                 told = f', top-1 {row["top1"]:.2f} %' if 'top1' in row else ''
                 log.info('epoch %d of %d: loss %.4f%s', self.epoch, self.optim.epochs, row['loss'], told)
         return self.results
 
-    def _epoch(self) -> dict[str, float]:
-        """One epoch; its row of metrics. The loss is watched, so that no epoch with NaN is ever kept."""
-        key = self.seed * 1_000_003 + self.epoch
-        torch.manual_seed((key * 4096 + rank()) % 2**63)
-        np.random.seed((key * 4096 + rank()) % 2**32)  # timm's Mixup draws from it
+    def _evaluate(self, signals: HeldSignals) -> dict[str, float]:
+        """Accuracy after the epoch's last step; interrupted, it is done again when the run goes on."""
+        try:
+            with signals.released():
+                return evaluate(self.trained, self.data, self.device, amp=self.optim.amp)
+        except KeyboardInterrupt:
+            self._save()
+            raise
+
+    def _epoch(self, signals: HeldSignals) -> dict[str, float]:
+        """What is left of an epoch; its row of metrics. The loss is watched, so that no epoch with NaN is ever kept."""
         self.wrapped.train()
-        total = torch.zeros((), device=self.device)
-        began = time.perf_counter()
+        total = torch.tensor(self.loss, device=self.device)
+        began, first = time.perf_counter(), self.step
         batches = self.data.train_batches(self.epoch, self.optim.batch_size, self.seed)
-        bar = tqdm(total=self.steps, desc=f'epoch {self.epoch + 1}', leave=False,
+        if first < self.steps:
+            for _ in range(first * self.optim.accumulate):
+                next(batches)
+        bar = tqdm(total=self.steps, initial=first, desc=f'epoch {self.epoch + 1}', leave=False,
                    disable=not (self.progress and is_main()))  # fmt: skip
         with bar:
-            for step in range(self.steps):
+            for step in range(first, self.steps):
                 self.scheduler.step_update(self.epoch * self.steps + step)
+                self._seed(step)
                 total += self._step(batches)
-                if self.device.type == 'cpu' or step % 20 == 0 or step == self.steps - 1:
-                    self._check(total, step)
                 if self.ema is not None:
                     self.ema.update(self.model, self.epoch * self.steps + step)
                 bar.update()
-        seconds = time.perf_counter() - began
-        images = self.steps * self.optim.batch_size * self.optim.accumulate * world_size()
+                if self.device.type == 'cpu' or step % 20 == 0 or step == self.steps - 1:
+                    self._check(total, step)
+                    self.step, self.loss = step + 1, float(total)
+                    if signals.arrived(self.device):
+                        self._save()
+                        log.info('stopped after step %d of epoch %d', self.step, self.epoch + 1)
+                        signals.deliver()
+        seconds = max(time.perf_counter() - began, 1e-9)
+        images = (self.steps - first) * self.optim.batch_size * self.optim.accumulate * world_size()
         return {
             'epoch': self.epoch + 1,
             'loss': float(total) / self.steps,
@@ -188,6 +217,12 @@ class Trainer:
             'images_per_s': round(images / seconds, 1),
             'memory_mb': round(peak_memory(self.device) / 2**20, 1),
         }
+
+    def _seed(self, step: int) -> None:
+        key = ((self.seed * 1_000_003 + self.epoch) * 1_000_003 + step) * 4096 + rank()
+        torch.manual_seed(key % 2**63)
+        np.random.seed(key % 2**32)  # timm's Mixup draws from it
+        random.seed(key)  # and its augmentations from this, where there is no loading process
 
     def _step(self, batches: Iterator[Batch]) -> Tensor:
         """One step of the optimiser; the loss."""
@@ -224,36 +259,36 @@ class Trainer:
             raise FloatingPointError(f'loss is not finite in epoch {self.epoch + 1}, step {step + 1}; {kept}')
 
     def _save(self) -> None:
+        if not is_main():
+            return
         content = {
             'model': self.model.state_dict(),
             'ema': None if self.ema is None else self.ema.module.state_dict(),
             'optimizer': self.optimizer.state_dict(),
             'scaler': self.scaler.state_dict(),
             'epoch': self.epoch,
+            'step': self.step,
+            'loss': self.loss,
             'results': self.results,
         }
         with replacing(self.checkpoint) as temporary:
-            torch.save(content, temporary)
+            write_plain(temporary, content)
 
     def _resume(self) -> None:
+        content = load_plain(self.checkpoint)
         try:
-            content = torch.load(self.checkpoint, map_location='cpu', weights_only=True)
             values = [content[key] for key in _STATE]
+            epoch, results, step, loss = *values[4:], content.get('step', 0), content.get('loss', 0.0)
+            if not (isinstance(epoch, int) and isinstance(results, dict) and isinstance(step, int)):
+                raise TypeError(f'got epoch {epoch!r} and step {step!r}')
             self.model.load_state_dict(values[0])
             if self.ema is not None:
                 self.ema.module.load_state_dict(values[1])
             self.optimizer.load_state_dict(values[2])
             self.scaler.load_state_dict(values[3])
-        except (
-            RuntimeError,
-            EOFError,
-            pickle.UnpicklingError,
-            ValueError,
-            KeyError,
-            TypeError,
-            AttributeError,
-        ) as error:
+        # a checkpoint of something else fails in whatever part of the state comes first
+        except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
             told = ' '.join(str(error).split())[:160]
             raise ValueError(f'{self.checkpoint} is not a checkpoint of this run: {told}') from None
-        self.epoch, self.results = values[4:]
-        log.info('resumed after epoch %d', self.epoch)
+        self.epoch, self.results, self.step, self.loss = epoch, results, step, float(loss)
+        log.info('resumed after epoch %d, step %d', self.epoch, self.step)

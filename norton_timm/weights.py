@@ -147,8 +147,8 @@ def fetch(url: str, cache_dir: str | Path | None = None, progress: bool = True) 
     if parts.scheme not in ('http', 'https'):
         raise ValueError(f'url is {url!r}, expected http://, https:// or file://')
     name = Path(urllib.parse.unquote(parts.path)).name
-    if not name:
-        raise ValueError(f'url is {url!r}, expected one that ends in a file name')
+    if not name or name == '..' or '\0' in name or len(name) > 200:
+        raise ValueError(f'url is {url[:200]!r}, expected one that ends in a file name')
     folder = Path(cache_dir) if cache_dir else Path(get_dir()) / 'checkpoints'
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / name
@@ -165,6 +165,16 @@ def fetch(url: str, cache_dir: str | Path | None = None, progress: bool = True) 
                 raise ValueError(f'{url}: the SHA-256 is {actual}, expected {expected}; the download was removed')
         os.replace(partial, target)
     return target
+
+
+class _WebOnly(urllib.request.HTTPRedirectHandler):
+    """Follows redirects to http and https only: urllib would go on to ftp."""
+
+    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
+        old, new = (urllib.parse.urlsplit(u).scheme for u in (req.full_url, newurl))
+        if new not in ('http', 'https') or (old == 'https' and new != 'https'):
+            raise urllib.error.URLError(f'it is redirected from {old} to {new}, expected https')
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
 def _resolve(variant: str, pretrained_cfg: str | dict[str, Any] | PretrainedCfg | None) -> PretrainedCfg:
@@ -220,7 +230,8 @@ def _download(url: str, partial: Path, progress: bool) -> None:
     if start:
         headers.update({'Range': f'bytes={start}-', 'If-Range': stamp.read_text()})
     try:
-        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=30) as response:
+        opener = urllib.request.build_opener(_WebOnly)
+        with opener.open(urllib.request.Request(url, headers=headers), timeout=30) as response:
             start = start if response.status == 206 else 0
             length = response.headers.get('Content-Length')
             total = start + int(length) if length else None

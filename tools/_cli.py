@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
+import os
 import re
 import signal
 import sys
 from collections.abc import Callable
 from typing import NoReturn
 
+_WRONG_NAMES = (errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)
+_LONGEST = 2000  # characters of an error
 USAGE, FAILURE, INTERRUPTED, TERMINATED = 2, 1, 130, 143
 
 
@@ -34,12 +38,18 @@ def fail(message: object, code: int) -> NoReturn:
     # an error in a loading process arrives with that process's whole traceback; its last line is the message
     if 'DataLoader worker process' in text:
         text = re.sub(r'^\w+(\.\w+)*: ', '', text.strip().splitlines()[-1])
-    print(f'error: {" ".join(text.split())}', file=sys.stderr)
+    text = ' '.join(text.split())
+    print(f'error: {text if len(text) <= _LONGEST else text[:_LONGEST] + " ..."}', file=sys.stderr)
     sys.exit(code)
 
 
+def _lost_process(error: RuntimeError) -> bool:
+    """Whether a collective operation failed because a process of a torchrun job is gone."""
+    return 'WORLD_SIZE' in os.environ and ('Dist' in type(error).__name__ or 'gloo' in str(error))
+
+
 def _terminate(signum: int, frame: object) -> NoReturn:
-    raise Terminated
+    raise Terminated('terminated')
 
 
 def run(main: Callable[[], None]) -> None:
@@ -52,8 +62,14 @@ def run(main: Callable[[], None]) -> None:
         main()
     except (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
         fail(error, USAGE)
-    except (FloatingPointError, ConnectionError) as error:
-        fail(error, FAILURE)
+    except OSError as error:
+        fail(error, USAGE if error.errno in _WRONG_NAMES else FAILURE)
+    except (FloatingPointError, MemoryError) as error:
+        fail(str(error) or 'out of memory', FAILURE)
+    except RuntimeError as error:
+        if not _lost_process(error):
+            raise
+        fail(f'another process of this run ended: {error}', FAILURE)
     except Terminated:
         fail('terminated', TERMINATED)
     except KeyboardInterrupt:

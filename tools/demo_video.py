@@ -5,10 +5,9 @@ python tools/demo_video.py --weights runs/keypoint/checkpoint.pt --input clip.mp
 
 from __future__ import annotations
 
-import signal
 from pathlib import Path
 
-from _cli import FAILURE, INTERRUPTED, Parser, fail, run
+from _cli import FAILURE, INTERRUPTED, TERMINATED, Parser, fail, run
 from tqdm import tqdm
 
 from detection import demo, pipeline
@@ -47,7 +46,6 @@ def parser() -> Parser:
 
 def main() -> None:
     args = parser().parse_args()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill` finishes the file as Ctrl-C does
     demo.check_options(args)
     options = {name: getattr(args, name) for name in demo.OPTIONS}
     options['device'] = demo.choose_device(args.device)
@@ -73,8 +71,8 @@ def main() -> None:
     figures = args.json or (args.output.with_suffix('.json') if args.output else None)
     if figures is not None and report.frames:
         print('wrote', *demo.save_report(report, figures))
-    if report.stopped == 'interrupted':
-        fail(f'interrupted after {report.frames} frames', INTERRUPTED)
+    if report.stopped in ('interrupted', 'terminated'):
+        fail(f'{report.stopped} after {report.frames} frames', INTERRUPTED if report.stopped[0] == 'i' else TERMINATED)
 
 
 if __name__ == '__main__':

@@ -24,18 +24,23 @@ def main() -> None:
     parser.add_argument('--pretrained', action='store_true', help='start from the published weights')
     parser.add_argument('--recipe', help='compress by this tag or YAML file')
     parser.add_argument('--epochs', type=int)
+    parser.add_argument('--seed', type=int)
+    parser.add_argument('--deterministic', action='store_true', help='only operations that give equal bits each time')
     parser.add_argument('--device', help='auto, cpu, cuda, cuda:1, ...')
     parser.add_argument('--set', nargs='+', default=[], metavar='KEY=VALUE', help='change any key, e.g. optim.lr=0.01')
     args = parser.parse_args()
 
-    from norton_timm.distributed import choose_device, is_main, process_group
+    from norton_timm.distributed import choose_device, is_main, make_deterministic, process_group
     from norton_timm.recovery import MODEL, Recovery
     from norton_timm.train_config import load_config
 
     values = {'model': args.model, 'data.source': args.data, 'weights': args.weights, 'recipe': args.recipe,
-              'optim.epochs': args.epochs, 'device': args.device, 'pretrained': args.pretrained or None}  # fmt: skip
+              'optim.epochs': args.epochs, 'device': args.device, 'pretrained': args.pretrained or None,
+              'seed': args.seed, 'deterministic': args.deterministic or None}  # fmt: skip
     config = load_config(args.config, args.set, values)
     device = choose_device(config.device)
+    if config.deterministic:
+        make_deterministic()
     with process_group(device):
         results = Recovery(config, args.output, device).run()
         main_process = is_main()

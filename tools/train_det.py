@@ -30,6 +30,7 @@ def main() -> None:
     parser.add_argument('--epochs', type=float, help='length of the run in passes over the data')
     parser.add_argument('--device', help='auto, cpu, cuda, cuda:1, ...')
     parser.add_argument('--seed', type=int)
+    parser.add_argument('--deterministic', action='store_true', help='only operations that give equal bits each time')
     parser.add_argument('--workers', type=int, help='loading processes')
     parser.add_argument('--set', action='append', default=[], metavar='KEY=VALUE', help='e.g. optim.lr=0.01')
     args = parser.parse_args()
@@ -41,16 +42,19 @@ def main() -> None:
     from detection.engine import Trainer
     from detection.loader import training_sets
     from detection.report import describe_run, format_table, save_predictions
-    from norton_timm.distributed import choose_device, is_main, process_group
+    from norton_timm.distributed import choose_device, is_main, make_deterministic, process_group
 
     if args.task is None and args.config is None:
         raise ValueError('--task is missing, expected box, mask or keypoint')
     overrides = list(args.set) if args.epochs is None else ['optim.iterations=null', *args.set]
     values = {'task': args.task, 'data.root': args.data, 'model.backbone': args.backbone,
-              'model.weights': args.weights, 'device': args.device, 'seed': args.seed, 'data.workers': args.workers,
+              'model.weights': args.weights, 'device': args.device, 'seed': args.seed,
+              'deterministic': args.deterministic or None, 'data.workers': args.workers,
               'optim.epochs': args.epochs, 'optim.iterations': args.iterations}  # fmt: skip
     config = load_config(args.config, overrides, values)
     device = choose_device(config.device)
+    if config.deterministic:
+        make_deterministic()
     output = Path(args.output or f'runs/{config.task}')
     source = find_data(config.data.root)
     if args.config is None:

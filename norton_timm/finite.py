@@ -1,0 +1,65 @@
+"""NaN and infinite numbers, found and named."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """The name of the first tensor that holds NaN or an infinite number; None where all are finite."""
+    found = (n for n, t in tensors.items() if t.is_floating_point() and not t.is_meta and not bool(t.isfinite().all()))
+    return next(found, None)
+
+
+def check_weights(model: nn.Module, what: object) -> None:
+    """Look at all weights and statistics of a network.
+
+    Args:
+        model: the network.
+        what: of it, for the message.
+
+    Raises:
+        FloatingPointError: naming the tensor that is not finite.
+    """
+    name = not_finite(model.state_dict())
+    if name is not None:
+        raise FloatingPointError(f'{what}: the tensor {name} holds NaN or infinite numbers')
+
+
+@contextlib.contextmanager
+def watched(modules: Mapping[str, nn.Module], hint: str) -> Iterator[None]:
+    """Within the block, outputs of these modules that are not finite raise `FloatingPointError` with their name.
+
+    Args:
+        modules: what to watch; outputs are tensors, or mappings or sequences of them.
+        hint: the end of the message, what to do about it.
+    """
+
+    def look(name: str) -> Any:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            if any(t.is_floating_point() and not bool(t.isfinite().all()) for t in _tensors(output)):
+                raise FloatingPointError(f'the output of {name} holds NaN or infinite numbers; {hint}')
+
+        return hook
+
+    handles = [module.register_forward_hook(look(name)) for name, module in modules.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors(item)
