@@ -275,8 +275,8 @@ class Trainer:
             write_plain(temporary, content)
 
     def _resume(self) -> None:
-        content = load_plain(self.checkpoint)
         try:
+            content = load_plain(self.checkpoint)
             values = [content[key] for key in _STATE]
             epoch, results, step, loss = *values[4:], content.get('step', 0), content.get('loss', 0.0)
             if not (isinstance(epoch, int) and isinstance(results, dict) and isinstance(step, int)):
