@@ -31,7 +31,8 @@ from norton_timm.settings import ConfigError
 from norton_timm.train_config import load_config
 
 from .annotations import content
-from .checkpoints import detector, gadgets, pickles
+from .checkpoints import detector
+from .gadgets import gadgets, pickles
 from .pictures import add, pictures, png_of
 from .texts import LAUGHS
 
