@@ -6,7 +6,6 @@ import contextlib
 import errno
 import os
 import zipfile
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -70,12 +69,9 @@ def _check_archive(path: Path, size: int) -> None:
         if sum(part.file_size for part in parts) > _RATIO * size:
             raise ValueError('its parts unpack to more than the file holds')
         for part in parts:
-            checksum = 0
             with archive.open(part) as stream:
-                while chunk := stream.read(2**20):
-                    checksum = zlib.crc32(chunk, checksum)
-            if checksum != part.CRC:
-                raise ValueError(f'{part.filename} is damaged: its checksum does not hold')
+                while stream.read(2**20):  # to its end, where its checksum is compared
+                    pass
 
 
 def _check_tensors(content: Any, size: int) -> None:

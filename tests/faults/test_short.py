@@ -7,8 +7,6 @@ import os
 import subprocess
 import sys
 
-import pytest
-
 from .guard import ROOT
 
 CHEAP = {
@@ -45,11 +43,10 @@ def test_every_surface_handles_or_refuses_what_it_is_fed() -> None:
     assert done.returncode == 0
 
 
-@pytest.mark.parametrize('tool', ['detector', 'classifier', 'compression', 'evaluation', 'demo'])
-def test_killed_tools_go_on_from_the_last_complete_state(tool: str) -> None:
-    done = harness('kill', '--kills', 3, '--only', tool, '--seed', 7)
+def test_killed_tools_go_on_from_the_last_complete_state() -> None:
+    done = harness('kill', '--kills', 8, '--seed', 7)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert 'problems=[]' in done.stdout
+    assert done.stdout.count('problems=[]') == 5
 
 
 def test_a_full_disk_and_damaged_files_are_told() -> None:
