@@ -16,7 +16,7 @@ from timm.models import PretrainedCfg
 from torch import nn
 
 from norton_timm.bases import base_name
-from norton_timm.checkpoint import load, save
+from norton_timm.checkpoint import load, read_metadata, save
 from norton_timm.complexity import count, default_input
 from norton_timm.compress import compress
 from norton_timm.dense import dense_model, make_spec, set_normalisation
@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 
 CONFIG, STAGES, CALIBRATED = 'config.yaml', 'stages.json', 'calibrated.safetensors'
 MODEL, RESULTS = 'model.safetensors', 'results.json'
-FIGURES = ('nmse', 'top1_dense', 'top1_compressed', 'top1_repaired', 'top1', 'top5', 'loss')
+FIGURES = ('nmse', 'top1_dense', 'top1_compressed', 'top1_repaired', 'top1_start', 'top1', 'top5', 'loss')
 
 
 def preprocessing_of(name: str, config: TrainConfig) -> Preprocessing:
@@ -116,6 +116,8 @@ class Recovery:
             trainer = self._trainer(model)
             trainer.run()
             model = trainer.trained
+            if self.config.start_share:
+                average(model, load(str(self.config.start)).to(self.device), self.config.start_share)
         model = model.eval().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         accuracy = evaluate(model, self.data, self.device)  # in full precision, whatever the training's was
         self.facts.update({'top1': accuracy['top1'], 'top5': accuracy['top5'], 'loss': accuracy['loss']})
@@ -128,6 +130,8 @@ class Recovery:
 
     def _compressed(self) -> nn.Module:
         """The network that training starts from: compressed, repaired, after all rounds of a K-shot recipe."""
+        if self.config.start is not None:
+            return self._start(Path(self.config.start))
         done = self.output / CALIBRATED
         missing = not done.is_file()
         wait_for_all()
@@ -137,6 +141,21 @@ class Recovery:
                 save(model, done)
             wait_for_all()
         return load(done).to(self.device)  # also in a run that was not stopped: both go on with the same network
+
+    def _start(self, path: Path) -> nn.Module:
+        """A network that was compressed, and perhaps trained, before.
+
+        Raises:
+            ValueError: it was not compressed from this run's dense network by this run's recipe.
+        """
+        model, before = load(path), read_metadata(path).get('provenance') or {}
+        spec = None if self.spec is None else self.spec.to_dict()
+        if model.norton_base['architecture'] != dense_name(self.config) or before.get('spec', spec) != spec:
+            raise ValueError(f'{path} was not compressed from {dense_name(self.config)} by the recipe of this run')
+        self.facts.update({key: before.get(key) for key in ('nmse', 'top1_compressed', 'top1_repaired')})
+        self.facts['epochs_before'] = (before.get('epochs') or 0) + (before.get('epochs_before') or 0)
+        self._measure('top1_start', model.to(self.device))
+        return model
 
     def _compress(self) -> nn.Module:
         config, spec = self.config, cast(CompressionSpec, self.spec)
@@ -189,17 +208,31 @@ class Recovery:
             'macs_dense': before.macs, 'macs': after.macs, 'params_dense': before.params, 'params': after.params,
             **{key: self.facts.get(key) for key in FIGURES},
             **{key: round(value, 3) for key, value in ms.items()},
-            'epochs': self.config.optim.epochs, 'seed': self.config.seed, 'data': Path(self.config.data.source).name,
+            'epochs': self.config.optim.epochs, 'epochs_before': self.facts.get('epochs_before', 0),
+            'start_share': self.config.start_share, 'seed': self.config.seed, 'data': Path(self.config.data.source).name,
             'test_images': self.data.test_size, 'threads': torch.get_num_threads(), 'device': self.device.type,
             'versions': {name: importlib.metadata.version(name) for name in ('norton-timm', 'torch', 'timm')},
             'config': portable(self.config),
         }  # fmt: skip
 
 
+@torch.no_grad()
+def average(model: nn.Module, other: nn.Module, share: float) -> None:
+    """Move weights and running statistics towards those of another network of the same shape, in place.
+
+    Ends of two rounds of training lie on two sides of a flat minimum; their mean often generalises better than either
+    (stochastic weight averaging, Izmailov et al., 2018).
+    """
+    beside = other.state_dict()
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point():
+            tensor.lerp_(beside[name].to(tensor), share)
+
+
 def portable(config: TrainConfig) -> dict[str, Any]:
     """A configuration for others to read: files by name, without the folders of this machine."""
     values = config.to_dict()
-    values.update({key: Path(values[key]).name for key in ('weights', 'recipe') if values[key] is not None})
+    values.update({key: Path(values[key]).name for key in ('weights', 'recipe', 'start') if values[key] is not None})
     values['data']['source'] = Path(values['data']['source']).name
     return values
 

@@ -72,6 +72,8 @@ class TrainConfig:
     )
     pretrained: bool = False
     recipe: str | None = None  # compress by this: a tag or a YAML file; None: the tag's own, or no compression
+    start: str | None = None  # go on from this network of `norton_timm.save`, compressed by the same recipe
+    start_share: float = 0.0  # of that network in the average of both ends that is kept (Izmailov et al., 2018)
     shot_epochs: int = 0  # training between the rounds of a K-shot recipe, in epochs
     seed: int = 0
     deterministic: bool = False  # only operations that give equal bits each time; slower on a GPU
@@ -153,6 +155,10 @@ def _check(config: TrainConfig) -> list[str]:
         problems.append(f'model {config.model!r} is unknown' + (f': did you mean {near[0]}?' if near else ''))
     if config.weights is not None and not Path(config.weights).is_file():
         problems.append(f'weights: no file {config.weights}')
+    if config.start is not None and not Path(config.start).is_file():
+        problems.append(f'start: no file {config.start}')
+    if not 0 <= config.start_share < 1 or (config.start_share and config.start is None):
+        problems.append(f'start_share is {config.start_share}, expected 0 to below 1, and above 0 only with a start')
     if config.weights is not None and config.pretrained:
         problems.append('got weights and pretrained, expected one of them')
     return problems

@@ -82,6 +82,33 @@ def test_the_stages_are_what_they_say(inputs: dict[str, str], tmp_path: Path) ->
     assert all(torch.equal(v, kept[k]) for k, v in repaired.state_dict().items())
 
 
+def test_a_run_goes_on_from_a_compressed_network(inputs: dict[str, str], tmp_path: Path) -> None:
+    first = run(config(inputs, 'norton'), tmp_path / 'first')
+    start = f'start={tmp_path / "first" / "model.safetensors"}'
+    second = run(config(inputs, 'norton', start, 'optim.epochs=1'), tmp_path / 'second')
+    assert second['top1_start'] == first['top1'] and second['top1_repaired'] == first['top1_repaired']
+    assert (second['epochs'], second['epochs_before'], first['epochs_before']) == (1, 2, 0)
+    assert second['config']['start'] == 'model.safetensors' and second['macs'] == first['macs']
+    weights = [load_file(tmp_path / name / 'model.safetensors') for name in ('first', 'second')]
+    assert not all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
+    between = run(config(inputs, 'norton', start, 'optim.epochs=1', 'start_share=0.25'), tmp_path / 'between')
+    mean = load_file(tmp_path / 'between' / 'model.safetensors')
+    assert between['epochs'] == 1 and between['start_share'] == 0.25
+    for name, value in mean.items():
+        if value.is_floating_point():
+            torch.testing.assert_close(value, 0.25 * weights[0][name] + 0.75 * weights[1][name])
+    for recipe, wrong in (('coring', start), (None, f'start={inputs["weights"]}')):
+        with pytest.raises(ValueError):
+            run(config(inputs, recipe, wrong), tmp_path / 'third')
+
+    dense = timm.create_model('resnet20_cifar', num_classes=4)
+    dense.load_state_dict(load_file(inputs['weights']))
+    spec = norton_timm.CompressionSpec.from_yaml(Path(inputs['weights']).parent / 'norton.yaml')
+    plain = norton_timm.save(norton_timm.compress(dense, spec)[0], tmp_path / 'plain.safetensors')
+    none = run(config(inputs, 'norton', f'start={plain}', 'optim.epochs=0'), tmp_path / 'fourth')
+    assert none['top1'] == none['top1_start'] == first['top1_compressed'] and none['epochs_before'] == 0
+
+
 def test_dense_training(inputs: dict[str, str], tmp_path: Path) -> None:
     given = config({**inputs}, None, 'weights=null', 'distill.weight=0')
     results = run(given, tmp_path / 'run')
