@@ -209,8 +209,9 @@ class Recovery:
             **{key: self.facts.get(key) for key in FIGURES},
             **{key: round(value, 3) for key, value in ms.items()},
             'epochs': self.config.optim.epochs, 'epochs_before': self.facts.get('epochs_before', 0),
-            'start_share': self.config.start_share, 'seed': self.config.seed, 'data': Path(self.config.data.source).name,
-            'test_images': self.data.test_size, 'threads': torch.get_num_threads(), 'device': self.device.type,
+            'start_share': self.config.start_share, 'seed': self.config.seed,
+            'data': Path(self.config.data.source).name, 'test_images': self.data.test_size,
+            'threads': torch.get_num_threads(), 'device': self.device.type,
             'versions': {name: importlib.metadata.version(name) for name in ('norton-timm', 'torch', 'timm')},
             'config': portable(self.config),
         }  # fmt: skip
