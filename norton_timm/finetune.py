@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from norton_timm.distill import Distillation
 from norton_timm.distributed import is_main, rank, world_size
-from norton_timm.files import replacing
+from norton_timm.files import remove_partial, replacing
 from norton_timm.finite import check_weights
 from norton_timm.image_data import Batch, ClassificationData
 from norton_timm.interrupts import HeldSignals
@@ -156,6 +156,7 @@ class Trainer:
         with contextlib.ExitStack() as stack:
             metrics = None
             if is_main():
+                remove_partial(self.checkpoint)
                 metrics = MetricsWriter(self.output, self.epoch, step='epoch', run=self.checkpoint.stem)
                 stack.callback(metrics.close)
             signals = stack.enter_context(HeldSignals())

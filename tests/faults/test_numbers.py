@@ -14,6 +14,7 @@ from torch import nn
 from detection.checkpoint import load_detector
 from detection.data import CocoDataset, collate
 from detection.evaluation import evaluate
+from norton_timm.files import remove_partial
 from norton_timm.finetune import evaluate as evaluate_classifier
 from norton_timm.image_data import ArrayData, Preprocessing
 from norton_timm.interrupts import HeldSignals
@@ -108,3 +109,11 @@ def test_signals_are_held_until_the_loop_has_come_to_a_state_that_can_be_kept() 
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_what_a_killed_process_left_of_a_file_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    for name in ('checkpoint.pt', '.checkpoint.pt.x1y2', '.checkpoint.ptx', '.other.pt.x1y2', '.hidden'):
+        (tmp_path / name).touch()
+    remove_partial(tmp_path / 'checkpoint.pt')
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {'checkpoint.pt', '.checkpoint.ptx', '.other.pt.x1y2', '.hidden'}
