@@ -7,7 +7,11 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from .guard import ROOT
+
+pytestmark = pytest.mark.timeout(900)  # they judge no speed, and machines that test are often busy
 
 CHEAP = {
     'rates grammar': 200,
@@ -23,7 +27,7 @@ CHEAP = {
     'recipes in safetensors': 40,
     'pickled checkpoints': 100,
     'detector checkpoints': 12,
-    'tool arguments': 100,
+    'tool arguments': 60,
 }
 
 
