@@ -39,7 +39,7 @@ def dense_model(name: str, pretrained: bool = False, checkpoint: Path | None = N
     try:
         model = timm.create_model(name, pretrained=pretrained, **kwargs).eval()
     except Exception as error:  # a download fails in as many ways as there are servers and caches
-        raise ValueError(f'cannot make {name}: {" ".join(str(error).split())[:300]}') from error
+        raise ValueError(f'cannot make {name}: {" ".join(str(error).split())[:1000]}') from error
     if checkpoint is not None:
         load_weights(model, checkpoint)
     return model

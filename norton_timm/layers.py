@@ -59,7 +59,7 @@ class CPDConv2d(nn.Module):
         out_channels: O, number of filters.
         kernel_size: (Kh, Kw) or one number.
         rank: R, components per filter.
-        stride, padding, dilation, groups, bias: as in :class:`torch.nn.Conv2d`.
+        stride: as in :class:`torch.nn.Conv2d`, and so are ``padding``, ``dilation``, ``groups`` and ``bias``.
         form: one of ``FORMS``.
 
     Raises:

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-NAMES = ('apple', 'bird', 'cat', 'dog')
+NAMES = ('apple', 'bird', 'cat', 'dog', 'elk', 'fox', 'goat', 'hen', 'ibis', 'jay')
 
 
 def coloured(count: int, classes: int = 4, seed: int = 0, size: int = 32) -> tuple[Tensor, Tensor]:

@@ -366,6 +366,12 @@ def test_same_logits_as_the_authors_network(case: str, tmp_path: Path) -> None:
     assert_same_logits(theirs, ours, 64 if 'resnet50' in case else 32)
 
 
+def test_a_published_network_that_is_not_pruned_gets_its_tag(tmp_path: Path) -> None:
+    theirs = settle(CifarResNet(56, [0.0] * 30, 2, 'fc'))
+    torch.save({'state_dict': theirs.state_dict(), 'rank': 2, 'compress_rate': '[0.]*100'}, tmp_path / 'a.pt')
+    assert convert_authors_checkpoint(tmp_path / 'a.pt').pretrained_cfg['tag'] == 'r071'
+
+
 def test_data_parallel_prefix_and_a_list_of_rates(tmp_path: Path) -> None:
     rates = parse_rates('[0.]+[0.18]*29')
     theirs = settle(CifarResNet(56, rates, 1, 'fc'))

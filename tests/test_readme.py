@@ -25,9 +25,3 @@ def test_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     for block in blocks:
         exec(block, names)  # our own text
     assert (tmp_path / 'small.safetensors').is_file()
-
-
-def test_relative_links_lead_somewhere():
-    root = Path(__file__).resolve().parents[1]
-    for target in re.findall(r'\]\((?!https?:)([^)#]+)\)', README):
-        assert (root / target).exists(), target

@@ -188,7 +188,7 @@ def same_shapes(a: CompressionSpec, b: CompressionSpec) -> bool:
     """Whether two recipes give one network the same shapes; a list of rates may leave zeros at its end out."""
 
     def key(spec: CompressionSpec) -> tuple[Any, Any]:
-        rates = spec.rate_list()
+        rates = [] if spec.rates == 0 else spec.rate_list()  # one rate of 0 is a list of zeros
         if rates is None:
             return spec.rank, spec.rates
         while rates and rates[-1] == 0:
