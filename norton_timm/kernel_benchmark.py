@@ -182,10 +182,11 @@ def goals(results: dict[str, list[Row]]) -> list[tuple[str, float, str, bool]]:
         check('PABS: time per pair, largest over smallest size', rows[-1]['ns_per_pair'] / rows[0]['ns_per_pair'], 1)
     limits = {'norton_resnet56_cifar.r071': 1.05, 'norton_resnet50.r078': 0.5}
     for row in results.get('training', []):
-        check(f'{row["model"]}: step over uncompressed', row['dense_over_uncompressed'], limits[row['model']])
+        name = f'{row["model"]}, {row["precision"]}'
+        check(f'{name}: step over uncompressed', row['dense_over_uncompressed'], limits[row['model']])
         if 'resnet56' in row['model']:
-            check(f"{row['model']}: authors' block over dense form", row['authors_block_over_dense'], 3, at_least=True)
-            check(f'{row["model"]}: own factored over dense form', row['factored_over_dense'], 3, at_least=True)
+            check(f"{name}: authors' block over dense form", row['authors_block_over_dense'], 3, at_least=True)
+            check(f'{name}: own factored over dense form', row['factored_over_dense'], 3, at_least=True)
     return found
 
 

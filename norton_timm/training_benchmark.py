@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from norton_timm.layers import CPDConv2d, use_form
 
 Row = dict[str, Any]
+Data = tuple[Tensor, Tensor, torch.dtype]  # images, labels, precision of the step
 
 
 @contextmanager
@@ -71,9 +72,9 @@ def with_authors_block(model: nn.Module) -> nn.Module:
 def benchmark_training(rounds: int, seed: int) -> list[Row]:
     """One optimiser step: the uncompressed network, ours with each layer dense or factored, and the authors' block.
 
-    ResNet-56 at rank 2 with batches of 256, ResNet-50 r078 with batches of 32. All run channels_last; the authors'
-    block also in PyTorch's default layout, as their code runs it. The variants take turns, so that a busy machine
-    slows all alike; the fastest round of each counts.
+    ResNet-56 at rank 2 with batches of 256, ResNet-50 r078 with batches of 32, in float32 and in mixed precision
+    (bfloat16). All run channels_last; the authors' block also in PyTorch's default layout, as their code runs it. The
+    variants take turns, so that a busy machine slows all alike; the fastest round of each counts.
     """
     import norton_timm  # noqa: F401  registers the models
 
@@ -82,36 +83,45 @@ def benchmark_training(rounds: int, seed: int) -> list[Row]:
         ('resnet56_cifar', 'norton_resnet56_cifar.r071', 256, 32),
         ('resnet50', 'norton_resnet50.r078', 32, 224),
     ):
-        torch.manual_seed(seed)
-        plain, model = (timm.create_model(name, pretrained=False) for name in (base, ours))
-        images, labels = torch.randn(batch, 3, size, size), torch.randint(10, (batch,))
-        last, default = torch.channels_last, torch.contiguous_format
-        authors = with_authors_block(model)
-        steps = {
-            'uncompressed': _training_step(plain, 'auto', images, labels, last),
-            'dense': _training_step(model, 'dense', images, labels, last),
-            'factored': _training_step(model, 'factored', images, labels, last),
-            'authors_block': _training_step(copy.deepcopy(authors), 'auto', images, labels, default),
-            'authors_block_channels_last': _training_step(authors, 'auto', images, labels, last),
-        }
-        seconds: dict[str, list[float]] = {label: [] for label in steps}
-        for number in range(rounds + 1):
-            for label, step in steps.items():
-                with clock() as elapsed:
-                    step()
-                if number:  # the first round is warm-up
-                    seconds[label].append(elapsed())
-        row: Row = {'model': ours, 'batch': batch, **{f'{k}_s': min(v) for k, v in seconds.items()}}
-        row['dense_over_uncompressed'] = row['dense_s'] / row['uncompressed_s']
-        for label in ('factored', 'authors_block', 'authors_block_channels_last'):
-            row[f'{label}_over_dense'] = row[f'{label}_s'] / row['dense_s']
-        rows.append(row)
+        for precision in (torch.float32, torch.bfloat16):
+            torch.manual_seed(seed)
+            plain, model = (timm.create_model(name, pretrained=False) for name in (base, ours))
+            data = torch.randn(batch, 3, size, size), torch.randint(10, (batch,)), precision
+            seconds = _fastest(_variants(plain, model, data), rounds)
+            row: Row = {'model': ours, 'precision': str(precision).partition('.')[2], 'batch': batch}
+            row |= {f'{label}_s': value for label, value in seconds.items()}
+            row['dense_over_uncompressed'] = seconds['dense'] / seconds['uncompressed']
+            for label in ('factored', 'authors_block', 'authors_block_channels_last'):
+                row[f'{label}_over_dense'] = seconds[label] / seconds['dense']
+            rows.append(row)
     return rows
 
 
-def _training_step(
-    model: nn.Module, form: str, images: Tensor, labels: Tensor, layout: torch.memory_format
-) -> Callable[[], None]:
+def _variants(plain: nn.Module, model: nn.Module, data: Data) -> dict[str, Callable[[], None]]:
+    last, authors = torch.channels_last, with_authors_block(model)
+    return {
+        'uncompressed': _training_step(plain, 'auto', data, last),
+        'dense': _training_step(model, 'dense', data, last),
+        'factored': _training_step(model, 'factored', data, last),
+        'authors_block': _training_step(copy.deepcopy(authors), 'auto', data, torch.contiguous_format),
+        'authors_block_channels_last': _training_step(authors, 'auto', data, last),
+    }
+
+
+def _fastest(steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
+    """Seconds of the fastest of some rounds of each step, after one for warm-up."""
+    seconds: dict[str, list[float]] = {label: [] for label in steps}
+    for number in range(rounds + 1):
+        for label, step in steps.items():
+            with clock() as elapsed:
+                step()
+            if number:
+                seconds[label].append(elapsed())
+    return {label: min(values) for label, values in seconds.items()}
+
+
+def _training_step(model: nn.Module, form: str, data: Data, layout: torch.memory_format) -> Callable[[], None]:
+    images, labels, precision = data
     model.train().to(memory_format=layout)  # type: ignore[call-overload]
     images = images.contiguous(memory_format=layout)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
@@ -119,7 +129,9 @@ def _training_step(
     def step() -> None:
         with use_form(model, form):
             optimizer.zero_grad()
-            F.cross_entropy(model(images), labels).backward()
+            with torch.autocast('cpu', precision, enabled=precision != torch.float32):
+                loss = F.cross_entropy(model(images), labels)
+            loss.backward()
             optimizer.step()
 
     return step

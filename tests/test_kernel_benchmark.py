@@ -69,7 +69,7 @@ def test_authors_block_computes_what_our_layer_does() -> None:
 
 
 def test_training_goals_name_both_baselines() -> None:
-    row = {'model': 'norton_resnet56_cifar.r071', 'dense_over_uncompressed': 1.0}
+    row = {'model': 'norton_resnet56_cifar.r071', 'precision': 'float32', 'dense_over_uncompressed': 1.0}
     row |= {'authors_block_over_dense': 3.1, 'factored_over_dense': 1.5}
     met = {what: ok for what, _, _, ok in kernels.goals({'training': [row]})}
     assert list(met.values()) == [True, True, False]
