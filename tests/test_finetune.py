@@ -77,6 +77,7 @@ def test_it_learns_and_writes_what_it_measures(tmp_path: Path) -> None:
     assert [row['epoch'] for row in written if 'top1' in row] == [4, 8]
     assert written[-1]['top1'] == results['top1'] == evaluate(run.trained, run.data, CPU)['top1'] > 60
     assert written[-1]['loss'] < 0.7 * written[0]['loss']
+    assert written[-1]['test_loss'] == results['loss'] != written[-1]['loss']
     assert all(row['memory_mb'] > 1 and row['images_per_s'] > 0 and row['run'] == 'checkpoint' for row in written)
 
 
