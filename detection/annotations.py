@@ -56,7 +56,8 @@ def check_outline(record: dict[str, Any], height: int, width: int) -> None:
     if isinstance(outline, list):
         good = all(_numbers(polygon) for polygon in outline)
     else:
-        size, counts = (outline.get(k) if isinstance(outline, dict) else None for k in ('size', 'counts'))
+        said: Any = outline if isinstance(outline, dict) else {}
+        size, counts = said.get('size'), said.get('counts')
         good = isinstance(size, list) and len(size) == 2 and all(_is(n, int) for n in size)
         if good and size != [height, width]:
             raise ValueError(f'{where} has a mask of {(size[0], size[1])}; its image is {(height, width)}')

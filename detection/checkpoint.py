@@ -165,8 +165,9 @@ def _is_int(value: Any) -> bool:
 def _check_meta(meta: Any, task: str) -> None:
     """What a checkpoint says of classes and keypoints; ValueError names what is wrong."""
     known = isinstance(meta, dict)
-    names, labels = (meta.get(k) if known else None for k in ('class_names', 'label_to_category'))
-    points, edges, count = (meta.get(k) if known else None for k in ('keypoint_names', 'skeleton', 'num_keypoints'))
+    said: Any = meta if known else {}
+    names, labels = (said.get(k) for k in ('class_names', 'label_to_category'))
+    points, edges, count = (said.get(k) for k in ('keypoint_names', 'skeleton', 'num_keypoints'))
     good = {
         'task': known and meta.get('task') == task,
         'num_classes': known and _is_int(meta.get('num_classes')) and 1 <= meta['num_classes'] <= _MOST_CLASSES,

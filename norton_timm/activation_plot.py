@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -31,7 +32,8 @@ def plot_comparison(found: Comparison, path: Path, classes: Sequence[str] = (), 
 
     figure = Figure(figsize=(7.5, 6.2), dpi=110, layout='constrained')
     FigureCanvasAgg(figure)  # no global state, no display
-    above, below = figure.subfigures(2, 1, height_ratios=[1.35, 1])
+    parts: Any = figure.subfigures(2, 1, height_ratios=[1.35, 1])
+    above, below = parts
     titles = ['picture', says(found.dense), says(found.compressed)]
     for axes, look, title in zip(above.subplots(1, 3), (None, found.dense, found.compressed), titles):
         axes.imshow(found.picture)
