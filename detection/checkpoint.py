@@ -166,17 +166,18 @@ def _check_meta(meta: Any, task: str) -> None:
     """What a checkpoint says of classes and keypoints; ValueError names what is wrong."""
     known = isinstance(meta, dict)
     said: Any = meta if known else {}
+    several = (list, tuple)
     names, labels = (said.get(k) for k in ('class_names', 'label_to_category'))
     points, edges, count = (said.get(k) for k in ('keypoint_names', 'skeleton', 'num_keypoints'))
     good = {
         'task': known and meta.get('task') == task,
         'num_classes': known and _is_int(meta.get('num_classes')) and 1 <= meta['num_classes'] <= _MOST_CLASSES,
-        'class_names': isinstance(names, list) and all(isinstance(n, str) for n in names),
+        'class_names': isinstance(names, several) and all(isinstance(n, str) for n in names),
         'label_to_category': isinstance(labels, dict) and all(_is_int(k) and _is_int(v) for k, v in labels.items()),
         'num_keypoints': _is_int(count) and 0 <= count <= _MOST_CLASSES,
-        'keypoint_names': points is None or (isinstance(points, list) and all(isinstance(n, str) for n in points)),
-        'skeleton': isinstance(edges, (list, tuple)) and all(
-            isinstance(e, (list, tuple)) and len(e) == 2 and all(_is_int(k) and 0 <= k < count for k in e)
+        'keypoint_names': points is None or (isinstance(points, several) and all(isinstance(n, str) for n in points)),
+        'skeleton': isinstance(edges, several) and all(
+            isinstance(e, several) and len(e) == 2 and all(_is_int(k) and 0 <= k < count for k in e)
             for e in edges
         ),
     }  # fmt: skip

@@ -25,6 +25,7 @@ from norton_timm.plan import plan_pruning
 from norton_timm.rebuild import surgery_of
 
 META = {'num_classes': 3, 'num_keypoints': 17}
+NAMES = {'class_names': ['__background__', 'cup', 'dog'], 'label_to_category': {1: 1, 2: 2}, 'skeleton': []}
 
 
 def example(task: str) -> dict[str, object]:
@@ -138,7 +139,7 @@ def settings(task: str = 'box', **model: object) -> RunConfig:
 
 def saved(model: nn.Module, config: RunConfig, path: Path, meta: dict = META) -> Path:
     content = {'model': model.state_dict(), 'ema': None, 'config': config.to_dict(), 'surgery': surgery_of(model),
-               'meta': {'task': config.task, **meta}}  # fmt: skip
+               'meta': {'task': config.task, **NAMES, **meta}}  # fmt: skip
     return save_checkpoint(path, content)
 
 
