@@ -109,8 +109,9 @@ def files(networks, photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_the_tool_writes_a_picture(files: Path, photo: Path, monkeypatch) -> None:
     common = ['resnet20_cifar', 'small.safetensors', '--weights', 'dense.safetensors', '--image', photo]
     code, out, err = run_tool(
-        monkeypatch, 'tools/visualize.py', *common, '--output', 'maps.png', '--class', '1', '--classes', 'a', 'b', 'c'
-    )
+        monkeypatch, 'tools/visualize.py', *common, '--output', 'maps.png', '--class', '1', '--classes', 'a', 'b', 'c',
+        '--features', 'layer1',
+    )  # fmt: skip
     assert code == 0, err
     assert 'resnet20_cifar: class' in out and 'class-activation maps of class 1: correlation' in out
     assert '16 feature maps' in out and '12 feature maps' in out
@@ -127,10 +128,10 @@ BAD = {
     'no weights': (['resnet20_cifar', 'small.safetensors'], 'resnet20_cifar needs one of --pretrained and --weights'),
     'no network': (['resnet2', 'small.safetensors', '--weights', 'dense.safetensors'], "got model 'resnet2'"),
     'no file': (['small.safetensors', 'none.safetensors'], 'none.safetensors'),
-    'layer': (['small.safetensors', 'small.safetensors', '--layer', 'layer9'], 'such as layer1, layer2, layer3'),
+    'layer': (['small.safetensors', 'small.safetensors', '--layer', 'layer9'], 'such as act1, layer1, layer2, layer3'),
     'class': (['small.safetensors', 'small.safetensors', '--class', '4'], 'class: got 4, expected 0 to 3'),
     'size': (['small.safetensors', 'small.safetensors', '--size', '3'], '--size is 3, expected 8 or more'),
-    'picture': (['small.safetensors', 'small.safetensors', '--image', 'dense.safetensors'], 'not a picture'),
+    'picture': (['small.safetensors', 'small.safetensors', '--image', 'dense.safetensors'], 'not an image'),
     'ending': (['small.safetensors', 'small.safetensors', '--output', 'maps.jpg'], '.png'),
 }
 

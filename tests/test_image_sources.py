@@ -21,7 +21,7 @@ PREPROCESSING = Preprocessing((32, 32), (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
 @pytest.mark.parametrize('name', ['set.tar', 'set.tar.xz'])
 def test_archive(name: str, tmp_path: Path) -> None:
     train, test, classes = read_archive(write_archive(tmp_path / name, train=40, test=12))
-    assert classes == list(NAMES)
+    assert classes == list(NAMES[:4])
     for (images, labels), (count, seed) in ((train, (40, 0)), (test, (12, 1))):
         expected, of_class = coloured(count, seed=seed)
         order = torch.argsort(of_class, stable=True)  # by class, then by name
@@ -63,7 +63,7 @@ def test_folder(name: str, tmp_path: Path) -> None:
     (tmp_path / 'val').rename(tmp_path / name)
     data = open_data(str(tmp_path), PREPROCESSING, CPU, workers=0)
     assert isinstance(data, LoadedData)
-    assert (data.classes, data.train_size, data.test_size) == (list(NAMES), 32, 12)
+    assert (data.classes, data.train_size, data.test_size) == (list(NAMES[:4]), 32, 12)
 
 
 def _empty(root: Path) -> Path:
