@@ -1,4 +1,4 @@
-"""Where pretrained weights come from: the package, a directory of one's own, then the tag's `pretrained_cfg`."""
+"""Where pretrained weights come from: a directory of one's own, the package, then the tag's `pretrained_cfg`."""
 
 from __future__ import annotations
 
@@ -75,17 +75,18 @@ def locate(
 
 
 def find_file(name: str) -> Path | None:
-    """The file with the weights of `name` (`arch` or `arch.tag`), shipped or in NORTON_TIMM_WEIGHTS.
+    """The file with the weights of `name` (`arch` or `arch.tag`), in NORTON_TIMM_WEIGHTS or shipped.
 
     Raises:
         ValueError: The variable is set to something that is not a directory.
     """
-    folders = [SHIPPED]
+    folders = []
     if os.environ.get(ENV):
         own = Path(os.environ[ENV]).expanduser()
         if not own.is_dir():
             raise ValueError(f'{ENV} is {str(own)!r}, expected a directory with files like {name}.safetensors')
         folders.append(own)
+    folders.append(SHIPPED)
     candidates = (folder / f'{name}{extension}' for folder in folders for extension in EXTENSIONS)
     return next((path for path in candidates if path.is_file()), None)
 

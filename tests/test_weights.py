@@ -98,8 +98,17 @@ def test_directory_of_ones_own(extension: str, tmp_path: Path, monkeypatch: pyte
         torch.save({'state_dict': model.state_dict()}, path)
     monkeypatch.setenv(weights.ENV, str(tmp_path))
     assert_same(timm.create_model(NAME, pretrained=True), model)
-    with pytest.raises(ValueError, match='r071'):
-        timm.create_model('norton_resnet56_cifar.r071', pretrained=True)
+    with pytest.raises(ValueError, match='r042'):
+        timm.create_model('norton_resnet56_cifar.r042', pretrained=True)
+
+
+def test_a_directory_of_ones_own_comes_before_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = 'norton_resnet56_cifar.r071'
+    assert weights.find_file(name) == weights.SHIPPED / f'{name}.safetensors'
+    own = timm.create_model(name)
+    save_file(own.state_dict(), tmp_path / f'{name}.safetensors')
+    monkeypatch.setenv(weights.ENV, str(tmp_path))
+    assert_same(timm.create_model(name, pretrained=True), own)
 
 
 @pytest.mark.parametrize('place', ['shipped', 'directory', 'overlay'])
@@ -143,15 +152,6 @@ def test_directory_that_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv(weights.ENV, str(tmp_path / 'nowhere'))
     with pytest.raises(ValueError, match='nowhere'):
         timm.create_model(NAME, pretrained=True)
-
-
-def test_files_that_ship_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for folder in ('shipped', 'own'):
-        (tmp_path / folder).mkdir()
-        save_file(timm.create_model(NAME).state_dict(), tmp_path / folder / f'{NAME}.safetensors')
-    monkeypatch.setattr(weights, 'SHIPPED', tmp_path / 'shipped')
-    monkeypatch.setenv(weights.ENV, str(tmp_path / 'own'))
-    assert weights.find_file(NAME) == tmp_path / 'shipped' / f'{NAME}.safetensors'
 
 
 def test_file_overlay_with_another_head_channels_and_features(tmp_path: Path) -> None:
