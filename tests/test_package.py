@@ -50,7 +50,7 @@ def test_wheel_has_the_packages_and_nothing_else(built: Path) -> None:
     files = {path for folder in folders for pattern in wanted for path in folder.rglob(pattern)}
     expected = {path.relative_to(ROOT).as_posix() for path in files}
     assert inside == expected
-    assert wheel.stat().st_size < 2e6
+    assert sum(size for name, size in sizes.items() if not name.endswith('.safetensors')) < 2e6
     assert any(name.endswith('/licenses/LICENSE') for name in sizes)
 
 
@@ -62,7 +62,8 @@ def test_sdist_has_no_tests_and_no_big_files(built: Path) -> None:
     needed = 'README.md LICENSE CHANGELOG.md CITATION.cff tools/compress.py configs/detection/base.yaml'
     for name in [*needed.split(), 'norton_timm/models/tags.yaml', 'detection/web/index.html']:
         assert name in sizes
-    assert max(sizes.values()) < 2e5 and sdist.stat().st_size < 2e6
+    text = {name: size for name, size in sizes.items() if not name.endswith('.safetensors')}  # weights: test_pretrained
+    assert max(text.values()) < 2e5 and sum(text.values()) < 4e6 and len(sizes) > len(text)
 
 
 def test_wheel_works_where_it_is_installed(built: Path, tmp_path: Path) -> None:
