@@ -2,7 +2,7 @@
 
 Without --data it takes data/coco if that is there, else a small sample set that it draws itself, with a configuration
 that a laptop can train. All settings are in configs/detection. torchrun starts it on several devices, or on machines
-that share the output folder; with --resume they may fail, restart and join at any time (--nnodes 1:4 --max-restarts 9).
+that share the output folder; with --resume the same command goes on from the last checkpoint, on fewer or more of them.
 """
 
 from __future__ import annotations
