@@ -218,7 +218,7 @@ def test_figures_agree_with_a_stop_watch_and_the_threads_overlap():
 
 @pytest.mark.slow
 def test_the_threads_overlap_almost_wholly_on_an_idle_machine():
-    """pytest tests/test_pipeline.py -m slow"""
+    """Measured alone: ``pytest tests/test_pipeline.py -m slow``."""
     runs = [figures_beside_a_stop_watch()[0] for _ in range(5)]
     assert max(figures['fps'] / figures['network_fps'] for figures in runs) >= 0.95
 
