@@ -13,6 +13,10 @@ from norton_timm.cp import CPFactors, cp_decompose
 
 FORMS = ('factored', 'merged', 'dense', 'auto')
 
+# up to so many products O * R * I * Kh * Kw, one elementwise product and sum builds and differentiates a kernel faster
+# than O matrix products of inner size R do, most of all under autocast, which casts their operands (2 CPU cores)
+_FEW_PRODUCTS = 100_000
+
 IntPair = int | tuple[int, ...]
 
 
@@ -185,8 +189,11 @@ class CPDConv2d(nn.Module):
     def kernel(self) -> Tensor:
         """The dense kernel (O, I / groups, Kh, Kw) that the factors stand for."""
         o, r, (kh, kw) = self.out_channels, self.rank, self.kernel_size
-        spatial = self.merged_kernel().view(o, r, kh * kw)
-        return (self.pointwise.view(o, r, -1).mT @ spatial).view(o, -1, kh, kw)
+        spatial = self.merged_kernel()
+        if self.pointwise.numel() * kh * kw <= _FEW_PRODUCTS:
+            terms = self.pointwise.view(o, r, -1, 1, 1) * spatial[:, :, None]
+            return terms.sum(1)
+        return (self.pointwise.view(o, r, -1).mT @ spatial.view(o, r, kh * kw)).view(o, -1, kh, kw)
 
     def to_conv(self) -> nn.Conv2d:
         """An ordinary convolution with the dense kernel."""
