@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 
 CONFIG, STAGES, CALIBRATED = 'config.yaml', 'stages.json', 'calibrated.safetensors'
 MODEL, RESULTS = 'model.safetensors', 'results.json'
-FIGURES = ('nmse', 'top1_dense', 'top1_compressed', 'top1_repaired', 'top1_start', 'top1', 'top5', 'loss')
+FIGURES = ('nmse', 'top1_dense', 'top1_teacher', 'top1_compressed', 'top1_repaired', 'top1_start', 'top1', 'top5', 'loss')
 
 
 def preprocessing_of(name: str, config: TrainConfig) -> Preprocessing:
@@ -81,23 +81,30 @@ class Recovery:
         self.config, self.output, self.device, self.progress = config, output, device, progress
         name, self.spec = dense_name(config), spec_of_run(config)
         self.trained = config.weights is not None or config.pretrained
-        if self.spec is not None and config.distill.weight and not self.trained:
-            raise ValueError('distillation needs a trained dense network: give weights, or set distill.weight to 0')
+        taught = self.trained or config.distill.teacher is not None
+        if self.spec is not None and config.distill.weight and not taught:
+            raise ValueError('distillation needs a trained dense network: give weights or distill.teacher, or set distill.weight to 0')
         refuse_other_run(output, config.to_yaml())
         self.data = open_data(
             config.data.source, preprocessing_of(name, config), device,
             workers=config.data.workers, augmentation=config.data.augmentation,
         )  # fmt: skip
-        weights = None if config.weights is None else Path(config.weights)
-        dense = dense_model(name, config.pretrained, weights, num_classes=len(self.data.classes))
-        set_normalisation(dense, config.data.mean, config.data.std)
-        self.dense = dense.to(device)
+        self.dense = self._load_dense(config.weights)
+        self.teacher = self.dense if config.distill.teacher is None else self._load_dense(config.distill.teacher)
         output.mkdir(parents=True, exist_ok=True)
         if is_main():
             write_text(output / CONFIG, config.to_yaml())
         self.facts: dict[str, Any] = {}
         if (output / STAGES).is_file():
             self.facts = json.loads((output / STAGES).read_text(encoding='utf-8'))
+
+    def _load_dense(self, weights: str | None) -> nn.Module:
+        """The dense network with the weights of a file, or with its published or random ones."""
+        path = None if weights is None else Path(weights)
+        pretrained = self.config.pretrained and path is None
+        dense = dense_model(dense_name(self.config), pretrained, path, num_classes=len(self.data.classes))
+        set_normalisation(dense, self.config.data.mean, self.config.data.std)
+        return dense.to(self.device)
 
     def run(self) -> dict[str, Any]:
         """Carry out what is left of the run.
@@ -111,6 +118,8 @@ class Recovery:
         """
         if self.trained:
             self._measure('top1_dense', self.dense)
+        if self.teacher is not self.dense:
+            self._measure('top1_teacher', self.teacher)
         model = self.dense if self.spec is None else self._compressed()
         if self.config.optim.epochs:
             trainer = self._trainer(model)
@@ -177,10 +186,10 @@ class Recovery:
         """The loop of the run, or of what lies between two rounds of a K-shot recipe."""
         config, teacher = self.config, None
         if self.spec is not None and config.distill.weight:
-            dense = copy.deepcopy(self.dense)
+            wise = copy.deepcopy(self.teacher)
             if config.channels_last:
-                dense = dense.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-            teacher = Distillation(dense, model, config.distill)
+                wise = wise.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            teacher = Distillation(wise, model, config.distill)
         optim = dataclasses.replace(config.optim, epochs=config.shot_epochs) if shot else config.optim
         return Trainer(
             model, self.data, optim, self.output, device=self.device, seed=config.seed + 1_000 * shot, teacher=teacher,
@@ -235,6 +244,8 @@ def portable(config: TrainConfig) -> dict[str, Any]:
     values = config.to_dict()
     values.update({key: Path(values[key]).name for key in ('weights', 'recipe', 'start') if values[key] is not None})
     values['data']['source'] = Path(values['data']['source']).name
+    if values['distill']['teacher'] is not None:
+        values['distill']['teacher'] = Path(values['distill']['teacher']).name
     return values
 
 

@@ -114,6 +114,7 @@ def reproduce(
         'difference': _rounded(results['top1'] - results['top1_dense']),
         'published_top1': published, 'published_difference': round(published - before, 2),
         **_common(spec, run), 'epochs_before': results['epochs_before'],
+        'top1_teacher': _rounded(results['top1_teacher']),
         **{key: _rounded(results[key], 5) for key in ('nmse', 'ms_dense', 'ms')},
         **{key: results[key] for key in ('macs_dense', 'macs', 'params_dense', 'params', 'test_images', 'device',
                                          'threads')},

@@ -60,6 +60,7 @@ class DistillConfig:
     weight: float = 0.9  # of the teacher's soft labels; 0: no teacher
     temperature: float = 4.0
     features: float = 0.0  # weight of the relative error of feature maps of equal width
+    teacher: str | None = None  # file with other weights of the dense network, such as trained for longer; None: its own
 
 
 @dataclass(frozen=True)
@@ -157,6 +158,8 @@ def _check(config: TrainConfig) -> list[str]:
         problems.append(f'weights: no file {config.weights}')
     if config.start is not None and not Path(config.start).is_file():
         problems.append(f'start: no file {config.start}')
+    if distill.teacher is not None and not Path(distill.teacher).is_file():
+        problems.append(f'distill.teacher: no file {distill.teacher}')
     if not 0 <= config.start_share < 1 or (config.start_share and config.start is None):
         problems.append(f'start_share is {config.start_share}, expected 0 to below 1, and above 0 only with a start')
     if config.weights is not None and config.pretrained:

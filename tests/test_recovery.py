@@ -109,6 +109,21 @@ def test_a_run_goes_on_from_a_compressed_network(inputs: dict[str, str], tmp_pat
     assert none['top1'] == none['top1_start'] == first['top1_compressed'] and none['epochs_before'] == 0
 
 
+def test_another_teacher(inputs: dict[str, str], tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    teacher = timm.create_model('resnet20_cifar', num_classes=4)
+    save_file(teacher.state_dict(), tmp_path / 'teacher.safetensors')
+    other = f'distill.teacher={tmp_path / "teacher.safetensors"}'
+    own, taught = (run(config(inputs, 'norton', *more), tmp_path / str(len(more))) for more in ((), (other,)))
+    assert own['top1_teacher'] is None and taught['config']['distill']['teacher'] == 'teacher.safetensors'
+    data = Recovery(config(inputs), tmp_path / 'data', CPU, progress=False).data
+    assert taught['top1_teacher'] == evaluate(teacher, data, CPU)['top1']
+    for key in ('top1_dense', 'top1_repaired', 'macs'):
+        assert own[key] == taught[key], key
+    weights = [load_file(tmp_path / name / 'model.safetensors') for name in ('0', '1')]
+    assert not all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
+
+
 def test_dense_training(inputs: dict[str, str], tmp_path: Path) -> None:
     given = config({**inputs}, None, 'weights=null', 'distill.weight=0')
     results = run(given, tmp_path / 'run')

@@ -61,6 +61,7 @@ def test_files_values_and_overrides_in_that_order(tmp_path: Path) -> None:
     ('optim.ema=1.5', 'expected 0 to below 1'),
     ('distill.weight=1.5', 'expected 0 to 1'),
     ('start=nowhere.safetensors', 'start: no file nowhere.safetensors'),
+    ('distill.teacher=nowhere.safetensors', 'distill.teacher: no file nowhere.safetensors'),
     ('start_share=0.5', 'above 0 only with a start'),
     ('distill.temperature=0', 'expected more than 0'),
     ('data.mean=[0.5, 0.5, 0.5]', 'expected both or neither'),
