@@ -38,7 +38,8 @@ log = logging.getLogger(__name__)
 
 CONFIG, STAGES, CALIBRATED = 'config.yaml', 'stages.json', 'calibrated.safetensors'
 MODEL, RESULTS = 'model.safetensors', 'results.json'
-FIGURES = ('nmse', 'top1_dense', 'top1_teacher', 'top1_compressed', 'top1_repaired', 'top1_start', 'top1', 'top5', 'loss')
+STEPS = ('top1_dense', 'top1_teacher', 'top1_compressed', 'top1_repaired', 'top1_start', 'top1')
+FIGURES = ('nmse', *STEPS, 'top5', 'loss')
 
 
 def preprocessing_of(name: str, config: TrainConfig) -> Preprocessing:
@@ -83,7 +84,9 @@ class Recovery:
         self.trained = config.weights is not None or config.pretrained
         taught = self.trained or config.distill.teacher is not None
         if self.spec is not None and config.distill.weight and not taught:
-            raise ValueError('distillation needs a trained dense network: give weights or distill.teacher, or set distill.weight to 0')
+            raise ValueError(
+                'distillation needs a trained dense network: set weights, distill.teacher or distill.weight=0'
+            )
         refuse_other_run(output, config.to_yaml())
         self.data = open_data(
             config.data.source, preprocessing_of(name, config), device,

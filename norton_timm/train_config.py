@@ -60,7 +60,7 @@ class DistillConfig:
     weight: float = 0.9  # of the teacher's soft labels; 0: no teacher
     temperature: float = 4.0
     features: float = 0.0  # weight of the relative error of feature maps of equal width
-    teacher: str | None = None  # file with other weights of the dense network, such as trained for longer; None: its own
+    teacher: str | None = None  # file with better weights of the dense network, perhaps trained for longer
 
 
 @dataclass(frozen=True)
