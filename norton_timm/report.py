@@ -90,11 +90,12 @@ class CompressionReport:
         lines = [f'{"layer":{width}}  {"filters":>11}  rank   nmse  {"params":>21}  {"MMACs":>17}  left alone because']
         for layer in self.layers:
             nmse = f'{layer.nmse:6.3f}' if layer.nmse is not None else '     -'
+            reasons = '' if layer.rank else layer.dense_because, layer.unpruned_because
             lines.append(
                 f'{layer.name:{width}}  {layer.channels:>5}>{layer.kept:<5}  {layer.rank or "-":>4} {nmse}  '
                 f'{layer.params:>10}>{layer.params_after:<10}  '
                 f'{layer.macs / 1e6:>8.1f}>{layer.macs_after / 1e6:<8.1f}  '
-                + '; '.join(r for r in (layer.dense_because if not layer.rank else '', layer.unpruned_because) if r)
+                + '; '.join(dict.fromkeys(filter(None, reasons)))
             )
         macs, params = self.before.macs, self.before.params
         lines.append(

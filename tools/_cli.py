@@ -21,11 +21,18 @@ class Terminated(KeyboardInterrupt):
     """The process was asked to end; what handles Ctrl-C handles this."""
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """The description's own lines, which hold commands to copy, and the defaults where there are any."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, False, []) else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line; the defaults are in the help."""
 
     def __init__(self, description: str | None = None) -> None:
-        super().__init__(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        super().__init__(description=description, formatter_class=_Help)
 
     def error(self, message: str) -> NoReturn:
         """Exit with code 2 and what is wrong."""
