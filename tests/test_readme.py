@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from norton_timm.models.table import to_markdown, zoo_names, zoo_rows
 
-README = (Path(__file__).resolve().parents[1] / 'README.md').read_text()
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / 'README.md').read_text()
 
 
 def test_zoo_table():
     table = to_markdown(list(zoo_rows(zoo_names([]), False, 1)), ['name', 'rank', 'params', 'macs', 'top1'])
     assert table.strip() in README
+
+
+def test_results_table():
+    command = [sys.executable, str(ROOT / 'tools' / 'results_table.py')]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout in README
 
 
 def test_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

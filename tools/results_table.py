@@ -1,0 +1,103 @@
+"""Print the README's table of what was measured, from the benchmarks' own files in results/.
+
+python tools/results_table.py
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from _cli import Parser, run
+
+Row = tuple[str, str, str]  # what, measured, command
+
+RESULTS = Path(__file__).resolve().parents[1] / 'results'
+BENCHMARK = 'python tools/benchmark.py'
+
+
+def read(folder: Path, name: str) -> Any:
+    """A benchmark's file."""
+    return json.loads((folder / f'{name}.json').read_text(encoding='utf-8'))
+
+
+def kernel_rows(folder: Path) -> Iterator[Row]:
+    kernels, command = read(folder, 'kernels'), f'{BENCHMARK} kernels --only cpd r078 pabs --threads 2'
+    ranks = ' / '.join(str(row['rank']) for row in kernels['cpd'])
+    times = ' / '.join(f'{row["speedup"]:.0f}' for row in kernels['cpd'])
+    sample = kernels['parafac_sample'].partition(' ')[0]
+    worst = max(row['ours_nmse'] / row['parafac_nmse'] for row in kernels['cpd'])
+    yield (
+        f"CPD of ResNet-50's sixteen 3x3 layers at rank {ranks}",
+        f"{times} times as fast as a loop over TensorLy's `parafac` ({sample} filters a layer, extrapolated), "
+        f'at no more than {worst:.3f} of its error',
+        f'{command} --sample {sample}',
+    )
+    seconds = kernels['r078'][0]['ours_s']
+    yield 'decomposition + PABS + selection, ResNet-50 r078', f'{seconds:.1f} s', 'the same'
+    pabs = kernels['pabs'][-1]
+    yield (
+        f'PABS of all pairs of {pabs["filters"]:,} filters of 512x3x3, rank 1',
+        f'{pabs["ours_s"]:.2f} s, {pabs["peak_mb"] / 1000:.1f} GB in all',
+        'the same',
+    )
+
+
+def training_rows(folder: Path) -> Iterator[Row]:
+    for row in read(folder, 'training_steps')['training']:
+        yield (
+            f"a training step of `{row['model']}` over the uncompressed network's, {row['precision']}",
+            f"{row['dense_over_uncompressed']:.2f}; the authors' block takes "
+            f'{row["authors_block_over_dense"]:.1f} times our step, our factored form {row["factored_over_dense"]:.1f}',
+            f'{BENCHMARK} kernels --only training --rounds 8 --threads 2',
+        )
+
+
+def latency_rows(folder: Path) -> Iterator[Row]:
+    """Each compressed network beside the dense one in the same runtime, and the dense one at fewer pixels."""
+    for name in ('classification', 'box', 'mask', 'keypoint'):
+        measured = read(folder, f'latency_{name}')
+        cases: dict[tuple[str, str, int], dict[str, dict[str, Any]]] = {}
+        for row in measured['rows']:
+            kind = 'control' if ' at ' in row['network'] else row['network']
+            cases.setdefault((row['model'], row['runtime'], row['batch']), {})[kind] = row
+        for (model, runtime, batch), case in cases.items():
+            ours, control = case['compressed'], case['control']
+            yield (
+                f'{model}, {runtime}, batch {batch}',
+                f'{case["dense"]["ms"]:.0f} -> {ours["ms"]:.0f} ms: {ours["speedup"]:.1f} times as fast '
+                f'({control["network"]}: {control["speedup"]:.1f}), {case["dense"]["gmacs"]:.1f} -> '
+                f'{ours["gmacs"]:.1f} GMACs',
+                ' '.join([BENCHMARK, *measured['arguments'][: measured['arguments'].index('--output')]]),
+            )
+
+
+def loop_rows(folder: Path) -> Iterator[Row]:
+    yield (
+        "images per second of the detectors' training loop, torchvision's reference loop beside it",
+        f'{read(folder, "detection_loop")["ratio"]:.2f} times as many',
+        f'{BENCHMARK} detection-loop --images 48 --rounds 6 --threads 2',
+    )
+
+
+def table(folder: Path = RESULTS) -> str:
+    """The Markdown table."""
+    lines, before = ['| what | measured | command |', '|---|---|---|'], ''
+    for rows in (kernel_rows, training_rows, latency_rows, loop_rows):
+        for what, measured, command in rows(folder):
+            shown = 'the same' if command in (before, 'the same') else f'`{command}`'
+            before = before if command == 'the same' else command
+            lines.append(f'| {what} | {measured} | {shown} |')
+    return '\n'.join(lines)
+
+
+def main() -> None:
+    parser = Parser(__doc__)
+    parser.add_argument('--results', type=Path, default=RESULTS, help='folder of the measurements')
+    print(table(parser.parse_args().results))
+
+
+if __name__ == '__main__':
+    run(main)
