@@ -1,7 +1,8 @@
 """The fenced blocks of a Markdown page: read, run in order in one folder, compared with the output that is shown.
 
 A comment before a block says what is special about it: `<!-- slow -->`, `<!-- ci: NAME -->` (run by .ci/run) or
-`<!-- not run: REASON -->`. A `text` block with the title Output or Error after a block is what that prints.
+`<!-- not run: REASON -->`. What a block prints stands after it: a `text` block with the title Output, an `output` block
+with the title Error.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import re
 import runpy
 import shlex
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -21,6 +23,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
+TRAINING = 'python tools/train_det.py --task keypoint'  # minutes: several pages begin with it
 _FENCE = re.compile(r'^```(\w+)([^\n]*)\n(.*?)^```$', re.S | re.M)
 _NUMBER = re.compile(r'[-+]?(\d[\d,]*(\.\d+)?(e[-+]?\d+)?|\bnan\b)')
 
@@ -43,7 +46,7 @@ def read_blocks(markdown: str) -> list[Block]:
     blocks: list[Block] = []
     for match in _FENCE.finditer(markdown):
         language, info, text = match.groups()
-        if language == 'text' and (kind := re.search(r'title="(Output|Error)"', info)):
+        if language in ('text', 'output') and (kind := re.search(r'title="(Output|Error)"', info)):
             assert blocks, f'an {kind[1]} block without a block before it'
             setattr(blocks[-1], kind[1].lower(), text)
         if language not in ('python', 'bash'):
@@ -71,11 +74,14 @@ def run_tool(monkeypatch: pytest.MonkeyPatch, path: str, *arguments: object) -> 
 
 
 class Runner:
-    """Runs the blocks of one page: Python ones share their names, tools run in this process, the rest in bash."""
+    """Runs the blocks of one page: Python ones share their names, tools run in this process, the rest in bash.
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    What `TRAINING` wrote for the first page is kept in the folder `trained`, and copied for the pages after it.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, trained: Path) -> None:
         self.names: dict[str, object] = {}
-        self.monkeypatch = monkeypatch
+        self.monkeypatch, self.trained = monkeypatch, trained
 
     def run(self, block: Block) -> None:
         """Run a block and compare; an assertion tells what differs."""
@@ -100,6 +106,9 @@ class Runner:
     def _tools(self, commands: list[str]) -> tuple[int, str, str]:
         code, out, err = 0, '', ''
         for command in commands:
+            if command == TRAINING and self.trained.is_dir():
+                shutil.copytree(self.trained, 'runs/keypoint')
+                continue
             words = shlex.split(command, comments=True)
             with self.monkeypatch.context() as patch:
                 while '=' in words[0]:
@@ -108,6 +117,8 @@ class Runner:
             out, err = out + printed[0], err + printed[1]
             if code:
                 break
+            if command == TRAINING:
+                shutil.copytree('runs/keypoint', self.trained)
         return code, out, err
 
     def _bash(self, text: str) -> tuple[int, str, str]:

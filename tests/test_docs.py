@@ -61,7 +61,7 @@ def runner(stand_ins: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     for name in ('tools', 'configs', 'README.md'):
         (work / name).symlink_to(ROOT / name)
     monkeypatch.chdir(work)
-    return Runner(monkeypatch)
+    return Runner(monkeypatch, stand_ins.with_name('trained'))
 
 
 def run_page(blocks: list[Block], runner: Runner, slow: bool) -> None:
