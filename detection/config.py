@@ -7,7 +7,6 @@ range, missing files.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -15,12 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import timm
-import yaml
 
 from detection.backbone import NORMS
 from detection.compression import RECIPES
 from detection.rcnn import RCNN_OPTIONS, TASKS
-from norton_timm.settings import ConfigError, brief, build, outside, plain, read_tree
+from norton_timm.settings import Settings, brief, checked, outside, read_tree
 from norton_timm.spec import CompressionSpec
 
 AMP = ('none', 'bf16', 'fp16')
@@ -98,7 +96,7 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
-class RunConfig:
+class RunConfig(Settings):
     """One training run."""
 
     task: str = 'box'
@@ -115,13 +113,6 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain types only, as YAML and checkpoints take them."""
-        return plain(dataclasses.asdict(self))
-
-    def to_yaml(self) -> str:
-        return yaml.safe_dump(self.to_dict(), sort_keys=False)
-
 
 def load_config(
     path: str | Path | None = None, overrides: Sequence[str] = (), values: Mapping[str, Any] | None = None
@@ -137,18 +128,12 @@ def load_config(
         ConfigError: with all problems found.
         FileNotFoundError: the file or a base is missing.
     """
-    tree, problems = read_tree(path, overrides, values)
-    return config_from_dict(tree, problems)
+    return config_from_dict(*read_tree(path, overrides, values))
 
 
-def config_from_dict(tree: dict[str, Any], problems: list[str] | None = None) -> RunConfig:
+def config_from_dict(tree: dict[str, Any], problems: Sequence[str] = ()) -> RunConfig:
     """A checked configuration from nested plain types; `problems` found before are reported with its own."""
-    problems = [] if problems is None else problems
-    config = build(RunConfig, tree, '', problems)
-    problems += _check(config)
-    if problems:
-        raise ConfigError(problems)
-    return config
+    return checked(RunConfig, tree, problems, _check)
 
 
 def _check(config: RunConfig) -> list[str]:

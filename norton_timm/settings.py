@@ -6,13 +6,16 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import yaml
 
 from norton_timm.plain_yaml import read_plain, read_plain_file
 
+T = TypeVar('T')
 NAMES = {int: 'a whole number', float: 'a number', str: 'text', bool: 'true or false'}
 
 
@@ -26,6 +29,37 @@ class ConfigError(ValueError):
     def __init__(self, problems: Sequence[str]) -> None:
         self.problems = list(problems)
         super().__init__('; '.join(problems))
+
+
+class Settings:
+    """Base of the dataclass that holds a run's settings."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types only, as YAML and checkpoints take them."""
+        return plain(dataclasses.asdict(typing.cast(Any, self)))
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+
+def checked(kind: type[T], tree: dict[str, Any], problems: Sequence[str], check: Callable[[T], list[str]]) -> T:
+    """Settings from nested plain types.
+
+    Args:
+        kind: their dataclass.
+        tree: keys and values.
+        problems: what was found before, reported with the rest.
+        check: what is wrong with the values, each of which has the right type.
+
+    Raises:
+        ConfigError: with all problems found.
+    """
+    found = list(problems)
+    settings = build(kind, tree, '', found)
+    found += check(settings)
+    if found:
+        raise ConfigError(found)
+    return settings
 
 
 def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -10,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import timm
-import yaml
 from timm.optim import list_optimizers
 
-from norton_timm.settings import ConfigError, build, outside, plain, read_tree
+from norton_timm.settings import Settings, checked, outside, read_tree
 
 SCHEDULES = ('cosine', 'tanh', 'poly')
 AMP = ('none', 'bf16', 'fp16')
@@ -64,7 +62,7 @@ class DistillConfig:
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Settings):
     """One run: dense network, compression, repair, training."""
 
     model: str = 'norton_resnet56_cifar.r071'  # a timm name; a compressed tag is made from its dense network
@@ -85,13 +83,6 @@ class TrainConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain types only, as YAML and JSON take them."""
-        return plain(dataclasses.asdict(self))
-
-    def to_yaml(self) -> str:
-        return yaml.safe_dump(self.to_dict(), sort_keys=False)
-
 
 def load_config(
     path: str | Path | None = None, overrides: Sequence[str] = (), values: Mapping[str, Any] | None = None
@@ -102,12 +93,7 @@ def load_config(
         ConfigError: with all problems found.
         FileNotFoundError: the file or a base is missing.
     """
-    tree, problems = read_tree(path, overrides, values)
-    config = build(TrainConfig, tree, '', problems)
-    problems += _check(config)
-    if problems:
-        raise ConfigError(problems)
-    return config
+    return checked(TrainConfig, *read_tree(path, overrides, values), _check)
 
 
 def _check(config: TrainConfig) -> list[str]:

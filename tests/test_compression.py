@@ -16,13 +16,14 @@ import norton_timm
 from detection.backbone import count_parameters
 from detection.checkpoint import detector_from_config, load_detector, save_checkpoint
 from detection.compression import compress_detector, recipe_spec
-from detection.config import ConfigError, RunConfig, config_from_dict
+from detection.config import RunConfig, config_from_dict
 from detection.rcnn import TASKS, build_detector
 from norton_timm import CompressionSpec, CPDConv2d, compress
 from norton_timm.groups import ChannelGraph
 from norton_timm.low_rank import LowRankLinear
 from norton_timm.plan import plan_pruning
 from norton_timm.rebuild import surgery_of
+from norton_timm.settings import ConfigError
 
 META = {'num_classes': 3, 'num_keypoints': 17}
 NAMES = {'class_names': ['__background__', 'cup', 'dog'], 'label_to_category': {1: 1, 2: 2}, 'skeleton': []}

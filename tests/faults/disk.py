@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from . import processes
-from .scenarios import Scenario, check_files, prepare, scenarios
+from .scenarios import Scenario, check_files, prepare, scenarios, train_box
 
 Row = dict[str, Any]
 
@@ -91,7 +91,7 @@ def lost_process(times: int, place: Path, seed: int = 0) -> Row:
             'torch.distributed.run',
             '--standalone',
             '--nproc-per-node=2',
-            *map(str, _detection(place, folder)),
+            *map(str, [processes.TOOLS / 'train_det.py', *train_box(place, folder / 'run')]),
         ]
         env = {**os.environ, 'OMP_NUM_THREADS': '1'}
         with (folder / 'log').open('w') as log:
@@ -111,25 +111,6 @@ def lost_process(times: int, place: Path, seed: int = 0) -> Row:
         if again.returncode:
             row['problems'].append(f'the restart failed: {again.stderr[-500:]}')
     return row
-
-
-def _detection(place: Path, folder: Path) -> list[object]:
-    from .scenarios import TINY
-
-    return [
-        processes.TOOLS / 'train_det.py',
-        '--task',
-        'box',
-        '--data',
-        place / 'sample',
-        '--backbone',
-        'resnet18',
-        '--iterations',
-        14,
-        '--output',
-        folder / 'run',
-        *TINY,
-    ]
 
 
 def _row() -> Row:

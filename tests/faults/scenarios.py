@@ -78,26 +78,16 @@ def prepare(place: Path) -> None:
         Image.effect_noise((96, 72), 60 + k).convert('RGB').save(place / f'{k}.png')
 
 
+def train_box(place: Path, output: Path) -> list[object]:
+    """Arguments of train_det.py for a short run on the small data set."""
+    run = ['--task', 'box', '--backbone', 'resnet18', '--iterations', 14]
+    return [*run, '--data', place / 'sample', '--output', output, *TINY]
+
+
 def _train_det(place: Path) -> Callable[[Path], list[object]]:
     def command(folder: Path) -> list[object]:
         resume = ['--resume'] if (folder / 'run' / 'checkpoint.pt').exists() else []
-        return [
-            '--task',
-            'box',
-            '--data',
-            place / 'sample',
-            '--backbone',
-            'resnet18',
-            '--iterations',
-            14,
-            '--output',
-            folder / 'run',
-            '--seed',
-            3,
-            '--deterministic',
-            *TINY,
-            *resume,
-        ]
+        return [*train_box(place, folder / 'run'), '--seed', 3, '--deterministic', *resume]
 
     return command
 
