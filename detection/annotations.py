@@ -50,11 +50,15 @@ def check_outline(record: dict[str, Any], height: int, width: int) -> None:
     """Look whether pycocotools' C code, which trusts its input, can be given an annotation's segmentation.
 
     Raises:
-        ValueError: it is neither polygons of numbers nor a run-length code of the image's size.
+        ValueError: it is neither polygons of numbers nor a run-length code of the image's size, or a polygon leads so
+            far out of the image that the C code, which walks along it in fifths of a pixel, would crash.
     """
     outline, where = record['segmentation'], f'annotation {record["id"]}'
     if isinstance(outline, list):
         good = all(_numbers(polygon) for polygon in outline)
+        farthest = 10 * (height + width)
+        if good and any(abs(v) > farthest for polygon in outline for v in polygon):
+            raise ValueError(f'{where} has a polygon with a point more than {farthest} pixels out of its image')
     else:
         said: Any = outline if isinstance(outline, dict) else {}
         size, counts = said.get('size'), said.get('counts')

@@ -23,6 +23,7 @@ from timm.models import build_model_with_cfg, register_model
 from torch import Tensor, nn
 
 from norton_timm.files import replacing
+from norton_timm.interrupts import undisturbed
 from norton_timm.rebuild import describe, rebuild
 from norton_timm.recipe import FORMAT, Recipe
 from norton_timm.resize import owned_tensors
@@ -258,7 +259,7 @@ def _read(path: Path) -> tuple[Recipe, dict[str, Tensor]]:
             'tools/import_checkpoint.py, for weights of a dense model tools/compress.py --checkpoint'
         )
     try:
-        with safe_open(path, framework='pt') as file:
+        with undisturbed(), safe_open(path, framework='pt') as file:
             metadata = file.metadata() or {}
             # a copy: the file may be overwritten while the network lives, and copies are aligned as at home
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118

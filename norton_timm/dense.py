@@ -14,6 +14,7 @@ from timm.models import is_model
 from torch import nn
 
 from norton_timm.authors import network_tensors, read_checkpoint
+from norton_timm.interrupts import undisturbed
 from norton_timm.models._build import adapt_state_dict
 from norton_timm.models._compressed import spec_of
 from norton_timm.spec import CompressionSpec
@@ -72,7 +73,8 @@ def load_weights(model: nn.Module, path: Path) -> None:
     """
     if path.suffix == '.safetensors':
         try:
-            tensors = load_file(path)
+            with undisturbed():
+                tensors = load_file(path)
         except (SafetensorError, OSError) as error:
             raise ValueError(f'{path}: not a safetensors file: {" ".join(str(error).split())[:200]}') from None
     else:

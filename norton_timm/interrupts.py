@@ -41,6 +41,11 @@ class HeldSignals:
             signal.signal(number, handler)
         self._before = {}
 
+    @property
+    def noted(self) -> int:
+        """The signal that came to this process, 0 for none."""
+        return self._noted
+
     def arrived(self, device: torch.device) -> bool:
         """Whether one came, to this process or, where there are several, to any: all get the same answer.
 
@@ -79,3 +84,18 @@ class HeldSignals:
         again, self._noted = self._noted, number
         if again and callable(self._before.get(number)):
             self._before[number](number, frame)
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """A short block into which Ctrl-C and SIGTERM do not break; they act behind it.
+
+    Native code that reads a file may turn the exception of a signal into an error of its own, and the file would be
+    called damaged.
+    """
+    with HeldSignals() as held:
+        try:
+            yield
+        finally:
+            if held.noted:
+                held.deliver()

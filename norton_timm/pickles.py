@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from norton_timm.interrupts import undisturbed
+
 _RATIO = 1.1  # torch stores tensors as they are; a packed archive may stand for a thousand times its size
 
 
@@ -32,7 +34,8 @@ def load_plain(path: Path, allowed: Sequence[Any] = ()) -> Any:
     try:
         size = path.stat().st_size
         _check_archive(path, size)
-        with torch.serialization.safe_globals(list(allowed)) if allowed else contextlib.nullcontext():
+        known = torch.serialization.safe_globals(list(allowed)) if allowed else contextlib.nullcontext()
+        with undisturbed(), known:
             content = torch.load(path, map_location='cpu', weights_only=True)
         _check_tensors(content, size)
     except OSError as error:

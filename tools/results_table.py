@@ -1,10 +1,12 @@
-"""Print the README's table of what was measured, from the benchmarks' own files in results/.
+"""Print the README's tables of what was measured, from the benchmarks' own files in results/.
 
 python tools/results_table.py
+python tools/results_table.py --accuracy
 """
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -82,8 +84,23 @@ def loop_rows(folder: Path) -> Iterator[Row]:
     )
 
 
-def table(folder: Path = RESULTS) -> str:
-    """The Markdown table."""
+def accuracy_table(folder: Path) -> str:
+    """Top-1 of the trained networks, as Markdown; those with a control are left out."""
+    lines = ['| tag | top-1 % repaired | trained | dense | difference | epochs |', '|---|--:|--:|--:|--:|--:|']
+    with (folder / 'cifar10.csv').open(encoding='utf-8') as file:
+        rows = sorted(csv.DictReader(file), key=lambda row: row['model'])
+    for row in rows:
+        if not row['control']:
+            epochs = int(row['epochs']) + int(row['epochs_before'])
+            lines.append(
+                f'| `{row["model"]}` | {row["top1_repaired"]} | {row["top1"]} | {row["top1_dense"]} '
+                f'| {float(row["difference"]):+.2f} | {epochs} |'
+            )
+    return '\n'.join(lines)
+
+
+def table(folder: Path) -> str:
+    """Speed and memory, as Markdown."""
     lines, before = ['| what | measured | command |', '|---|---|---|'], ''
     for rows in (kernel_rows, training_rows, latency_rows, loop_rows):
         for what, measured, command in rows(folder):
@@ -96,7 +113,9 @@ def table(folder: Path = RESULTS) -> str:
 def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument('--results', type=Path, default=RESULTS, help='folder of the measurements')
-    print(table(parser.parse_args().results))
+    parser.add_argument('--accuracy', action='store_true', help='the accuracy of trained networks instead')
+    args = parser.parse_args()
+    print((accuracy_table if args.accuracy else table)(args.results))
 
 
 if __name__ == '__main__':

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import platform
 from pathlib import Path
@@ -25,7 +24,7 @@ def write_fuzz(tallies: list[Tally]) -> None:
 
 def write_kills(campaigns: list[Campaign]) -> None:
     """Likewise for campaigns."""
-    _update('kills', {c.name: dataclasses.asdict(c) for c in campaigns})
+    _update('kills', {c.name: {**vars(c), 'kills': dict(c.kills), 'lost': dict(c.lost)} for c in campaigns})
 
 
 def write_faults(rows: dict[str, dict[str, Any]]) -> None:

@@ -142,6 +142,16 @@ def test_masks_that_native_code_would_read_beyond_are_refused(mask: object, tmp_
         CocoEvaluator(load_coco(folder / 'annotations' / 'instances_train.json'), 'mask')
 
 
+@pytest.mark.parametrize('far', [6.167657508635757e16, -2.3e16, 1e9])
+def test_a_polygon_that_leads_far_out_of_its_image_is_refused(far: float, tmp_path: Path) -> None:
+    """The fuzzer's find: native code walks along it in fifths of a pixel, and crashed."""
+    folder = coco(tmp_path, annotations_0_segmentation=[[4, 12, 4, 12, 12, 4, 12, far]])
+    with pytest.raises(ValueError, match='annotation 1 has a polygon with a point more than 560 pixels out'):
+        CocoDataset(folder, 'train', 'mask')[0]
+    with pytest.raises(ValueError, match='annotation 1 has a polygon with a point more than 560 pixels out'):
+        CocoEvaluator(load_coco(folder / 'annotations' / 'instances_train.json'), 'mask')
+
+
 def test_an_object_without_a_mask_neither_counts_nor_breaks_the_evaluation(tmp_path: Path) -> None:
     folder = coco(tmp_path, annotations_0_segmentation=None)
     dataset = CocoDataset(folder, 'train', 'mask')
