@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import importlib.metadata
+import itertools
 import json
 import logging
 from pathlib import Path
@@ -16,6 +17,7 @@ from timm.models import PretrainedCfg
 from torch import nn
 
 from norton_timm.bases import base_name
+from norton_timm.calibrate import reestimate_batch_norm
 from norton_timm.checkpoint import load, read_metadata, save
 from norton_timm.complexity import count, default_input
 from norton_timm.compress import compress
@@ -63,6 +65,9 @@ def spec_of_run(config: TrainConfig) -> CompressionSpec | None:
     """The recipe of a run; None for one that only trains a dense network."""
     source = config.recipe or (config.model if is_compressed_tag(config.model) else None)
     return None if source is None else make_spec(source)
+
+
+_NORM_IMAGES = 8192  # for the batch norms of averaged weights
 
 
 class Recovery:
@@ -130,6 +135,9 @@ class Recovery:
             model = trainer.trained
             if self.config.start_share:
                 average(model, load(str(self.config.start)).to(self.device), self.config.start_share)
+                batches = self.data.train_batches(trainer.epoch, self.config.optim.batch_size, self.config.seed)
+                count = min(_NORM_IMAGES // self.config.optim.batch_size + 1, trainer.steps)
+                reestimate_batch_norm(model, list(itertools.islice(batches, count)))
         model = model.eval().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         accuracy = evaluate(model, self.data, self.device)  # in full precision, whatever the training's was
         self.facts.update({'top1': accuracy['top1'], 'top5': accuracy['top5'], 'loss': accuracy['loss']})
@@ -234,7 +242,8 @@ def average(model: nn.Module, other: nn.Module, share: float) -> None:
     """Move weights and running statistics towards those of another network of the same shape, in place.
 
     Ends of two rounds of training lie on two sides of a flat minimum; their mean often generalises better than either
-    (stochastic weight averaging, Izmailov et al., 2018).
+    (stochastic weight averaging, Izmailov et al., 2018). The statistics of its activations are not the mean of theirs:
+    batch norms want estimating again, on images as in training.
     """
     beside = other.state_dict()
     for name, tensor in model.state_dict().items():

@@ -20,8 +20,9 @@ def test_zoo_table():
     assert table.strip() in README
 
 
-def test_results_table():
-    command = [sys.executable, str(ROOT / 'tools' / 'results_table.py')]
+@pytest.mark.parametrize('options', [[], ['--accuracy']])
+def test_results_table(options: list[str]):
+    command = [sys.executable, str(ROOT / 'tools' / 'results_table.py'), *options]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout in README
 
 

@@ -91,11 +91,9 @@ def accuracy_table(folder: Path) -> str:
         rows = sorted(csv.DictReader(file), key=lambda row: row['model'])
     for row in rows:
         if not row['control']:
+            figures = ' | '.join(f'{float(row[key]):.2f}' for key in ('top1_repaired', 'top1', 'top1_dense'))
             epochs = int(row['epochs']) + int(row['epochs_before'])
-            lines.append(
-                f'| `{row["model"]}` | {row["top1_repaired"]} | {row["top1"]} | {row["top1_dense"]} '
-                f'| {float(row["difference"]):+.2f} | {epochs} |'
-            )
+            lines.append(f'| `{row["model"]}` | {figures} | {float(row["difference"]):+.2f} | {epochs} |')
     return '\n'.join(lines)
 
 
