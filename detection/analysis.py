@@ -113,15 +113,10 @@ def plot_precision_recall(curves: Mapping[str, np.ndarray], path: str | Path) ->
     Args:
         curves: `CocoEvaluator.precision`: arrays `(10 overlaps from 0.5 to 0.95, 101 recalls, categories)`.
         path: picture file; appears only when complete.
-
-    Raises:
-        ValueError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg  # no pyplot: no display, no global state
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ValueError('precision-recall curves need matplotlib: pip install matplotlib') from error
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # no pyplot: no display, no global state
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(5 * len(curves), 4.5), dpi=120, layout='constrained')
     FigureCanvasAgg(figure)
     for axes, (kind, precision) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items()):

@@ -171,11 +171,8 @@ def plot_histogram(series: Mapping[str, Sequence[float]], path: str | Path, *, t
     """
     if not any(len(v) for v in series.values()):
         raise ValueError('no timings to plot, expected at least one (was every frame a warm-up frame?)')
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg  # no pyplot: no display, no global state
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ValueError('the latency histogram needs matplotlib: pip install matplotlib') from error
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # no pyplot: no display, no global state
+    from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.5), dpi=120, layout='constrained')
     FigureCanvasAgg(figure)

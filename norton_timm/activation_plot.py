@@ -1,4 +1,4 @@
-"""The picture of a comparison of two looks; needs matplotlib, an optional extra."""
+"""The picture of a comparison of two looks."""
 
 from __future__ import annotations
 

@@ -160,16 +160,10 @@ def _measure(
 
 
 def plot_speedup(rows: Sequence[Row], path: Path) -> None:
-    """Draw each network's time over the dense one's, by runtime and batch, as a PNG.
+    """Draw each network's time over the dense one's, by runtime and batch, as a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import
+    from matplotlib.figure import Figure
 
-    Raises:
-        ValueError: matplotlib is not installed.
-    """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError('the picture needs matplotlib: pip install matplotlib') from None
     groups = list(dict.fromkeys((r['model'], r['runtime'], r['batch']) for r in rows))
     labels = list(dict.fromkeys(r['network'] for r in rows))
     found = {((r['model'], r['runtime'], r['batch']), r['network']): r['speedup'] for r in rows}

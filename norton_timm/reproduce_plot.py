@@ -1,4 +1,4 @@
-"""Pictures of the rows that `norton_timm.reproduce` wrote; needs matplotlib, an optional extra."""
+"""Pictures of the rows that `norton_timm.reproduce` wrote."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def plot_studies(rows: Rows, folder: Path) -> list[Path]:
         folder: where the pictures go.
 
     Raises:
-        ValueError: no row of any study, or matplotlib is not installed.
+        ValueError: no row of any study.
     """
     draw = {'rank': _rank, 'criterion': _criterion, 'tag': _macs}
     studies = {name: [row for row in rows if row.get('study') == name] for name in draw}
@@ -37,11 +37,9 @@ def plot_studies(rows: Rows, folder: Path) -> list[Path]:
 
 
 def _axes(columns: int = 1, height: float = 4.0) -> tuple[Any, list[Any]]:
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError('pictures need matplotlib: pip install matplotlib') from None
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(6.4 if columns == 1 else 4.8 * columns, height), dpi=120, layout='constrained')
     FigureCanvasAgg(figure)  # no global state, no display
     axes = figure.subplots(1, columns, squeeze=False)[0]

@@ -1,4 +1,4 @@
-"""The picture of a trade-off curve; needs matplotlib, an optional extra."""
+"""The picture of a trade-off curve."""
 
 from __future__ import annotations
 
@@ -25,7 +25,6 @@ def plot_trade_off(
 
     Raises:
         ValueError: no points, an unknown kind, another file type, or a file that cannot be written.
-        ImportError: matplotlib is not installed.
     """
     named = dict(curves) if isinstance(curves, Mapping) else {'': curves}
     path = Path(path)
@@ -35,11 +34,9 @@ def plot_trade_off(
         raise ValueError(f'path: got {path.name!r}, expected a name that ends in .png')
     if not named or not all(named.values()):
         raise ValueError('curves: got no points, expected at least one')
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ImportError('drawing a trade-off curve needs matplotlib: pip install matplotlib') from None
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(6.4, 4.2), dpi=150, layout='constrained')
     FigureCanvasAgg(figure)  # no global state, no display
     axes = figure.add_subplot()

@@ -104,7 +104,6 @@ def test_curves_have_the_evaluators_precision(evaluator: CocoEvaluator) -> None:
 
 
 def test_report_is_complete(data: CocoDataset, evaluator: CocoEvaluator, tmp_path: Path) -> None:
-    pytest.importorskip('matplotlib')
     paths = write_report(evaluator, data, tmp_path / 'report')
     table, errors, curves, worst = paths
     with table.open() as file:

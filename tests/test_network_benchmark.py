@@ -120,7 +120,6 @@ def test_the_control_has_no_more_macs_than_asked():
 
 
 def test_the_picture(tmp_path):
-    pytest.importorskip('matplotlib')
     rows = [{'model': 'm', 'network': n, 'runtime': r, 'batch': 1, 'speedup': s}
             for r in ('eager', 'deployed') for n, s in (('dense', 1.0), ('compressed', 2.5))]  # fmt: skip
     plot_speedup(rows, tmp_path / 'a.png')
@@ -128,7 +127,6 @@ def test_the_picture(tmp_path):
 
 
 def test_the_tool(tmp_path):
-    pytest.importorskip('matplotlib')
     result = subprocess.run(
         [sys.executable, str(ROOT / 'tools' / 'benchmark.py'), 'classification', 'norton_resnet56_cifar.r089',
          '--batches', '1', '--runtimes', 'deployed', '--seconds', '0.1', '--output', str(tmp_path / 'a.json')],

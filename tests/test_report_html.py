@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -138,7 +137,6 @@ POINTS = [TradeOffPoint(f, f, f, 2 * (1 / f - 1), CompressionSpec()) for f in (1
 
 
 def test_curve_is_drawn(tmp_path: Path) -> None:
-    pytest.importorskip('matplotlib')
     one = cv2.imread(str(plot_trade_off(POINTS, tmp_path / 'one.png', title='resnet')))
     two = cv2.imread(str(plot_trade_off({'a': POINTS, 'b': POINTS[:2]}, tmp_path / 'two.png', 'params')))
     assert one.shape == two.shape == (630, 960, 3)
@@ -153,10 +151,3 @@ def test_curve_is_drawn(tmp_path: Path) -> None:
 def test_bad_pictures_are_refused(curves: list, name: str, kind: str, words: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=words):
         plot_trade_off(curves, tmp_path / name, kind)
-
-
-def test_missing_matplotlib_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
-    monkeypatch.setitem(sys.modules, 'matplotlib.backends.backend_agg', None)
-    with pytest.raises(ImportError, match='pip install matplotlib'):
-        plot_trade_off(POINTS, tmp_path / 'a.png')

@@ -105,7 +105,6 @@ def test_rows_replace_those_of_the_same_run(tmp_path: Path) -> None:
 
 
 def test_pictures(tmp_path: Path) -> None:
-    pytest.importorskip('matplotlib')
     rows = []
     for study in reproduce.STUDIES:
         for k, (model, what, _) in enumerate(reproduce.study_specs(study)):
