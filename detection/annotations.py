@@ -27,6 +27,7 @@ _FIELDS: dict[str, dict[str, type]] = {
     'categories': {'id': int, 'name': str},
     'annotations': {'id': int, 'image_id': int, 'category_id': int, 'bbox': list},
 }
+_LONGEST_OUTLINE = 1_000_000  # pixels; of an object in a picture of any size a camera makes
 
 
 def decode_mask(record: dict[str, Any], height: int, width: int) -> np.ndarray:
@@ -50,15 +51,15 @@ def check_outline(record: dict[str, Any], height: int, width: int) -> None:
     """Look whether pycocotools' C code, which trusts its input, can be given an annotation's segmentation.
 
     Raises:
-        ValueError: it is neither polygons of numbers nor a run-length code of the image's size, or a polygon leads so
-            far out of the image that the C code, which walks along it in fifths of a pixel, would crash.
+        ValueError: it is neither polygons of numbers nor a run-length code of the image's size, or an outline so long
+            that the C code, which keeps each fifth of a pixel along it, would run out of memory and crash.
     """
     outline, where = record['segmentation'], f'annotation {record["id"]}'
     if isinstance(outline, list):
         good = all(_numbers(polygon) for polygon in outline)
-        farthest = 10 * (height + width)
-        if good and any(abs(v) > farthest for polygon in outline for v in polygon):
-            raise ValueError(f'{where} has a polygon with a point more than {farthest} pixels out of its image')
+        longest = max((_walk(polygon) for polygon in outline), default=0.0) if good else 0.0
+        if longest > _LONGEST_OUTLINE:
+            raise ValueError(f'{where} has a polygon of {longest:.0f} pixels around, {_LONGEST_OUTLINE} are allowed')
     else:
         said: Any = outline if isinstance(outline, dict) else {}
         size, counts = said.get('size'), said.get('counts')
@@ -72,6 +73,12 @@ def check_outline(record: dict[str, Any], height: int, width: int) -> None:
     if not good:
         told = f'polygons of numbers, or a run-length code of {height}x{width} pixels'
         raise ValueError(f'{where} has a malformed segmentation {brief(outline)}; expected {told}')
+
+
+def _walk(polygon: list[float]) -> float:
+    """Pixels along a closed polygon (x, y, x, y, ...), each edge by its longer side."""
+    points = np.asarray(polygon[: len(polygon) // 2 * 2], float).reshape(-1, 2)
+    return float(np.abs(points - np.roll(points, 1, axis=0)).max(axis=1).sum()) if len(points) else 0.0
 
 
 def _length(code: str | bytes) -> int:

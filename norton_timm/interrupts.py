@@ -93,9 +93,10 @@ def undisturbed() -> Iterator[None]:
     Native code that reads a file may turn the exception of a signal into an error of its own, and the file would be
     called damaged.
     """
-    with HeldSignals() as held:
-        try:
+    held = HeldSignals()
+    try:
+        with held:
             yield
-        finally:
-            if held.noted:
-                held.deliver()
+    finally:  # the handlers are those of before: no signal slips in between
+        if held.noted:
+            held.deliver()

@@ -190,8 +190,9 @@ class CPDConv2d(nn.Module):
         """The dense kernel (O, I / groups, Kh, Kw) that the factors stand for."""
         o, r, (kh, kw) = self.out_channels, self.rank, self.kernel_size
         spatial = self.merged_kernel()
-        if self.pointwise.numel() * kh * kw <= _FEW_PRODUCTS:
-            terms = self.pointwise.view(o, r, -1, 1, 1) * spatial[:, :, None]
+        fan_in = self.in_channels // self.groups  # numbers of Python: torch.fx follows tensors only
+        if o * r * fan_in * kh * kw <= _FEW_PRODUCTS:
+            terms = self.pointwise.view(o, r, fan_in, 1, 1) * spatial[:, :, None]
             return terms.sum(1)
         return (self.pointwise.view(o, r, -1).mT @ spatial.view(o, r, kh * kw)).view(o, -1, kh, kw)
 

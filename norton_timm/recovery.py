@@ -23,7 +23,7 @@ from norton_timm.complexity import count, default_input
 from norton_timm.compress import compress
 from norton_timm.dense import dense_model, make_spec, set_normalisation
 from norton_timm.distill import Distillation
-from norton_timm.distributed import is_main, wait_for_all
+from norton_timm.distributed import average_statistics, is_main, wait_for_all
 from norton_timm.files import write_text
 from norton_timm.finetune import Trainer, evaluate
 from norton_timm.forms import tune_forms
@@ -87,11 +87,10 @@ class Recovery:
         self.config, self.output, self.device, self.progress = config, output, device, progress
         name, self.spec = dense_name(config), spec_of_run(config)
         self.trained = config.weights is not None or config.pretrained
-        taught = self.trained or config.distill.teacher is not None
-        if self.spec is not None and config.distill.weight and not taught:
-            raise ValueError(
-                'distillation needs a trained dense network: set weights, distill.teacher or distill.weight=0'
-            )
+        if self.spec is not None and config.distill.weight and not self.trained:
+            raise ValueError('distillation needs a trained dense network: give weights, or set distill.weight to 0')
+        if config.distill.teacher is not None and (self.spec is None or not config.distill.weight):
+            raise ValueError('got distill.teacher for a run that distils nothing: it needs a recipe and distill.weight')
         refuse_other_run(output, config.to_yaml())
         self.data = open_data(
             config.data.source, preprocessing_of(name, config), device,
@@ -135,9 +134,10 @@ class Recovery:
             model = trainer.trained
             if self.config.start_share:
                 average(model, load(str(self.config.start)).to(self.device), self.config.start_share)
-                batches = self.data.train_batches(trainer.epoch, self.config.optim.batch_size, self.config.seed)
-                count = min(_NORM_IMAGES // self.config.optim.batch_size + 1, trainer.steps)
-                reestimate_batch_norm(model, list(itertools.islice(batches, count)))
+                size = self.config.optim.batch_size
+                batches = self.data.train_batches(trainer.epoch, size, self.config.seed)
+                reestimate_batch_norm(model, itertools.islice(batches, _NORM_IMAGES // size + 1))
+                average_statistics(model)
         model = model.eval().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         accuracy = evaluate(model, self.data, self.device)  # in full precision, whatever the training's was
         self.facts.update({'top1': accuracy['top1'], 'top5': accuracy['top5'], 'loss': accuracy['loss']})

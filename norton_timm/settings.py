@@ -39,6 +39,7 @@ class Settings:
         return plain(dataclasses.asdict(typing.cast(Any, self)))
 
     def to_yaml(self) -> str:
+        """The same as a YAML file."""
         return yaml.safe_dump(self.to_dict(), sort_keys=False)
 
 

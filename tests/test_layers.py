@@ -181,3 +181,10 @@ def test_compile_without_graph_breaks():
     for mode in (True, False):
         layer.train(mode)
         torch.testing.assert_close(compiled(x), layer(x))
+
+
+@pytest.mark.parametrize('channels', [8, 128])
+def test_torch_fx_follows_the_layer(channels: int) -> None:
+    layer = CPDConv2d(channels, channels, 3, 2, padding=1, form='dense').eval()
+    x = torch.randn(1, channels, 5, 5)
+    torch.testing.assert_close(torch.fx.symbolic_trace(layer)(x), layer(x))

@@ -198,6 +198,10 @@ def test_what_is_wrong_leaves_the_folder_free(inputs: dict[str, str], tmp_path: 
             run(config({**inputs, **wrong}), tmp_path / 'run')
     with pytest.raises(ValueError, match='needs a trained dense network'):
         run(config(inputs, 'norton', 'weights=null'), tmp_path / 'run')
+    teacher = f'distill.teacher={inputs["weights"]}'
+    for given in (config(inputs, None, teacher), config(inputs, 'norton', teacher, 'distill.weight=0')):
+        with pytest.raises(ValueError, match='for a run that distils nothing'):
+            run(given, tmp_path / 'run')
     assert not (tmp_path / 'run').exists()
 
 

@@ -146,7 +146,11 @@ def test_killed_at_random_moments_it_ends_with_the_same_weights(recipe: str, pla
 @pytest.mark.slow
 def test_two_processes_train_and_evaluate_as_one(place: Path, tmp_path: Path) -> None:
     """About a minute: pytest tests/test_tools_cls.py -m slow."""
-    code, _, err = finish(train(place, tmp_path / 'two', 'optim.batch_size=8', epochs=1), TORCHRUN)
+    settings, first = ['optim.batch_size=8'], tmp_path / 'first'
+    code, _, err = finish(train(place, first, *settings, epochs=1), TORCHRUN)
+    assert code == 0, err
+    settings += [f'start={first / "model.safetensors"}', 'start_share=0.5']
+    code, _, err = finish(train(place, tmp_path / 'two', *settings, epochs=1), TORCHRUN)
     assert code == 0, err
     rows = [json.loads(line) for line in (tmp_path / 'two' / 'metrics.jsonl').read_text().splitlines()]
     assert [row['epoch'] for row in rows] == [1]
@@ -163,3 +167,4 @@ def test_two_processes_train_and_evaluate_as_one(place: Path, tmp_path: Path) ->
     results = json.loads((tmp_path / 'two' / 'results.json').read_text())
     assert (one['top1'], one['top5'], one['test_images']) == (two['top1'], two['top5'], 25)
     assert one['top1'] == results['top1'] and one['loss'] == pytest.approx(two['loss'], rel=1e-5)
+    assert one['loss'] == pytest.approx(results['loss'], rel=1e-5)  # both processes hold the network that was kept

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -75,4 +74,4 @@ def _detection(args: argparse.Namespace) -> dict[str, Any]:
 def _finish(args: argparse.Namespace, rows: list[dict[str, Any]]) -> dict[str, Any]:
     if args.output is not None:
         networks.plot_speedup(rows, args.output.with_suffix('.png'))
-    return {'arguments': sys.argv[1:], 'cpu': networks.cpu_name(), 'rows': rows}
+    return {'cpu': networks.cpu_name(), 'rows': rows}

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,9 @@ def main() -> None:
     if args.output is not None:
         machine = {'processor': platform.processor(), 'cpus': os.cpu_count(), 'threads': torch.get_num_threads()}
         versions = {'python': platform.python_version(), 'torch': torch.__version__}
-        _write(args.output, {'command': args.command, 'machine': machine, 'versions': versions, **results})
+        given = [word for word in sys.argv[1:] if word not in ('--output', str(args.output))]
+        content = {'command': args.command, 'arguments': given, 'machine': machine, 'versions': versions, **results}
+        _write(args.output, content)
 
 
 def _subparser(**settings: Any) -> Parser:

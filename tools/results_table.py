@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,6 @@ from _cli import Parser, run
 Row = tuple[str, str, str]  # what, measured, command
 
 RESULTS = Path(__file__).resolve().parents[1] / 'results'
-BENCHMARK = 'python tools/benchmark.py'
 
 
 def read(folder: Path, name: str) -> Any:
@@ -25,17 +25,22 @@ def read(folder: Path, name: str) -> Any:
     return json.loads((folder / f'{name}.json').read_text(encoding='utf-8'))
 
 
+def command_of(measured: Any) -> str:
+    """The command that wrote a benchmark's file."""
+    return ' '.join(['python tools/benchmark.py', *measured['arguments']])
+
+
 def kernel_rows(folder: Path) -> Iterator[Row]:
-    kernels, command = read(folder, 'kernels'), f'{BENCHMARK} kernels --only cpd r078 pabs --threads 2'
+    kernels = read(folder, 'kernels')
     ranks = ' / '.join(str(row['rank']) for row in kernels['cpd'])
     times = ' / '.join(f'{row["speedup"]:.0f}' for row in kernels['cpd'])
     sample = kernels['parafac_sample'].partition(' ')[0]
-    worst = max(row['ours_nmse'] / row['parafac_nmse'] for row in kernels['cpd'])
+    worst = math.ceil(1000 * max(row['ours_nmse'] / row['parafac_nmse'] for row in kernels['cpd'])) / 1000
     yield (
         f"CPD of ResNet-50's sixteen 3x3 layers at rank {ranks}",
         f"{times} times as fast as a loop over TensorLy's `parafac` ({sample} filters a layer, extrapolated), "
         f'at no more than {worst:.3f} of its error',
-        f'{command} --sample {sample}',
+        command_of(kernels),
     )
     seconds = kernels['r078'][0]['ours_s']
     yield 'decomposition + PABS + selection, ResNet-50 r078', f'{seconds:.1f} s', 'the same'
@@ -48,12 +53,13 @@ def kernel_rows(folder: Path) -> Iterator[Row]:
 
 
 def training_rows(folder: Path) -> Iterator[Row]:
-    for row in read(folder, 'training_steps')['training']:
+    steps = read(folder, 'training_steps')
+    for row in steps['training']:
         yield (
             f"a training step of `{row['model']}` over the uncompressed network's, {row['precision']}",
             f"{row['dense_over_uncompressed']:.2f}; the authors' block takes "
             f'{row["authors_block_over_dense"]:.1f} times our step, our factored form {row["factored_over_dense"]:.1f}',
-            f'{BENCHMARK} kernels --only training --rounds 8 --threads 2',
+            command_of(steps),
         )
 
 
@@ -72,15 +78,16 @@ def latency_rows(folder: Path) -> Iterator[Row]:
                 f'{case["dense"]["ms"]:.0f} -> {ours["ms"]:.0f} ms: {ours["speedup"]:.1f} times as fast '
                 f'({control["network"]}: {control["speedup"]:.1f}), {case["dense"]["gmacs"]:.1f} -> '
                 f'{ours["gmacs"]:.1f} GMACs',
-                ' '.join([BENCHMARK, *measured['arguments'][: measured['arguments'].index('--output')]]),
+                command_of(measured),
             )
 
 
 def loop_rows(folder: Path) -> Iterator[Row]:
+    loop = read(folder, 'detection_loop')
     yield (
         "images per second of the detectors' training loop, torchvision's reference loop beside it",
-        f'{read(folder, "detection_loop")["ratio"]:.2f} times as many',
-        f'{BENCHMARK} detection-loop --images 48 --rounds 6 --threads 2',
+        f'{loop["ratio"]:.2f} times as many',
+        command_of(loop),
     )
 
 
