@@ -18,7 +18,7 @@ import norton_timm.models  # noqa: F401
 from norton_timm import weights
 from norton_timm.checkpoint import save
 
-NAME = 'norton_resnet56_cifar.r089'
+NAME = 'norton_resnet56_cifar.r027'
 
 
 @pytest.fixture(autouse=True)
