@@ -40,8 +40,9 @@ log = logging.getLogger(__name__)
 
 CONFIG, STAGES, CALIBRATED = 'config.yaml', 'stages.json', 'calibrated.safetensors'
 MODEL, RESULTS = 'model.safetensors', 'results.json'
-STEPS = ('top1_dense', 'top1_teacher', 'top1_compressed', 'top1_repaired', 'top1_start', 'top1')
-FIGURES = ('nmse', *STEPS, 'top5', 'loss')
+TOP1 = ('top1_dense', 'top1_teacher', 'top1_compressed', 'top1_repaired', 'top1_start', 'top1')
+FIGURES = ('nmse', *TOP1, 'top5', 'loss')
+_NORM_IMAGES = 8192  # for the batch norms of averaged weights
 
 
 def preprocessing_of(name: str, config: TrainConfig) -> Preprocessing:
@@ -65,9 +66,6 @@ def spec_of_run(config: TrainConfig) -> CompressionSpec | None:
     """The recipe of a run; None for one that only trains a dense network."""
     source = config.recipe or (config.model if is_compressed_tag(config.model) else None)
     return None if source is None else make_spec(source)
-
-
-_NORM_IMAGES = 8192  # for the batch norms of averaged weights
 
 
 class Recovery:
