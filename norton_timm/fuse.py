@@ -7,8 +7,11 @@ its weights. Both cost a compressed network, which computes less for each byte, 
 from __future__ import annotations
 
 import copy
+import functools
 import operator
+import weakref
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,6 +23,7 @@ from torchvision.ops import FeaturePyramidNetwork
 _RELU_CALLS: tuple[Any, ...] = (F.relu, torch.relu, torch.relu_, F.relu_, 'relu', 'relu_')
 _ADD_CALLS: tuple[Any, ...] = (operator.add, operator.iadd, torch.add, 'add', 'add_')
 _NOTHING = (nn.Identity, nn.Dropout)  # in evaluation mode
+_SMALL = 100_000_000  # MACs up to which a call's overhead tells
 
 
 def available() -> bool:
@@ -40,7 +44,7 @@ class FusedConv2d(nn.Conv2d):
 
     relu = False
     in_place = False
-    _packed: Any = None
+    _packed: tuple[Any, Callable[..., Tensor]] | None = None
 
     @classmethod
     def from_conv(cls, conv: nn.Conv2d) -> FusedConv2d:
@@ -57,40 +61,36 @@ class FusedConv2d(nn.Conv2d):
             y = super().forward(x)
             y = y if other is None else y + other
             return y.relu() if self.relu else y
-        geometry = (self.padding, self.stride, self.dilation, self.groups)
-        weight, unary = self._packed_weight(x), 'relu' if self.relu else None
-        if other is None:
-            act = unary or 'none'
-            op = torch.ops.mkldnn._convolution_pointwise.default
-            return op(x, weight, self.bias, *geometry, act, [], '')
-        if self.in_place:
-            op = torch.ops.mkldnn._convolution_pointwise_.binary
-            return op(other, x, weight, self.bias, *geometry, 'add', 1.0, unary, [], '')
-        op = torch.ops.mkldnn._convolution_pointwise.binary
-        return op(x, other, weight, self.bias, *geometry, 'add', 1.0, unary, [], '')
+        step = self.packed() or self._pack(x, other is not None)
+        return step(x) if other is None else step(x, other)
 
     def _plain(self, x: Tensor, other: Tensor | None) -> bool:
-        needs_grad = any(t is not None and t.requires_grad for t in (x, other, self.weight))
         return (
             x.dim() != 4
-            or not x.numel()  # a head without boxes
-            or torch.compiler.is_compiling()
-            or torch.jit.is_tracing()
-            or x.device.type != 'cpu'
-            or x.dtype != torch.float32
             or self.weight.dtype != torch.float32
-            or (needs_grad and torch.is_grad_enabled())
-            or torch.is_autocast_enabled('cpu')
+            or not (other is None or fusable(other))
+            or not fusable(x)
+            or (self.weight.requires_grad and torch.is_grad_enabled())
         )
 
-    def _packed_weight(self, x: Tensor) -> Tensor:
-        version = None if self.weight.is_inference() else self.weight._version
-        key = (self.weight.data_ptr(), version)
-        if self._packed is None or self._packed[0] != key:
-            geometry = (self.padding, self.stride, self.dilation, self.groups)
-            packed = torch.ops.mkldnn._reorder_convolution_weight(self.weight.detach(), *geometry, tuple(x.shape))
-            self._packed = key, packed
+    def packed(self) -> Callable[..., Tensor] | None:
+        """The call that computes it with packed weights: None before the first input and after a change of weights."""
+        if self._packed is None or self._packed[0] != _versions(self.weight, self.bias):
+            return None
         return self._packed[1]
+
+    def _pack(self, x: Tensor, adds: bool) -> Callable[..., Tensor]:
+        weight, bias = self.weight.detach(), None if self.bias is None else self.bias.detach()
+        geometry = [list(self.padding), list(self.stride), list(self.dilation), self.groups]
+        pixels = x.shape[0] * x.shape[2] * x.shape[3]
+        step: Callable[..., Tensor]
+        if not adds and is_pointwise(self) and pixels * weight.numel() <= _SMALL:
+            step = _matrix_product(weight.flatten(1).contiguous(), bias, self.relu, pixels)
+        else:
+            packed = torch.ops.mkldnn._reorder_convolution_weight(weight, *geometry, tuple(x.shape))
+            step = _convolution(packed, bias, geometry, self.relu, adds, self.in_place)
+        self._packed = _versions(self.weight, self.bias), step
+        return step
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k != '_packed'}
@@ -99,9 +99,158 @@ class FusedConv2d(nn.Conv2d):
         return super().extra_repr() + (', relu' if self.relu else '')
 
 
+def fusable(x: Any) -> bool:
+    """Whether oneDNN's calls take this input now: float32 on the CPU, not empty, without autograd or a tracer."""
+    return (
+        isinstance(x, Tensor)
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and x.device.type == 'cpu'
+        and x.dtype == torch.float32
+        and x.numel() > 0  # a head without boxes
+        and not (x.requires_grad and torch.is_grad_enabled())
+        and not torch.is_autocast_enabled('cpu')
+    )
+
+
+def is_pointwise(conv: nn.Conv2d, any_stride: bool = False) -> bool:
+    """Whether a convolution multiplies each pixel, or each of a grid of pixels, by one matrix and does nothing else."""
+    strides = any_stride or conv.stride == (1, 1)
+    return conv.kernel_size == (1, 1) and strides and conv.padding == (0, 0) and conv.groups == 1
+
+
+def _version(tensor: Tensor | None) -> Any:
+    return None if tensor is None else (tensor.data_ptr(), None if tensor.is_inference() else tensor._version)
+
+
+def _versions(weight: Tensor, bias: Tensor | None) -> Any:
+    return _version(weight), _version(bias)
+
+
+def _convolution(
+    weight: Tensor, bias: Tensor | None, geometry: list[Any], relu: bool, adds: bool, in_place: bool
+) -> Callable[..., Tensor]:
+    """A convolution of oneDNN with everything but the maps bound."""
+    act, unary = 'relu' if relu else 'none', 'relu' if relu else None
+    padding, stride, dilation, groups = geometry
+    plain, adding = torch.ops.mkldnn._convolution_pointwise.default, torch.ops.mkldnn._convolution_pointwise.binary
+    inside = torch.ops.mkldnn._convolution_pointwise_.binary
+
+    def convolve(x: Tensor) -> Tensor:
+        return plain(x, weight, bias, padding, stride, dilation, groups, act, [], '')
+
+    def convolve_and_add(x: Tensor, other: Tensor) -> Tensor:
+        return adding(x, other, weight, bias, padding, stride, dilation, groups, 'add', 1.0, unary, [], '')
+
+    def convolve_into(x: Tensor, other: Tensor) -> Tensor:
+        return inside(other, x, weight, bias, padding, stride, dilation, groups, 'add', 1.0, unary, [], '')
+
+    return (convolve_into if in_place else convolve_and_add) if adds else convolve
+
+
+def _matrix_product(weight: Tensor, bias: Tensor | None, relu: bool, pixels: int) -> Callable[[Tensor], Tensor]:
+    """A 1x1 convolution as oneDNN's matrix product, whose call costs half as much; ``weight`` (O, I)."""
+    packed, act = torch.ops.mkldnn._reorder_linear_weight(weight, pixels), 'relu' if relu else 'none'
+    product = torch.ops.mkldnn._linear_pointwise.default
+
+    def multiply(x: Tensor) -> Tensor:
+        return product(x.permute(0, 2, 3, 1), packed, bias, act, [], '').permute(0, 3, 1, 2)
+
+    return multiply
+
+
 def packed_bytes(model: nn.Module) -> int:
     """Bytes of the second copies of weights that fused convolutions hold in oneDNN's own layout."""
     return sum(m.weight.nbytes for m in model.modules() if isinstance(m, FusedConv2d) and m._packed is not None)
+
+
+class FusedNetwork(fx.GraphModule):
+    """A traced network that runs its packed convolutions one after the other, without a module's call around each.
+
+    On inputs that oneDNN's calls do not take, while a hook listens, and at the first pass after a change of weights it
+    runs module by module.
+    """
+
+    def recompile(self) -> Any:
+        """Write ``forward`` from the graph again."""
+        code = super().recompile()
+        cls = type(self)
+        by_modules = cls.forward
+        _programs.pop(self, None)
+
+        @functools.wraps(by_modules)
+        def forward(self: FusedNetwork, *args: Any, **kwargs: Any) -> Any:
+            if kwargs or not all(map(fusable, args)):
+                return by_modules(self, *args, **kwargs)
+            program = _programs.get(self)
+            if program is not None and program.is_current():
+                if not program.is_unobserved():
+                    return by_modules(self, *args)
+                with torch._C._AutoDispatchBelowAutograd():  # which takes 8 us of each call without gradients
+                    return program.run(*args)
+            result = by_modules(self, *args)  # packs the weights
+            if all(m.packed() for m in self.modules() if isinstance(m, FusedConv2d)):
+                _programs[self] = _Program(self)
+            return result
+
+        cls.forward = forward  # type: ignore[method-assign]
+        return code
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        rebuild, content = super().__reduce__()
+        return _unpickle, (rebuild, content)
+
+
+def _unpickle(rebuild: Callable[..., fx.GraphModule], content: tuple[Any, ...]) -> FusedNetwork:
+    plain = rebuild(*content)
+    return _with_attributes(FusedNetwork(plain, plain.graph), plain)
+
+
+class _Program:
+    """The steps of a network whose convolutions are all packed, as one function."""
+
+    def __init__(self, network: FusedNetwork) -> None:
+        modules = dict(network.named_modules())
+        graph = copy.deepcopy(network.graph)
+        places: list[tuple[dict[str, Any], str, Any]] = []
+        self._hooks: list[dict[int, Any]] = []
+        self._parameters = list(network.parameters())
+        self._fits = not any(node.op == 'get_attr' for node in graph.nodes)  # a tensor that may be replaced
+        for node in [n for n in graph.nodes if n.op == 'call_module']:
+            parent, _, key = str(node.target).rpartition('.')
+            module = modules[str(node.target)]
+            places.append((modules[parent]._modules, key, module))
+            if isinstance(module, FusedConv2d) and (step := module.packed()) is not None:
+                with graph.inserting_before(node):
+                    node.replace_all_uses_with(graph.call_function(step, node.args))
+                graph.erase_node(node)
+                self._hooks += [module._forward_hooks, module._forward_pre_hooks]
+                places += [(module._parameters, name, module._parameters[name]) for name in ('weight', 'bias')]
+        # compared by functions written in C: between two passes all of this has left the processor's cache
+        self._owners, self._keys, self._owned = zip(*places)
+        self._tensors = [t for t in self._owned if isinstance(t, Tensor) and not t.is_inference()]
+        self._state = self._versions()
+        self.run = fx.GraphModule(network, graph).forward
+
+    def is_current(self) -> bool:
+        """Whether the network still has the modules and weights that it was made of."""
+        return all(map(operator.is_, map(dict.get, self._owners, self._keys), self._owned)) and (
+            self._versions() == self._state
+        )
+
+    def _versions(self) -> tuple[list[int], list[int]]:
+        return list(map(operator.attrgetter('_version'), self._tensors)), list(map(Tensor.data_ptr, self._tensors))
+
+    def is_unobserved(self) -> bool:
+        """Whether nothing asks for its modules: a tensor of the graph itself, gradients, or hooks."""
+        return (
+            self._fits
+            and not any(self._hooks)
+            and not (torch.is_grad_enabled() and any(p.requires_grad for p in self._parameters))
+        )
+
+
+_programs: weakref.WeakKeyDictionary[nn.Module, _Program] = weakref.WeakKeyDictionary()
 
 
 class _Tracer(fx.Tracer):
@@ -146,7 +295,7 @@ def _stays_open(module: nn.Module) -> bool:
 
 
 def _rewrite(module: nn.Module, graph: fx.Graph) -> tuple[nn.Module, int]:
-    traced = fx.GraphModule(module, graph, type(module).__name__)
+    traced = FusedNetwork(module, graph, type(module).__name__)
     modules = dict(traced.named_modules())
 
     def kind(node: Any, kinds: tuple[type, ...]) -> bool:
@@ -194,11 +343,15 @@ def _rewrite(module: nn.Module, graph: fx.Graph) -> tuple[nn.Module, int]:
                 graph.erase_node(node)
     graph.lint()
     traced.recompile()
-    # what the module said of itself (feature_info, pretrained_cfg, ...) is asked of the result too
+    return _with_attributes(traced, module), took
+
+
+def _with_attributes(traced: FusedNetwork, module: nn.Module) -> FusedNetwork:
+    """What the module said of itself (feature_info, pretrained_cfg, ...) is asked of the result too."""
     for key, value in vars(module).items():
         if not key.startswith('_') and key not in vars(traced):
             traced.__dict__[key] = value
-    return traced, took
+    return traced
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:

@@ -171,3 +171,105 @@ def test_it_exports_as_plain_operations():
     assert not any('mkldnn' in str(n.target) for n in program.graph.nodes)
     more = torch.cat([x, x, x])
     torch.testing.assert_close(program.module()(more), model(more), rtol=1e-4, atol=1e-4)
+
+
+def straight() -> tuple[fuse.FusedNetwork, torch.Tensor]:
+    """A fused network that has run twice, the second time without its modules, and its input."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 6, 1), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4),
+    )  # fmt: skip
+    network, _ = fuse.fuse(model.eval())
+    x = torch.randn(2, 3, 9, 9).contiguous(memory_format=torch.channels_last)
+    network(x)
+    return network, x
+
+
+def calls(network: nn.Module, x: torch.Tensor) -> int:
+    """How many fused convolutions are called as modules."""
+    seen = 0
+    original = FusedConv2d.forward
+
+    def forward(self, *args):
+        nonlocal seen
+        seen += 1
+        return original(self, *args)
+
+    FusedConv2d.forward = forward
+    try:
+        network(x)
+    finally:
+        FusedConv2d.forward = original
+    return seen
+
+
+@torch.no_grad()
+def test_a_network_runs_without_its_modules_until_something_changes():
+    network, x = straight()
+    assert calls(network, x) == 0
+    expected = network(x)
+    with torch.inference_mode():
+        assert torch.equal(network(x), expected)
+    network.get_submodule('0').weight.mul_(2)  # in place
+    assert calls(network, x) == 2 and calls(network, x) == 0
+    network.get_submodule('2').weight = nn.Parameter(torch.zeros(6, 8, 1, 1))  # another parameter
+    network.get_submodule('2').bias.zero_()
+    torch.testing.assert_close(network(x), network.get_submodule('6').bias.expand(2, 4))
+    network.get_submodule('0').weight.data = torch.zeros(8, 3, 3, 3)  # another storage
+    assert calls(network, x) == 2
+    network.add_module('6', nn.Linear(6, 3))  # another module
+    assert network(x).shape == (2, 3)
+    network.load_state_dict({k: torch.ones_like(v) for k, v in network.state_dict().items()})
+    torch.testing.assert_close(network(x)[:, 0], by_modules(network, x)[:, 0])
+
+
+def by_modules(network: fuse.FusedNetwork, x: torch.Tensor) -> torch.Tensor:
+    return torch.fx.Interpreter(network).run(x)
+
+
+@torch.no_grad()
+def test_hooks_are_called_and_other_inputs_taken():
+    network, x = straight()
+    met = []
+    hook = network.get_submodule('2').register_forward_hook(lambda *_: met.append(1))
+    network(x)
+    network(x)
+    assert len(met) == 2
+    hook.remove()
+    assert calls(network, x) == 0
+    assert network(torch.zeros(0, 3, 9, 9)).shape == (0, 4)
+    assert network(x[:, :, :7, :8].repeat(3, 1, 1, 1)).shape == (6, 4)
+    torch.testing.assert_close(network(x.contiguous()), network(x))
+    torch.testing.assert_close(network.double()(x.double()).float(), by_modules(network.float(), x))
+
+
+def test_gradients_flow_through_a_network_that_ran_without_modules():
+    network, x = straight()
+    y = network(x.clone().requires_grad_())
+    y.sum().backward()
+    assert network.get_submodule('0').weight.grad.abs().sum() > 0
+    with torch.no_grad():
+        torch.testing.assert_close(network(x), y)
+
+
+@torch.no_grad()
+def test_copies_and_pickles_run_alike_and_pack_for_themselves():
+    network, x = straight()
+    for again in (copy.deepcopy(network), pickle.loads(pickle.dumps(network))):
+        assert type(again).__mro__[1] is fuse.FusedNetwork
+        assert torch.equal(again(x), network(x)) and calls(again, x) == 0
+        again.get_submodule('0').weight.zero_()
+        assert not torch.equal(again(x), network(x))
+
+
+@pytest.mark.parametrize('pixels, product', [(16, True), (300, False)])
+@torch.no_grad()
+def test_small_pointwise_layers_are_matrix_products(pixels, product, monkeypatch):
+    made = []
+    monkeypatch.setattr(fuse, '_matrix_product', lambda *a, keep=fuse._matrix_product: made.append(1) or keep(*a))
+    conv = nn.Conv2d(40, 33, 1)
+    fused, x = FusedConv2d.from_conv(conv), torch.randn(1, 40, pixels, pixels)
+    for layout in (torch.channels_last, torch.contiguous_format):
+        torch.testing.assert_close(fused(x.contiguous(memory_format=layout)), conv(x), rtol=1e-4, atol=1e-5)
+    assert bool(made) == product
