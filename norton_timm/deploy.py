@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from norton_timm import fuse
+from norton_timm.align import align_channels
 from norton_timm.fold import NORMS, fold_batch_norm
 from norton_timm.layers import CPDConv2d
 from norton_timm.measure import synchronise, take_turns
@@ -39,6 +40,7 @@ class Deployment:
         threads: torch's threads then.
         folded: layer that absorbed a norm, by the norm's name.
         norms_left: batch norms that no convolution could absorb.
+        widened: new number of channels of layers that got channels of zeros.
         forms: chosen form of each CPDConv2d.
         layer_ms: median milliseconds of each form by layer, inside the running network.
         form_ms: median milliseconds of the whole network by form, ``mixed`` is each layer's fastest; channels-last.
@@ -52,6 +54,7 @@ class Deployment:
     threads: int
     folded: dict[str, str] = field(default_factory=dict)
     norms_left: list[str] = field(default_factory=list)
+    widened: dict[str, int] = field(default_factory=dict)
     forms: dict[str, str] = field(default_factory=dict)
     layer_ms: dict[str, dict[str, float]] = field(default_factory=dict)
     form_ms: dict[str, float] = field(default_factory=dict)
@@ -86,7 +89,7 @@ def deployment_report(model: nn.Module) -> Deployment:
 
 
 @torch.no_grad()
-def deploy(model: nn.Module, example_input: Any, autotune: bool = True) -> nn.Module:
+def deploy(model: nn.Module, example_input: Any, autotune: bool = True, channel_multiple: int = 1) -> nn.Module:
     """An inference copy with equal outputs, made of plain modules; classifiers and whole detectors.
 
     Batch norms go into the convolutions before them; each CPDConv2d becomes two or three plain convolutions or one
@@ -99,15 +102,18 @@ def deploy(model: nn.Module, example_input: Any, autotune: bool = True) -> nn.Mo
         model: dense or compressed network; it is not changed.
         example_input: what its ``forward`` takes, of the size that matters, on the model's device.
         autotune: measure; otherwise each layer keeps its ``active_form`` and weights are channels-last.
+        channel_multiple: append channels of zeros until layers have a multiple of so many, for export to runtimes
+            that want it (``norton_timm.export.CHANNEL_MULTIPLES``), see :func:`norton_timm.align.align_channels`.
 
     Raises:
-        ValueError: no tensor in the input, or one on another device than the model.
+        ValueError: no tensor in the input, one on another device than the model, or a multiple below 1.
     """
     _check_input(model, example_input)
     base = copy.deepcopy(model).eval().requires_grad_(False)
     base.__dict__.pop('deployment', None)
     report = Deployment(_device(example_input), torch.get_num_threads())
     report.folded = fold_batch_norm(base, example_input)
+    report.widened = align_channels(base, example_input, channel_multiple)
     report.norms_left = [n for n, m in base.named_modules() if type(m) in NORMS]
     layers = {n: m for n, m in base.named_modules() if isinstance(m, CPDConv2d)}
     report.forms = {name: layer.active_form() for name, layer in layers.items()}

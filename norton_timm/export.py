@@ -18,6 +18,8 @@ from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from norton_timm.trace import tensors_in
 
 FORMATS = {'onnx': '.onnx', 'openvino': '.xml', 'pt2': '.pt2'}
+# channels that these runtimes' fast kernels take, see deploy()
+CHANNEL_MULTIPLES = {'onnx': 8, 'openvino': 8, 'pt2': 1}
 OPSET = 18
 
 Runner = Callable[[Tensor], list[Tensor]]
@@ -155,6 +157,8 @@ def read(path: Path, threads: int | None = None) -> Runner:
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
+        # threads that wait for work by spinning take the processor from whatever runs next
+        options.add_session_config_entry('session.force_spinning_stop', '1')
         session = ort.InferenceSession(str(path), options, providers=['CPUExecutionProvider'])
         name = session.get_inputs()[0].name
         return lambda images: [torch.from_numpy(v) for v in session.run(None, {name: images.numpy()})]
@@ -179,6 +183,7 @@ def openvino_runner(path: Path, threads: int, static: Sequence[int] | None = Non
         network.reshape(list(static))
     hints: Mapping[str, Any] = {
         'PERFORMANCE_HINT': 'LATENCY', 'INFERENCE_NUM_THREADS': threads, 'INFERENCE_PRECISION_HINT': 'f32',
+        'ENABLE_CPU_PINNING': True,
     }  # fmt: skip
     compiled = core.compile_model(network, 'CPU', hints)
     return lambda images: [torch.from_numpy(v.copy()) for v in compiled(images.numpy()).values()]

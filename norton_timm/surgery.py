@@ -15,9 +15,12 @@ from norton_timm.trace import Slot
 
 
 def _take(module: nn.Module, name: str, keep: Tensor, dim: int) -> None:
-    """Keep the given indices of one parameter or buffer; type, device, layout and requires_grad stay."""
+    """Put the given indices of one parameter or buffer in its place, -1 is zero; type, device, layout stay."""
     old = getattr(module, name)
-    new = old.detach().index_select(dim, keep.to(old.device))
+    source = old.detach()
+    if (keep < 0).any():
+        source = torch.cat([source, torch.zeros_like(source.narrow(dim, 0, 1))], dim)
+    new = source.index_select(dim, torch.where(keep < 0, old.shape[dim], keep).to(old.device))
     if old.dim() == 4 and old.is_contiguous(memory_format=torch.channels_last) and not old.is_contiguous():
         new = new.contiguous(memory_format=torch.channels_last)
     if isinstance(old, nn.Parameter):
@@ -43,12 +46,13 @@ def remove_channels(graph: ChannelGraph, classes: Iterable[int]) -> None:
         raise ValueError(f'got a request to remove every channel of {empty[0]}, expected one at least to stay')
     for slot, keep in zip(graph.slots, keeps):
         if len(keep) < len(slot.labels):
-            _slice(slot, torch.tensor(keep))
+            put_channels(slot, torch.tensor(keep))
             slot.labels = slot.labels[keep]
     graph.shrink(gone)
 
 
-def _slice(slot: Slot, keep: Tensor) -> None:
+def put_channels(slot: Slot, keep: Tensor) -> None:
+    """Give one slot of a module the channels with these of its old indices, -1 stands for a channel of zeros."""
     module, kind = slot.module, slot.kind
     if kind == 'param':
         _take(module, slot.name.rsplit('.', 1)[-1], keep, slot.dim)
@@ -115,7 +119,7 @@ def _slice_cpd(module: CPDConv2d, kind: str, keep: Tensor) -> None:
         module.in_channels = len(keep)
     else:
         rank = module.rank
-        rows = (keep[:, None] * rank + torch.arange(rank)).flatten()
+        rows = torch.where(keep[:, None] < 0, -1, keep[:, None] * rank + torch.arange(rank)).flatten()
         _take(module, 'pointwise', rows, 0)
         _take(module, 'vertical', rows, 0)
         _take(module, 'horizontal', keep, 0)

@@ -34,15 +34,15 @@ def main() -> None:
         parser.error('--count and --size must be 1 or more')
 
     from norton_timm import deploy
-    from norton_timm.export import exportable, format_of
+    from norton_timm.export import CHANNEL_MULTIPLES, exportable, format_of
     from norton_timm.export_check import export_checked, size_mb
     from norton_timm.files import write_text
 
-    format_of(args.output)
+    multiple = CHANNEL_MULTIPLES[format_of(args.output)]
     model, images = _load(args)
     torch.set_grad_enabled(False)
     example = [images[0][0]] if exportable(model) is not model else images[0]
-    source = model if args.no_deploy else deploy(model, example)
+    source = model if args.no_deploy else deploy(model, example, channel_multiple=multiple)
     agreement = export_checked(source, args.output, images, model, args.int8)
     print(f'wrote {args.output}: {size_mb(args.output):.1f} MB{", int8" if args.int8 else ""}')
     told = f'outputs within {agreement.difference:.1e} of the largest'
