@@ -19,11 +19,13 @@ from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
 from detection.rcnn import build_detector
 from norton_timm import export
+from norton_timm.compiled import frozen_weights
 from norton_timm.complexity import count
 from norton_timm.deploy import deploy, deployment_report
 from norton_timm.measure import synchronise, take_turns
-from norton_timm.network_benchmark import RUNTIMES, Row, dense_name, peak_mb, summary
+from norton_timm.network_benchmark import EXPORTED, Row, dense_name, multiple_for, peak_mb, summary
 
+RUNTIMES = ('eager', 'deployed', 'compile', *EXPORTED)
 STAGES = ('transform', 'backbone', 'fpn', 'rpn', 'heads', 'postprocess')
 Sizes = Mapping[str, tuple[int, int]]
 
@@ -110,8 +112,10 @@ def _prepare(model: GeneralizedRCNN, image: Tensor, runtime: str, folder: Path) 
         return partial(model, [image]), model
     if runtime == 'compile':
         model = copy.deepcopy(model)
-        model.backbone.body = torch.compile(model.backbone.body, dynamic=False, options={'freezing': True})
-        model.backbone.fpn = torch.compile(model.backbone.fpn, dynamic=False, options={'freezing': True})
+        model.backbone.body = torch.compile(model.backbone.body, dynamic=False)
+        model.backbone.fpn = torch.compile(model.backbone.fpn, dynamic=False)
+        with frozen_weights():
+            model([image])
         return partial(model, [image]), model
     path = folder / {'onnxruntime': 'model.onnx', 'openvino': 'model.xml'}[runtime]
     export.write(export.exportable(model), image[None], path)
@@ -135,7 +139,7 @@ def benchmark_detector(
         backbone: of the compressed detector; the dense one has the backbone that it was made of.
         recipe: what is compressed, see :func:`detection.rcnn.build_detector`.
         size: (H, W) of the image inside the network, in pixels.
-        runtimes: some of ``norton_timm.network_benchmark.RUNTIMES``; ``compile`` compiles backbone and FPN.
+        runtimes: some of ``RUNTIMES``; ``compile`` compiles backbone and FPN.
         seconds: about how long to measure each runtime.
         image: (3, H, W) in 0..1; random pixels if none.
 
@@ -159,18 +163,20 @@ def benchmark_detector(
         networks[label] = control
         images[label] = nn.functional.interpolate(image[None], smaller, mode='bilinear', antialias=True)[0]
     gmacs = {label: count(model, [images[label]]).macs / 1e9 for label, model in networks.items()}
-    deployed = {k: deploy(m, [images[k]]) for k, m in networks.items()} if set(runtimes) - {'eager'} else {}
+    deployed = {
+        exported: {k: deploy(m, [images[k]], channel_multiple=multiple_for(exported)) for k, m in networks.items()}
+        for exported in sorted({runtime in EXPORTED for runtime in runtimes if runtime != 'eager'})
+    }
     rows: list[Row] = []
     for runtime in runtimes:
-        in_eager = runtime in ('eager', 'deployed')
+        in_eager, exported = runtime in ('eager', 'deployed'), runtime in EXPORTED
         load = os.getloadavg()[0]
         with tempfile.TemporaryDirectory() as folder:
             calls, runners = [], []
             for number, label in enumerate(networks):
                 (place := Path(folder) / str(number)).mkdir()
-                source: Any = (
-                    networks[label].to(memory_format=torch.channels_last) if runtime == 'eager' else deployed[label]
-                )
+                model = networks[label].to(memory_format=torch.channels_last)
+                source: Any = model if runtime == 'eager' else deployed[exported][label]
                 call, runner = _prepare(source, images[label], runtime, place)
                 calls.append(call)
                 runners.append(runner)
@@ -181,6 +187,6 @@ def benchmark_detector(
                 'gmacs': gmacs[label], **figure, 'speedup': figures[0]['ms'] / figure['ms'],
                 'peak_mb': peak_mb(runner, [images[label]]) if in_eager else None,
                 'stages': _stages(runner, [images[label]]) if runner is not None else {}, 'load': load,
-                'forms': '' if runtime == 'eager' else deployment_report(deployed[label]).chosen,
+                'forms': '' if runtime == 'eager' else deployment_report(deployed[exported][label]).chosen,
             })  # fmt: skip
     return rows

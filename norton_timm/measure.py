@@ -42,7 +42,7 @@ def synchronise(example_input: Any) -> None:
 
 
 def take_turns(
-    calls: Sequence[Callable[[], Any]], sync: Callable[[], None], seconds: float = 2.0, least: int = 7
+    calls: Sequence[Callable[[], Any]], sync: Callable[[], None], seconds: float = 2.0, least: int = 7, passes: int = 1
 ) -> list[list[float]]:
     """Milliseconds of every timed run of each call.
 
@@ -53,18 +53,21 @@ def take_turns(
         sync: waits for the device; called before and after each run.
         seconds: about how long to measure in all.
         least: rounds at least, after two that warm up.
+        passes: runs of a call in each of its turns. Where there are several the first does not count: it finds the
+            cache full of the others' weights, which a network that runs over and over does not.
     """
     times: list[list[float]] = [[] for _ in calls]
     start = time.perf_counter()
     rounds = 0
     while rounds < least + 2 or time.perf_counter() - start < seconds:
         for call, spent in zip(calls, times):
-            sync()
-            began = time.perf_counter()
-            call()
-            sync()
-            if rounds >= 2:
-                spent.append(1000 * (time.perf_counter() - began))
+            for number in range(passes):
+                sync()
+                began = time.perf_counter()
+                call()
+                sync()
+                if rounds >= 2 and (number or passes == 1):
+                    spent.append(1000 * (time.perf_counter() - began))
         rounds += 1
     return times
 

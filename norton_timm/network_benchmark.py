@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import platform
 import tempfile
@@ -17,13 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from norton_timm import export
+from norton_timm.compiled import compiled, compiled_ahead
 from norton_timm.complexity import count
 from norton_timm.deploy import deploy, deployment_report
 from norton_timm.fuse import packed_bytes
 from norton_timm.measure import MEGABYTE, channels_last, peak_memory, ready_to_run, synchronise, take_turns
 from norton_timm.models.table import control_side
 
-RUNTIMES = ('eager', 'deployed', 'compile', 'onnxruntime', 'openvino')
+RUNTIMES = ('eager', 'deployed', 'compile', 'aot', 'onnxruntime', 'openvino')
+EXPORTED = ('onnxruntime', 'openvino')
+_PASSES = 5  # in each turn
 Row = dict[str, Any]
 
 
@@ -58,7 +60,7 @@ def prepare(model: nn.Module, images: Tensor, runtime: str, folder: Path) -> Cal
         model: in evaluation mode; it is not changed.
         images: (N, C, H, W).
         runtime: ``eager`` is the network as it is, channels-last; ``deployed`` the result of :func:`deploy`; the others
-            run the deployed network: compiled by torch.compile with constants folded, or exported.
+            run the deployed network: compiled by torch.compile or ahead of time, or exported.
         folder: for exported files; one that is there is not made again.
 
     Raises:
@@ -68,13 +70,14 @@ def prepare(model: nn.Module, images: Tensor, runtime: str, folder: Path) -> Cal
         raise ValueError(f'runtime: got {runtime!r}, expected one of {", ".join(RUNTIMES)}')
     if runtime == 'eager':
         return partial(ready_to_run(model), channels_last(images))
-    deployed = model if hasattr(model, 'deployment') else deploy(model, images)
+    multiple = multiple_for(runtime in EXPORTED)
+    deployed = model if hasattr(model, 'deployment') else deploy(model, images, channel_multiple=multiple)
     if runtime == 'deployed':
         return partial(deployed, images)
     if runtime == 'compile':
-        compiled = torch.compile(copy.deepcopy(deployed), dynamic=False, options={'freezing': True})
-        compiled(images)
-        return partial(compiled, images)
+        return partial(compiled(deployed, images), images)
+    if runtime == 'aot':
+        return partial(compiled_ahead(deployed, images, folder), images)
     path = folder / 'model.onnx'
     if not path.is_file():
         export.write(deployed, images, path)
@@ -93,7 +96,7 @@ def benchmark_classifier(
 ) -> list[Row]:
     """A compressed network, the dense one, and the dense one at the resolution that gives it the same MACs.
 
-    The three take turns in each runtime, weights are random: time does not depend on them.
+    The three take turns of several passes in each runtime, weights are random: time does not depend on them.
 
     Args:
         name: a tag such as ``norton_resnet50.r078``.
@@ -115,16 +118,24 @@ def benchmark_classifier(
     rows: list[Row] = []
     for batch in batches:
         inputs = {label: torch.randn(batch, *shape) for label, (_, shape) in networks.items()}
-        deployed = {}
-        for label, (model, _) in networks.items():
-            key = (dense_name(name), inputs[label].shape) if model is dense else (name, inputs[label].shape)
-            deployed[label] = cache[key] if key in cache else deploy(model, inputs[label])
-            if model is dense:
-                cache[key] = deployed[label]
+        deployed: dict[bool, dict[str, nn.Module]] = {}
+        for exported in sorted({runtime in EXPORTED for runtime in runtimes if runtime != 'eager'}):
+            for label, (model, _) in networks.items():
+                key = dense_name(name) if model is dense else name, inputs[label].shape, exported
+                made = cache.get(key) or deploy(model, inputs[label], channel_multiple=multiple_for(exported))
+                deployed.setdefault(exported, {})[label] = made
+                if model is dense:
+                    cache[key] = made
         with tempfile.TemporaryDirectory() as folder:
             for runtime in runtimes:
-                rows += _measure(name, networks, deployed, inputs, runtime, Path(folder), seconds)
+                found = deployed.get(runtime in EXPORTED, {})
+                rows += _measure(name, networks, found, inputs, runtime, Path(folder), seconds)
     return rows
+
+
+def multiple_for(exported: bool) -> int:
+    """Channels that layers are rounded up to for a runtime of an exported file, or for PyTorch."""
+    return export.CHANNEL_MULTIPLES['onnx' if exported else 'pt2']
 
 
 def _measure(
@@ -145,7 +156,8 @@ def _measure(
         (place := folder / str(number)).mkdir(exist_ok=True)
         calls.append(prepare(source, inputs[label], runtime, place))
     batch = len(inputs['dense'])
-    figures = [summary(t, batch) for t in take_turns(calls, partial(synchronise, inputs['dense']), seconds)]
+    turns = take_turns(calls, partial(synchronise, inputs['dense']), seconds, passes=_PASSES)
+    figures = [summary(t, batch) for t in turns]
     in_eager = runtime in ('eager', 'deployed')
     return [
         {

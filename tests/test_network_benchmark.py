@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -11,13 +12,16 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from PIL import Image
 from torch import nn
 
 from detection import benchmark
 from norton_timm.complexity import count
+from norton_timm.forms_benchmark import benchmark_forms
 from norton_timm.measure import take_turns
+from norton_timm.models.table import control_side
 from norton_timm.network_benchmark import benchmark_classifier, dense_name, plot_speedup, prepare, summary
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -41,6 +45,19 @@ def test_turns_are_taken_and_the_warm_up_is_left_out():
     assert order[:6] == ['sync', 'a', 'sync', 'sync', 'b', 'sync']
     assert len(times[0]) == len(times[1]) == 4
     assert min(times[0]) >= 2 and min(times[1]) >= 6 and sorted(times[0])[1] < 100
+
+
+def test_the_first_pass_of_a_turn_does_not_count():
+    order: list[str] = []
+    passes = iter(range(1000))
+
+    def slow() -> None:
+        order.append('slow')
+        time.sleep(0.05 if next(passes) % 3 == 0 else 0.001)
+
+    times = take_turns([slow, lambda: order.append('quick')], lambda: None, 0, least=2, passes=3)
+    assert order == (['slow'] * 3 + ['quick'] * 3) * 4
+    assert len(times[0]) == len(times[1]) == 4 and sorted(times[0])[1] < 50
 
 
 def test_names():
@@ -73,8 +90,34 @@ def test_runtimes_run_the_network(runtime, package, tmp_path):
     torch.testing.assert_close(prepare(model, x, runtime, tmp_path)()[0], model(x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.skipif(not shutil.which('g++'), reason='torch.compile needs a C++ compiler')
+@pytest.mark.filterwarnings('ignore::FutureWarning', 'ignore::DeprecationWarning', 'ignore::UserWarning')
+@pytest.mark.parametrize('runtime', ['compile', 'aot'])
+@torch.no_grad()
+def test_compiled_runtimes_run_the_network(runtime, tmp_path):
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1, 2)).eval(), torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(prepare(model, x, runtime, tmp_path)(), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_deploy_against_fixed_forms():
+    row = benchmark_forms('resnet20_cifar', batch=2, seconds=0.1)
+    fixed = [row[f'{form}_ms'] for form in ('factored', 'merged', 'dense')]
+    assert row['over_slowest'] == pytest.approx(row['deployed_ms'] / max(fixed))
+    assert row['over_fastest'] == pytest.approx(row['deployed_ms'] / min(fixed))
+    assert sum(row['layers'].values()) == 18 and row['chosen'] and row['batch'] == 2
+    with pytest.raises(ValueError, match='mobilenetv2_cifar: got no layer that can be decomposed'):
+        benchmark_forms('mobilenetv2_cifar')
+
+
+def test_a_network_that_no_small_image_fits_has_no_control():
+    dense = timm.create_model('vgg16_bn_cifar').eval()
+    macs = count(dense, (3, 32, 32)).macs
+    assert control_side(dense, macs - 1, (3, 32, 32)) == 28
+    assert control_side(dense, macs // 100, (3, 32, 32)) is None
+
+
 def test_an_unknown_runtime_is_said(tmp_path):
-    with pytest.raises(ValueError, match='eager, deployed, compile, onnxruntime, openvino'):
+    with pytest.raises(ValueError, match='eager, deployed, compile, aot, onnxruntime, openvino'):
         prepare(nn.Conv2d(3, 4, 3), torch.zeros(1, 3, 8, 8), 'tensorrt', tmp_path)
     with pytest.raises(ValueError, match='tensorrt'):
         benchmark.benchmark_detector('box', size=(96, 128), runtimes=['tensorrt'])

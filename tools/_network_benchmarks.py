@@ -1,4 +1,4 @@
-"""The subcommands `classification` and `detection` of benchmark.py: dense against compressed networks."""
+"""The subcommands `classification`, `forms` and `detection` of benchmark.py: whole networks in turns."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 from _cli import Parser
 
+from norton_timm import forms_benchmark
 from norton_timm import network_benchmark as networks
 from norton_timm.export_check import read_images
 from norton_timm.kernel_benchmark import format_table
@@ -22,8 +23,8 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def _common(parser: Parser, call: Any, seconds: float, runtimes: Sequence[str]) -> None:
-    parser.add_argument('--runtimes', nargs='+', choices=networks.RUNTIMES, default=list(runtimes), help='some')
+def _common(parser: Parser, call: Any, seconds: float, choices: Sequence[str], runtimes: Sequence[str]) -> None:
+    parser.add_argument('--runtimes', nargs='+', choices=choices, default=list(runtimes), help='some')
     parser.add_argument('--seconds', type=float, default=seconds, help='about how long to measure each case')
     parser.add_argument('--threads', type=positive, help="torch's threads; default: torch's own choice")
     parser.add_argument('--output', type=Path, help='JSON file to write; the picture gets the same name in .png')
@@ -34,14 +35,23 @@ def add(commands: argparse._SubParsersAction[Parser]) -> None:
     parser = commands.add_parser('classification', description='Dense against compressed classifiers.')
     parser.add_argument('models', nargs='*', default=['norton_resnet50.r078'], help="tags, or patterns: 'norton_*'")
     parser.add_argument('--batches', nargs='+', type=positive, default=[1, 8], help='images at a time')
-    _common(parser, _classification, 4.0, networks.RUNTIMES)
+    _common(parser, _classification, 4.0, networks.RUNTIMES, networks.RUNTIMES)
+    parser = commands.add_parser('forms', description='What deploy chooses against every layer in one form.')
+    parser.add_argument('models', nargs='*', default=list(forms_benchmark.MODELS), help='dense timm models')
+    parser.add_argument('--batch', type=positive, default=1, help='images at a time')
+    parser.add_argument('--rank', type=positive, default=1, help='of the decomposed layers')
+    parser.add_argument('--seconds', type=float, default=3.0, help='about how long to measure each network')
+    parser.add_argument('--threads', type=positive, help="torch's threads; default: torch's own choice")
+    parser.add_argument('--output', type=Path, help='JSON file to write')
+    parser.set_defaults(call=_forms)
     parser = commands.add_parser('detection', description='Dense against compressed R-CNNs, stage by stage.')
     parser.add_argument('--task', default='box', choices=('box', 'mask', 'keypoint'), help='kind of detector')
     parser.add_argument('--backbone', default='norton_resnet50.r078', help='of the compressed detector')
     parser.add_argument('--recipe', default='backbone', help="what is compressed; see build_detector's recipes")
     parser.add_argument('--size', nargs=2, type=positive, default=[800, 1066], metavar=('H', 'W'), help='of the image')
     parser.add_argument('--image', type=Path, help='picture to run on, resized; default: random pixels')
-    _common(parser, _detection, 20.0, ('eager', 'deployed'))
+    of_detectors = [runtime for runtime in networks.RUNTIMES if runtime != 'aot']
+    _common(parser, _detection, 20.0, of_detectors, ('eager', 'deployed'))
 
 
 def _classification(args: argparse.Namespace) -> dict[str, Any]:
@@ -55,6 +65,17 @@ def _classification(args: argparse.Namespace) -> dict[str, Any]:
         print(format_table([{k: row[k] for k in COLUMNS} for row in found]), flush=True)
         rows += found
     return _finish(args, rows)
+
+
+def _forms(args: argparse.Namespace) -> dict[str, Any]:
+    rows = []
+    for name in args.models:
+        row = forms_benchmark.benchmark_forms(name, args.rank, batch=args.batch, seconds=args.seconds)
+        print(format_table([{k: v for k, v in row.items() if k != 'layers'}]), flush=True)
+        rows.append(row)
+    slowest, fastest = (max(row[f'over_{end}'] for row in rows) for end in ('slowest', 'fastest'))
+    print(f'at most {slowest:.3f} of the slowest fixed form and {fastest:.3f} of the fastest')
+    return {'rows': rows}
 
 
 def _detection(args: argparse.Namespace) -> dict[str, Any]:
@@ -74,4 +95,4 @@ def _detection(args: argparse.Namespace) -> dict[str, Any]:
 def _finish(args: argparse.Namespace, rows: list[dict[str, Any]]) -> dict[str, Any]:
     if args.output is not None:
         networks.plot_speedup(rows, args.output.with_suffix('.png'))
-    return {'cpu': networks.cpu_name(), 'rows': rows}
+    return {'rows': rows}

@@ -147,11 +147,20 @@ def _measured(row: ZooRow, model: nn.Module, base: str, size: Sequence[int], bat
 def control_side(dense: nn.Module, macs: int, size: Sequence[int]) -> int | None:
     """Largest image side (pixels) below the network's own at which `dense` needs at most `macs`; None if there is none.
 
-    Sides are multiples of 4 pixels for networks of CIFAR's size, of 32 for others.
+    Sides are multiples of 4 pixels for networks of CIFAR's size, of 32 for others, and not so small that a pooling
+    layer has nothing left to pool.
     """
     step = 4 if size[-1] <= 64 else 32
-    sides = range(size[-1] - step, step - 1, -step)
-    return next((side for side in sides if count(dense, (size[0], side, side)).macs <= macs), None)
+    for side in range(size[-1] - step, step - 1, -step):
+        try:
+            needed = count(dense, (size[0], side, side)).macs
+        except RuntimeError as error:
+            if 'Output size is too small' in str(error):
+                return None
+            raise
+        if needed <= macs:
+            return side
+    return None
 
 
 def to_markdown(rows: Sequence[ZooRow], columns: Sequence[str] = ()) -> str:
