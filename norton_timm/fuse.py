@@ -262,7 +262,8 @@ class _Tracer(fx.Tracer):
 def fuse(model: nn.Module) -> tuple[nn.Module, int]:
     """A copy in which convolutions took over the additions and ReLUs behind them, and how many did.
 
-    The largest parts of the network that ``torch.fx`` can trace are rewritten; the others stay as they are.
+    The largest parts of the network that ``torch.fx`` can trace are rewritten, also for packed weights alone; the
+    others stay as they are.
     """
     model = copy.deepcopy(model).eval()
     return _fuse_part(model)
@@ -281,8 +282,7 @@ def _fuse_part(module: nn.Module) -> tuple[nn.Module, int]:
     total = 0
     for name, child in list(module.named_children()):
         new, count = _fuse_part(child)
-        if count:
-            module._modules[name] = new
+        module._modules[name] = new
         total += count
     return module, total
 
