@@ -17,6 +17,7 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 
 import norton_timm
 from detection import build_detector
+from norton_timm import fuse
 from norton_timm.deploy import FIXED_FORMS, fixed, relative_difference
 from norton_timm.export import exportable
 from norton_timm.export_check import compare
@@ -181,7 +182,8 @@ def test_autotune_takes_the_fastest_candidate(compressed):
     assert relative_error(deployed(x), compressed(x)) < 1e-4
     assert report.network_ms[report.chosen] == min(report.network_ms.values())
     assert {'dense, channels_last', 'dense, contiguous'} <= set(report.network_ms)
-    assert set(report.form_ms) == {*FIXED_FORMS, 'mixed'}
+    # the mixture is left out where it is one of the fixed forms
+    assert set(FIXED_FORMS) <= set(report.form_ms) <= {*FIXED_FORMS, 'mixed'}
     names = [n for n, m in compressed.named_modules() if isinstance(m, CPDConv2d)]
     assert list(report.forms) == names and list(report.layer_ms) == names
     for ms in report.layer_ms.values():
@@ -214,6 +216,7 @@ def test_a_slow_form_is_not_taken(monkeypatch):
 
         with monkeypatch.context() as patch:
             patch.setattr(nn.Conv2d, 'forward', sleepy)
+            patch.setattr(fuse, 'available', lambda: False)  # fused convolutions would not sleep
             forms = norton_timm.deployment_report(norton_timm.deploy(model, x)).forms
         assert all((form == 'dense') == (slow == 'merged') for form in forms.values())
 
