@@ -58,10 +58,9 @@ def benchmark_forms(
     for form in FIXED_FORMS:
         fixed = deploy(set_form(small, form), images, autotune=False)
         networks[form] = fuse.fuse(fixed)[0] if fuse.available() and not images.is_cuda else fixed
-    order = ('factored', 'deployed', 'merged', 'dense')  # the ends have two turns in a row, which helps them
-    calls = [partial(networks[form], images) for form in order]
+    calls = [partial(network, images) for network in networks.values()]
     turns = take_turns(calls, partial(synchronise, images), seconds, passes=3)
-    times = {form: statistics.median(spent) for form, spent in zip(order, turns)}
+    times = {form: statistics.median(spent) for form, spent in zip(networks, turns)}
     fixed_times = [times[form] for form in FIXED_FORMS]
     report = deployment_report(networks['deployed'])
     return {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -46,8 +47,8 @@ def take_turns(
 ) -> list[list[float]]:
     """Milliseconds of every timed run of each call.
 
-    The calls take turns, so that a drift of the machine's speed meets all of them; there and back, because what ran
-    before a call tells in its time.
+    The calls take turns, so that a drift of the machine's speed meets all of them, in an order drawn anew each round,
+    because what ran before a call tells in its time.
 
     Args:
         calls: what to time.
@@ -58,11 +59,12 @@ def take_turns(
             cache full of the others' weights, which a network that runs over and over does not.
     """
     times: list[list[float]] = [[] for _ in calls]
+    turns, shuffle = list(zip(calls, times)), random.Random(0).shuffle
     start = time.perf_counter()
     rounds = 0
     while rounds < least + 2 or time.perf_counter() - start < seconds:
-        turns = list(zip(calls, times))
-        for call, spent in turns if rounds % 2 == 0 else reversed(turns):
+        shuffle(turns)
+        for call, spent in turns:
             for number in range(passes):
                 sync()
                 began = time.perf_counter()
