@@ -82,20 +82,6 @@ def latency_rows(folder: Path) -> Iterator[Row]:
             )
 
 
-def zoo_rows(folder: Path) -> Iterator[Row]:
-    """All published networks beside their dense ones, in short."""
-    measured = read(folder, 'latency_zoo')
-    for batch in sorted({row['batch'] for row in measured['rows']}):
-        ours = [row for row in measured['rows'] if row['network'] == 'compressed' and row['batch'] == batch]
-        least, most = (choose(ours, key=lambda row: row['speedup']) for choose in (min, max))
-        yield (
-            f'the {len(ours)} published networks, deployed, batch {batch}',
-            f'{least["speedup"]:.2f} (`{least["model"]}`) to {most["speedup"]:.1f} (`{most["model"]}`) times as fast '
-            'as their dense networks',
-            command_of(measured),
-        )
-
-
 def forms_rows(folder: Path) -> Iterator[Row]:
     measured = read(folder, 'deploy_forms')
     slowest, fastest = (max(row[f'over_{end}'] for row in measured['rows']) for end in ('slowest', 'fastest'))
@@ -131,7 +117,7 @@ def accuracy_table(folder: Path) -> str:
 def table(folder: Path) -> str:
     """Speed and memory, as Markdown."""
     lines, before = ['| what | measured | command |', '|---|---|---|'], ''
-    for rows in (kernel_rows, training_rows, latency_rows, zoo_rows, forms_rows, loop_rows):
+    for rows in (kernel_rows, training_rows, latency_rows, forms_rows, loop_rows):
         for what, measured, command in rows(folder):
             shown = 'the same' if command in (before, 'the same') else f'`{command}`'
             before = before if command == 'the same' else command
