@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ def read(folder: Path, name: str) -> Any:
 
 def command_of(measured: Any) -> str:
     """The command that wrote a benchmark's file."""
-    return ' '.join(['python tools/benchmark.py', *measured['arguments']])
+    return f'python tools/benchmark.py {shlex.join(measured["arguments"])}'
 
 
 def kernel_rows(folder: Path) -> Iterator[Row]:
@@ -82,6 +83,20 @@ def latency_rows(folder: Path) -> Iterator[Row]:
             )
 
 
+def zoo_rows(folder: Path) -> Iterator[Row]:
+    """All published networks for CIFAR-10 beside their dense ones, in short."""
+    measured = read(folder, 'latency_zoo_cifar')
+    for batch in sorted({row['batch'] for row in measured['rows']}):
+        ours = [row for row in measured['rows'] if row['network'] == 'compressed' and row['batch'] == batch]
+        least, most = (choose(ours, key=lambda row: row['speedup']) for choose in (min, max))
+        yield (
+            f'the {len(ours)} published CIFAR networks, deployed, batch {batch}',
+            f'{least["speedup"]:.2f} (`{least["model"]}`) to {most["speedup"]:.1f} (`{most["model"]}`) times as fast '
+            'as their dense networks',
+            command_of(measured),
+        )
+
+
 def forms_rows(folder: Path) -> Iterator[Row]:
     measured = read(folder, 'deploy_forms')
     slowest, fastest = (max(row[f'over_{end}'] for row in measured['rows']) for end in ('slowest', 'fastest'))
@@ -117,7 +132,7 @@ def accuracy_table(folder: Path) -> str:
 def table(folder: Path) -> str:
     """Speed and memory, as Markdown."""
     lines, before = ['| what | measured | command |', '|---|---|---|'], ''
-    for rows in (kernel_rows, training_rows, latency_rows, forms_rows, loop_rows):
+    for rows in (kernel_rows, training_rows, latency_rows, zoo_rows, forms_rows, loop_rows):
         for what, measured, command in rows(folder):
             shown = 'the same' if command in (before, 'the same') else f'`{command}`'
             before = before if command == 'the same' else command
