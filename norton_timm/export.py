@@ -70,7 +70,7 @@ class OneImage(nn.Module):
 def exportable(model: nn.Module) -> nn.Module:
     """The network as a function of one batch (N, C, H, W); a detector as one of a single image."""
     model = model.eval()
-    return OneImage(model) if isinstance(model, GeneralizedRCNN) else model
+    return OneImage(model).eval() if isinstance(model, GeneralizedRCNN) else model
 
 
 @contextmanager

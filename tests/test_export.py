@@ -65,9 +65,12 @@ def test_a_detector_at_its_size(tmp_path, file):
     path = needs(tmp_path / file)
     model = build_detector('box', 'norton_resnet18.r050', num_classes=3, min_size=96, max_size=128).eval()
     x = [torch.rand(1, 3, 96, 128, generator=torch.Generator().manual_seed(k)) for k in range(2)]
-    agreement = export_checked(norton_timm.deploy(model, [x[0][0]], autotune=False), path, x, model)
+    deployed = norton_timm.deploy(model, [x[0][0]], autotune=False)
+    agreement = export_checked(deployed, path, x, model)
     assert agreement.images == agreement.same == 2 and agreement.detections > 10
     assert agreement.box_px < 0.5 and agreement.score < 1e-3
+    # compared with itself: the exporter must not put it in training mode
+    assert export_checked(deployed, path, x).same == 2 and not deployed.training
 
 
 @torch.no_grad()
