@@ -23,9 +23,16 @@ from norton_timm.compiled import frozen_weights
 from norton_timm.complexity import count
 from norton_timm.deploy import deploy, deployment_report
 from norton_timm.measure import synchronise, take_turns
-from norton_timm.network_benchmark import EXPORTED, Row, dense_name, multiple_for, peak_mb, summary
+from norton_timm.network_benchmark import (
+    EXPORTED,
+    RUNTIMES_OF_DETECTORS,
+    Row,
+    dense_name,
+    multiple_for,
+    peak_mb,
+    summary,
+)
 
-RUNTIMES = ('eager', 'deployed', 'compile', *EXPORTED)
 STAGES = ('transform', 'backbone', 'fpn', 'rpn', 'heads', 'postprocess')
 Sizes = Mapping[str, tuple[int, int]]
 
@@ -139,7 +146,7 @@ def benchmark_detector(
         backbone: of the compressed detector; the dense one has the backbone that it was made of.
         recipe: what is compressed, see :func:`detection.rcnn.build_detector`.
         size: (H, W) of the image inside the network, in pixels.
-        runtimes: some of ``RUNTIMES``; ``compile`` compiles backbone and FPN.
+        runtimes: some of ``RUNTIMES_OF_DETECTORS``; ``compile`` compiles backbone and FPN.
         seconds: about how long to measure each runtime.
         image: (3, H, W) in 0..1; random pixels if none.
 
@@ -149,9 +156,9 @@ def benchmark_detector(
     Raises:
         ValueError: an unknown runtime, task or recipe, or a package that is missing.
     """
-    unknown = [r for r in runtimes if r not in RUNTIMES]
+    unknown = [r for r in runtimes if r not in RUNTIMES_OF_DETECTORS]
     if unknown:
-        raise ValueError(f'runtime: got {", ".join(unknown)}, expected some of {", ".join(RUNTIMES)}')
+        raise ValueError(f'runtime: got {", ".join(unknown)}, expected some of {", ".join(RUNTIMES_OF_DETECTORS)}')
     dense, small = build(task, dense_name(backbone), 'backbone', size), build(task, backbone, recipe, size)
     image = torch.rand(3, *size, generator=torch.Generator().manual_seed(0)) if image is None else image
     macs = count(small, [image]).macs
@@ -175,8 +182,10 @@ def benchmark_detector(
             calls, runners = [], []
             for number, label in enumerate(networks):
                 (place := Path(folder) / str(number)).mkdir()
-                model = networks[label].to(memory_format=torch.channels_last)
-                source: Any = model if runtime == 'eager' else deployed[exported][label]
+                if runtime == 'eager':
+                    source: Any = networks[label].to(memory_format=torch.channels_last)
+                else:
+                    source = deployed[exported][label]
                 call, runner = _prepare(source, images[label], runtime, place)
                 calls.append(call)
                 runners.append(runner)

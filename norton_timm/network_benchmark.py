@@ -25,6 +25,7 @@ from norton_timm.models.table import control_side
 
 RUNTIMES = ('eager', 'deployed', 'compile', 'aot', 'onnxruntime', 'openvino')
 EXPORTED = ('onnxruntime', 'openvino')
+RUNTIMES_OF_DETECTORS = ('eager', 'deployed', 'compile', *EXPORTED)
 _PASSES = 5  # in each turn
 Row = dict[str, Any]
 

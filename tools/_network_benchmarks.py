@@ -50,8 +50,7 @@ def add(commands: argparse._SubParsersAction[Parser]) -> None:
     parser.add_argument('--recipe', default='backbone', help="what is compressed; see build_detector's recipes")
     parser.add_argument('--size', nargs=2, type=positive, default=[800, 1066], metavar=('H', 'W'), help='of the image')
     parser.add_argument('--image', type=Path, help='picture to run on, resized; default: random pixels')
-    of_detectors = [runtime for runtime in networks.RUNTIMES if runtime != 'aot']
-    _common(parser, _detection, 20.0, of_detectors, ('eager', 'deployed'))
+    _common(parser, _detection, 20.0, networks.RUNTIMES_OF_DETECTORS, ('eager', 'deployed'))
 
 
 def _classification(args: argparse.Namespace) -> dict[str, Any]:
