@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch._inductor import config as inductor
 from torch.nn import functional as F
 
-from norton_timm.fuse import FusedConv2d, is_pointwise
 from norton_timm.measure import synchronise, take_turns
+from norton_timm.packed import FusedConv2d, is_pointwise
 from norton_timm.surgery import replace_module
 
 

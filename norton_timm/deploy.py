@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from norton_timm import fuse
+from norton_timm import fuse, packed
 from norton_timm.align import align_channels
 from norton_timm.fold import NORMS, fold_batch_norm
 from norton_timm.layers import CPDConv2d
@@ -232,10 +232,10 @@ def _autotune(base: nn.Module, x: Any, report: Deployment) -> nn.Module:
 def _fused(model: nn.Module, x: Any) -> nn.Module | None:
     """The network with packed and fused oneDNN convolutions, if it has any that can be and computes the same."""
     first = tensors_in(x)[0]
-    if first.device.type != 'cpu' or first.dtype != torch.float32 or not fuse.available():
+    if first.device.type != 'cpu' or first.dtype != torch.float32 or not packed.available():
         return None
     candidate, _ = fuse.fuse(model)
-    if not any(isinstance(m, fuse.FusedConv2d) for m in candidate.modules()):
+    if not any(isinstance(m, packed.Fused) for m in candidate.modules()):
         return None
     try:
         difference = relative_difference(candidate(x), model(x))

@@ -17,6 +17,7 @@ from norton_timm.dense import dense_model
 from norton_timm.deploy import FIXED_FORMS, deploy, deployment_report
 from norton_timm.layers import CPDConv2d, set_form
 from norton_timm.measure import synchronise, take_turns
+from norton_timm.packed import available
 from norton_timm.spec import CompressionSpec
 
 # those of the tested models that have layers to decompose
@@ -57,7 +58,7 @@ def benchmark_forms(
     networks: dict[str, nn.Module] = {'deployed': deploy(small, images)}
     for form in FIXED_FORMS:
         fixed = deploy(set_form(small, form), images, autotune=False)
-        networks[form] = fuse.fuse(fixed)[0] if fuse.available() and not images.is_cuda else fixed
+        networks[form] = fuse.fuse(fixed)[0] if available() and not images.is_cuda else fixed
     calls = [partial(network, images) for network in networks.values()]
     turns = take_turns(calls, partial(synchronise, images), seconds, passes=3)
     times = {form: statistics.median(spent) for form, spent in zip(networks, turns)}

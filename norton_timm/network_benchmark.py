@@ -19,9 +19,9 @@ from norton_timm import export
 from norton_timm.compiled import compiled, compiled_ahead
 from norton_timm.complexity import count
 from norton_timm.deploy import deploy, deployment_report
-from norton_timm.fuse import packed_bytes
 from norton_timm.measure import MEGABYTE, channels_last, peak_memory, ready_to_run, synchronise, take_turns
 from norton_timm.models.table import control_side
+from norton_timm.packed import packed_bytes
 
 RUNTIMES = ('eager', 'deployed', 'compile', 'aot', 'onnxruntime', 'openvino')
 EXPORTED = ('onnxruntime', 'openvino')

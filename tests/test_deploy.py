@@ -17,7 +17,7 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 
 import norton_timm
 from detection import build_detector
-from norton_timm import fuse
+from norton_timm import packed
 from norton_timm.deploy import FIXED_FORMS, fixed, relative_difference
 from norton_timm.export import exportable
 from norton_timm.export_check import compare
@@ -216,7 +216,7 @@ def test_a_slow_form_is_not_taken(monkeypatch):
 
         with monkeypatch.context() as patch:
             patch.setattr(nn.Conv2d, 'forward', sleepy)
-            patch.setattr(fuse, 'available', lambda: False)  # fused convolutions would not sleep
+            patch.setattr(packed, 'available', lambda: False)  # fused convolutions would not sleep
             forms = norton_timm.deployment_report(norton_timm.deploy(model, x)).forms
         assert all((form == 'dense') == (slow == 'merged') for form in forms.values())
 

@@ -12,9 +12,9 @@ from torch import nn
 
 from norton_timm import fuse
 from norton_timm.fold import fold_batch_norm
-from norton_timm.fuse import FusedConv2d
+from norton_timm.packed import FusedConv2d, FusedLinear, available
 
-pytestmark = pytest.mark.skipif(not fuse.available(), reason='this PyTorch has no oneDNN')
+pytestmark = pytest.mark.skipif(not available(), reason='this PyTorch has no oneDNN')
 
 
 def fused_convs(model: nn.Module) -> dict[str, FusedConv2d]:
@@ -132,37 +132,6 @@ def test_parts_that_cannot_be_traced_stay():
 
 
 @torch.no_grad()
-def test_new_weights_are_packed_again():
-    conv, x = FusedConv2d.from_conv(nn.Conv2d(3, 4, 3)), torch.randn(1, 3, 8, 8)
-    before = conv(x)
-    conv.weight.mul_(2)
-    conv.bias.mul_(2)
-    torch.testing.assert_close(conv(x), 2 * before)
-    torch.testing.assert_close(copy.deepcopy(conv)(x), 2 * before)
-    torch.testing.assert_close(conv(torch.cat([x, x, x]))[2:], 2 * before)  # packed for one image, used for three
-
-
-@torch.no_grad()
-def test_a_head_without_boxes_and_one_image_without_a_batch():
-    conv = FusedConv2d.from_conv(nn.Conv2d(3, 4, 3))
-    assert conv(torch.zeros(0, 3, 8, 8)).shape == (0, 4, 6, 6)
-    x = torch.randn(3, 8, 8)
-    torch.testing.assert_close(conv(x), conv(x[None])[0])
-    assert fuse.packed_bytes(conv) == 4 * 4 * 3 * 9 and fuse.packed_bytes(copy.deepcopy(conv)) == 0
-
-
-def test_gradients_flow_through_plain_operations():
-    conv, plain = FusedConv2d.from_conv(nn.Conv2d(3, 4, 3)), nn.Conv2d(3, 4, 3)
-    conv.relu = True
-    plain.load_state_dict(conv.state_dict())
-    x = torch.randn(1, 3, 8, 8, requires_grad=True)
-    found = torch.autograd.grad(conv(x).sum(), [x, *conv.parameters()])
-    expected = torch.autograd.grad(plain(x).relu().sum(), [x, *plain.parameters()])
-    for f, e in zip(found, expected):
-        torch.testing.assert_close(f, e)
-
-
-@torch.no_grad()
 def test_it_exports_as_plain_operations():
     model, x = build('resnet20_cifar'), images('resnet20_cifar')
     fold_batch_norm(model, x)
@@ -263,13 +232,50 @@ def test_copies_and_pickles_run_alike_and_pack_for_themselves():
         assert not torch.equal(again(x), network(x))
 
 
-@pytest.mark.parametrize('pixels, product', [(16, True), (300, False)])
 @torch.no_grad()
-def test_small_pointwise_layers_are_matrix_products(pixels, product, monkeypatch):
-    made = []
-    monkeypatch.setattr(fuse, '_matrix_product', lambda *a, keep=fuse._matrix_product: made.append(1) or keep(*a))
-    conv = nn.Conv2d(40, 33, 1)
-    fused, x = FusedConv2d.from_conv(conv), torch.randn(1, 40, pixels, pixels)
-    for layout in (torch.channels_last, torch.contiguous_format):
-        torch.testing.assert_close(fused(x.contiguous(memory_format=layout)), conv(x), rtol=1e-4, atol=1e-5)
-    assert bool(made) == product
+def test_channels_stay_last_between_matrix_products():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 6, 1), nn.ReLU(), nn.Conv2d(6, 4, 1), nn.Conv2d(4, 4, 3))
+    network, _ = fuse.fuse(model.eval())
+    x = torch.randn(2, 3, 9, 9)
+    network(x)
+    code = fuse._programs[network].run.__self__.code
+    assert code.count('.permute(') == 2
+    torch.testing.assert_close(network(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_linear_layers_take_over_activations_once():
+    class Head(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.act = nn.Linear(8, 8), nn.Linear(8, 3), nn.ReLU()
+
+        def forward(self, x):
+            x = self.act(self.a(x))
+            return self.b(self.act(self.a(x)) + x)  # the layer that is called twice stays as it is
+
+    model, x = Head().eval(), torch.randn(4, 8)
+    result, count = fuse.fuse(model)
+    assert count == 0 and type(result.a) is nn.Linear and type(result.b) is FusedLinear
+    torch.testing.assert_close(result(x), model(x))
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+    result, count = fuse.fuse(model)
+    assert count == 1 and len(list(result.graph.nodes)) == 4
+    torch.testing.assert_close(result(x), model(x))
+
+
+@torch.no_grad()
+def test_a_linear_layer_of_what_cannot_be_traced_is_packed():
+    class Choosy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.score = nn.Linear(8, 3)
+
+        def forward(self, x):
+            return self.score(x.flatten(1) if x.sum() > 0 else x)
+
+    model, x = Choosy().eval(), torch.randn(4, 8)
+    result, _ = fuse.fuse(model)
+    assert type(result.score) is FusedLinear
+    torch.testing.assert_close(result(x), model(x))

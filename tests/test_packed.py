@@ -1,0 +1,93 @@
+"""packed.py: layers of oneDNN compute what plain ones do, and notice new weights, gradients and odd inputs."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from norton_timm import packed
+from norton_timm.packed import FusedConv2d, FusedLinear, available, packed_bytes
+
+pytestmark = pytest.mark.skipif(not available(), reason='this PyTorch has no oneDNN')
+
+
+@torch.no_grad()
+def test_new_weights_are_packed_again():
+    conv, x = FusedConv2d.from_conv(nn.Conv2d(3, 4, 3)), torch.randn(1, 3, 8, 8)
+    before = conv(x)
+    conv.weight.mul_(2)
+    conv.bias.mul_(2)
+    torch.testing.assert_close(conv(x), 2 * before)
+    torch.testing.assert_close(copy.deepcopy(conv)(x), 2 * before)
+    torch.testing.assert_close(conv(torch.cat([x, x, x]))[2:], 2 * before)  # packed for one image, used for three
+
+
+@torch.no_grad()
+def test_a_head_without_boxes_and_one_image_without_a_batch():
+    conv = FusedConv2d.from_conv(nn.Conv2d(3, 4, 3))
+    assert conv(torch.zeros(0, 3, 8, 8)).shape == (0, 4, 6, 6)
+    x = torch.randn(3, 8, 8)
+    torch.testing.assert_close(conv(x), conv(x[None])[0])
+    assert packed_bytes(conv) == 4 * 4 * 3 * 9 and packed_bytes(copy.deepcopy(conv)) == 0
+
+
+def test_gradients_flow_through_plain_operations():
+    conv, plain = FusedConv2d.from_conv(nn.Conv2d(3, 4, 3)), nn.Conv2d(3, 4, 3)
+    conv.relu = True
+    plain.load_state_dict(conv.state_dict())
+    x = torch.randn(1, 3, 8, 8, requires_grad=True)
+    found = torch.autograd.grad(conv(x).sum(), [x, *conv.parameters()])
+    expected = torch.autograd.grad(plain(x).relu().sum(), [x, *plain.parameters()])
+    for f, e in zip(found, expected):
+        torch.testing.assert_close(f, e)
+
+
+@pytest.mark.parametrize('pixels, product', [(16, True), (300, False)])
+@torch.no_grad()
+def test_small_pointwise_layers_are_matrix_products(pixels, product, monkeypatch):
+    made = []
+    monkeypatch.setattr(packed, '_product', lambda *a, keep=packed._product: made.append(1) or keep(*a))
+    conv = nn.Conv2d(40, 33, 1)
+    fused, x = FusedConv2d.from_conv(conv), torch.randn(1, 40, pixels, pixels)
+    for layout in (torch.channels_last, torch.contiguous_format):
+        torch.testing.assert_close(fused(x.contiguous(memory_format=layout)), conv(x), rtol=1e-4, atol=1e-5)
+    assert bool(made) == product
+
+
+@pytest.mark.parametrize('shape', [(1, 12), (7, 12), (2, 5, 12), (0, 12), (12,)])
+@pytest.mark.parametrize('relu', [False, True])
+@torch.no_grad()
+def test_linear_layers_of_any_number_of_rows(shape, relu):
+    plain = nn.Linear(12, 5)
+    linear, x = FusedLinear.from_linear(plain), torch.randn(shape)
+    linear.relu = relu
+    expected = plain(x).relu() if relu else plain(x)
+    torch.testing.assert_close(linear(x), expected)
+    torch.testing.assert_close(linear(x.expand(3, *shape)), expected.expand(3, *expected.shape))
+
+
+@torch.no_grad()
+def test_a_linear_layer_notices_new_weights_and_biases():
+    linear, x = FusedLinear.from_linear(nn.Linear(12, 5)), torch.randn(3, 12)
+    linear(x)
+    assert packed_bytes(linear) == 4 * 5 * 12
+    for change in (
+        lambda: linear.weight.mul_(2),
+        lambda: linear.bias.add_(1),
+        lambda: setattr(linear, 'bias', nn.Parameter(torch.ones(5))),
+        lambda: setattr(linear.bias, 'data', torch.full((5,), 7.0)),
+        lambda: setattr(linear, 'bias', None),
+        lambda: setattr(linear.weight, 'data', torch.zeros(5, 12)),
+    ):
+        change()
+        torch.testing.assert_close(linear(x), nn.functional.linear(x, linear.weight, linear.bias))
+
+
+@pytest.mark.parametrize('layer', [FusedConv2d.from_conv(nn.Conv2d(3, 4, 1)), FusedLinear.from_linear(nn.Linear(8, 4))])
+def test_a_bias_alone_may_ask_for_its_gradient(layer):
+    layer.weight.requires_grad_(False)
+    layer(torch.randn(1, 3, 8, 8)).sum().backward()
+    assert layer.bias.grad.abs().min() > 0
