@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
+from norton_timm.detector_parts import without_branches
 from norton_timm.trace import tensors_in
 
 FORMATS = {'onnx': '.onnx', 'openvino': '.xml', 'pt2': '.pt2'}
@@ -130,8 +131,9 @@ def _write_onnx(model: nn.Module, example: Tensor, path: Path) -> None:
     need('onnx')
     if isinstance(model, OneImage):
         # torchvision's detectors are written for the tracing exporter; torch.export stops at their data-dependent parts
-        torch.onnx.export(model, (example,), path, dynamo=False, opset_version=OPSET, input_names=['images'],
-                          output_names=model.names)  # fmt: skip
+        with without_branches():
+            torch.onnx.export(model, (example,), path, dynamo=False, opset_version=OPSET, input_names=['images'],
+                              output_names=model.names)  # fmt: skip
         return
     need('onnxscript')
     torch.onnx.export(_captured(model, example), (), path, dynamo=True, opset_version=OPSET, external_data=False,

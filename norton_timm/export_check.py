@@ -21,6 +21,8 @@ from norton_timm.pictures import read_rgb
 BOX_TOLERANCE = 0.5  # pixels
 SCORE_TOLERANCE = 1e-3
 OUTPUT_TOLERANCE = 1e-3  # of a classifier's largest output
+MASK_TOLERANCE = 1e-2  # of a mask's values, 0 to 1
+KEYPOINT_TOLERANCE = 2.0  # pixels: of two neighbouring pixels that are equally warm, either may be taken
 _ENDINGS = ('.jpg', '.jpeg', '.png', '.bmp', '.webp')
 
 
@@ -34,6 +36,8 @@ class Agreement:
         difference: largest difference of a classifier's outputs, relative to the largest output.
         box_px: largest difference of a box coordinate in pixels, where the detections are the same.
         score: largest difference of a score there.
+        mask: largest difference of a mask's values there.
+        keypoint_px: largest difference of a keypoint's coordinate there, in pixels.
         detections: that the original network gave in all.
     """
 
@@ -42,6 +46,8 @@ class Agreement:
     difference: float = 0.0
     box_px: float = 0.0
     score: float = 0.0
+    mask: float = 0.0
+    keypoint_px: float = 0.0
     detections: int = 0
 
     def problem(self) -> str | None:
@@ -53,6 +59,9 @@ class Agreement:
         if self.box_px > BOX_TOLERANCE or self.score > SCORE_TOLERANCE:
             return (f'boxes differ by {self.box_px:.2f} px and scores by {self.score:.1e}, '
                     f'more than {BOX_TOLERANCE} px or {SCORE_TOLERANCE}')  # fmt: skip
+        if self.mask > MASK_TOLERANCE or self.keypoint_px > KEYPOINT_TOLERANCE:
+            return (f'masks differ by {self.mask:.1e} and keypoints by {self.keypoint_px:.2f} px, '
+                    f'more than {MASK_TOLERANCE} or {KEYPOINT_TOLERANCE} px')  # fmt: skip
         return None
 
     def to_dict(self) -> dict[str, float]:
@@ -98,7 +107,7 @@ def compare(model: nn.Module, other: export.Runner, images: Sequence[Tensor]) ->
     for batch in images:
         agreement.images += len(batch)
         if isinstance(model, export.OneImage):
-            _compare_detections(model(batch), other(batch), agreement)
+            _compare_detections(model(batch), other(batch), agreement, model.names)
         else:
             expected, found = model(batch), other(batch)[0]
             agreement.same += int((expected.flatten(1).argmax(1) == found.flatten(1).argmax(1)).sum())
@@ -106,8 +115,10 @@ def compare(model: nn.Module, other: export.Runner, images: Sequence[Tensor]) ->
     return agreement
 
 
-def _compare_detections(expected: Sequence[Tensor], found: Sequence[Tensor], agreement: Agreement) -> None:
-    boxes, labels, scores = expected[:3]
+def _compare_detections(
+    expected: Sequence[Tensor], found: Sequence[Tensor], agreement: Agreement, names: Sequence[str]
+) -> None:
+    boxes, labels = expected[:2]
     agreement.detections += len(boxes)
     if len(found) != len(expected) or any(a.shape != b.shape for a, b in zip(expected, found)):
         return
@@ -116,9 +127,13 @@ def _compare_detections(expected: Sequence[Tensor], found: Sequence[Tensor], agr
     if sorted(order.tolist()) != list(range(len(boxes))) or not torch.equal(labels, found[1][order]):
         return
     agreement.same += 1
-    if len(boxes):
-        agreement.box_px = max(agreement.box_px, float((boxes - found[0][order]).abs().max()))
-        agreement.score = max(agreement.score, float((scores - found[2][order]).abs().max()))
+    if not len(boxes):
+        return
+    kept = {'boxes': 'box_px', 'scores': 'score', 'masks': 'mask', 'keypoints': 'keypoint_px'}
+    for name, a, b in zip(names, expected, found):
+        if name in kept:
+            largest = max(getattr(agreement, kept[name]), float((a - b[order]).abs().max()))
+            setattr(agreement, kept[name], largest)
 
 
 def _matching(boxes: Tensor, others: Tensor) -> Tensor:

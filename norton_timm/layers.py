@@ -194,7 +194,7 @@ class CPDConv2d(nn.Module):
         if o * r * fan_in * kh * kw <= _FEW_PRODUCTS:
             terms = self.pointwise.view(o, r, fan_in, 1, 1) * spatial[:, :, None]
             return terms.sum(1)
-        return (self.pointwise.view(o, r, -1).mT @ spatial.view(o, r, kh * kw)).view(o, -1, kh, kw)
+        return (self.pointwise.view(o, r, -1).transpose(1, 2) @ spatial.view(o, r, kh * kw)).view(o, -1, kh, kw)
 
     def to_conv(self) -> nn.Conv2d:
         """An ordinary convolution with the dense kernel."""

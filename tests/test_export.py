@@ -60,17 +60,23 @@ def test_a_classifier_in_every_format_at_any_batch_size(small, tmp_path, file):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize('task, deployed', [('box', True), ('mask', True), ('keypoint', True), ('box', False)])
 @pytest.mark.parametrize('file', FILES[:2])
-def test_a_detector_at_its_size(tmp_path, file):
+def test_a_detector_at_its_size(tmp_path, file, task, deployed):
     path = needs(tmp_path / file)
-    model = build_detector('box', 'norton_resnet18.r050', num_classes=3, min_size=96, max_size=128).eval()
-    x = [torch.rand(1, 3, 96, 128, generator=torch.Generator().manual_seed(k)) for k in range(2)]
-    deployed = norton_timm.deploy(model, [x[0][0]], autotune=False)
-    agreement = export_checked(deployed, path, x, model)
-    assert agreement.images == agreement.same == 2 and agreement.detections > 10
+    model = build_detector(task, 'norton_resnet18.r050', num_classes=2, min_size=96, max_size=128).eval()
+    noise = [torch.rand(1, 3, 96, 128, generator=torch.Generator().manual_seed(k)) for k in range(2)]
+    scores = [model([x[0]])[0]['scores'] for x in noise]
+    model.roi_heads.score_thresh = float(torch.cat(scores).quantile(0.9))
+    x = [torch.zeros(1, 3, 96, 128), *noise]
+    assert not len(model([x[0][0]])[0]['scores']), 'a picture in which nothing is found'
+    source = norton_timm.deploy(model, [x[0][0]], autotune=False) if deployed else model
+    agreement = export_checked(source, path, x, model)
+    assert agreement.images == agreement.same == 3 and agreement.detections > 10
     assert agreement.box_px < 0.5 and agreement.score < 1e-3
+    assert (agreement.mask > 0) == (task == 'mask') and (agreement.keypoint_px > 0) == (task == 'keypoint')
     # compared with itself: the exporter must not put it in training mode
-    assert export_checked(deployed, path, x).same == 2 and not deployed.training
+    assert export_checked(source, path, x).same == 3 and not source.training
 
 
 @torch.no_grad()
@@ -143,6 +149,19 @@ def test_detections_compared_by_hand(found, same, box_px, score, problem):
     assert (agreement.images, agreement.same, agreement.detections) == (1, same, 2)
     assert agreement.box_px == pytest.approx(box_px) and agreement.score == pytest.approx(score)
     assert agreement.problem() is None if problem is None else problem in agreement.problem()
+
+
+@pytest.mark.parametrize(
+    'task, values, change, field, limit',
+    [('mask', (1, 1, 8, 8), 0.1, 'mask', 'masks'), ('keypoint', (1, 17, 3), 3.0, 'keypoint_px', 'keypoints')],
+)
+def test_masks_and_keypoints_compared_by_hand(task, values, change, field, limit):
+    model = export.OneImage(build_detector(task, 'resnet18', num_classes=2, min_size=64))
+    extra = torch.rand(values)
+    model.forward = lambda image: [*detections([A], [0.9]), extra]
+    agreement = compare(model, lambda image: [*detections([A], [0.9]), extra + change], [torch.zeros(1, 3, 8, 8)])
+    assert agreement.same == 1 and getattr(agreement, field) == pytest.approx(change, rel=1e-3)
+    assert limit in agreement.problem()
 
 
 def test_classifiers_compared_by_hand():

@@ -48,6 +48,8 @@ def main() -> None:
     told = f'outputs within {agreement.difference:.1e} of the largest'
     if exportable(model) is not model:
         told = f'boxes within {agreement.box_px:.3f} px, scores within {agreement.score:.1e}'
+        told += f', masks within {agreement.mask:.1e}' * (agreement.mask > 0)
+        told += f', keypoints within {agreement.keypoint_px:.3f} px' * (agreement.keypoint_px > 0)
     print(f'{agreement.same} of {agreement.images} images get the same answer; {told}')
     if args.json is not None:
         write_text(
