@@ -20,11 +20,22 @@ from torch.nn import functional as F
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.ops import FeaturePyramidNetwork
 
-from norton_timm.packed import TO_FIRST, TO_LAST, Fused, FusedConv2d, FusedLinear, PixelProduct, Step, fusable
+from norton_timm.packed import (
+    TO_FIRST,
+    TO_LAST,
+    Fused,
+    FusedConv2d,
+    FusedLinear,
+    GlobalAverage,
+    PixelProduct,
+    Step,
+    fusable,
+)
 
 _RELU_CALLS: tuple[Any, ...] = (F.relu, torch.relu, torch.relu_, F.relu_, 'relu', 'relu_')
 _ADD_CALLS: tuple[Any, ...] = (operator.add, operator.iadd, torch.add, 'add', 'add_')
 _NOTHING = (nn.Identity, nn.Dropout)  # in evaluation mode
+_STATELESS = (nn.MaxPool2d, nn.AvgPool2d, nn.Flatten, nn.ReLU, GlobalAverage)
 
 
 class FusedNetwork(fx.GraphModule):
@@ -45,15 +56,16 @@ class FusedNetwork(fx.GraphModule):
         def forward(self: FusedNetwork, *args: Any, **kwargs: Any) -> Any:
             if kwargs or not all(map(fusable, args)):
                 return by_modules(self, *args, **kwargs)
-            program = _programs.get(self)
-            if program is not None and program.is_current():
+            program, dims = _programs.get(self), tuple(map(Tensor.dim, args))
+            current = program is not None and program.is_current()
+            if program is not None and current and program.dims == dims:
                 if not program.is_unobserved():
                     return by_modules(self, *args)
                 with torch._C._AutoDispatchBelowAutograd():  # which takes 8 us of each call without gradients
                     return program.run(*args)
             result = by_modules(self, *args)  # packs the weights
-            if all(m.packed() for m in self.modules() if isinstance(m, Fused)):
-                _programs[self] = _Program(self)
+            if not current and all(m.packed() for m in self.modules() if isinstance(m, Fused)):
+                _programs[self] = _Program(self, dims)
             return result
 
         cls.forward = forward  # type: ignore[method-assign]
@@ -70,9 +82,14 @@ def _unpickle(rebuild: Callable[..., fx.GraphModule], content: tuple[Any, ...]) 
 
 
 class _Program:
-    """The steps of a network whose convolutions and linear layers are all packed, as one function."""
+    """The steps of a network whose convolutions and linear layers are all packed, as one function.
 
-    def __init__(self, network: FusedNetwork) -> None:
+    Attributes:
+        dims: dimensions of the inputs that it was made for; one image without a batch takes other steps.
+    """
+
+    def __init__(self, network: FusedNetwork, dims: tuple[int, ...]) -> None:
+        self.dims = dims
         modules = dict(network.named_modules())
         graph = copy.deepcopy(network.graph)
         places: list[tuple[dict[str, Any], str, Any]] = []
@@ -83,10 +100,11 @@ class _Program:
             parent, _, key = str(node.target).rpartition('.')
             module = modules[str(node.target)]
             places.append((modules[parent]._modules, key, module))
-            if isinstance(module, Fused) and (step := module.packed()) is not None:
-                _replace(node, step)
-                self._hooks += [module._forward_hooks, module._forward_pre_hooks]
-                places += [(module._parameters, name, module._parameters[name]) for name in ('weight', 'bias')]
+            if (step := _step_of(module)) is None:
+                continue
+            _replace(node, step)
+            self._hooks += [module._forward_hooks, module._forward_pre_hooks]
+            places += [(module._parameters, name, p) for name, p in module._parameters.items()]
         # compared by functions written in C: between two passes all of this has left the processor's cache
         self._owners, self._keys, self._owned = zip(*places)
         self._weights = [m.weight for m in modules.values() if isinstance(m, Fused) and not m.weight.is_inference()]
@@ -109,6 +127,16 @@ class _Program:
             and not any(self._hooks)
             and not (torch.is_grad_enabled() and any(p.requires_grad for p in self._parameters))
         )
+
+
+def _step_of(module: nn.Module) -> Step | None:
+    """What computes the same without a module's call around it, if anything does."""
+    if isinstance(module, Fused):
+        return module.packed()
+    if type(module) in _STATELESS:
+        forward = module.forward
+        return lambda x: forward(x)  # torch.fx would look for a method in the class's file
+    return None
 
 
 def _replace(node: fx.Node, step: Step) -> None:
@@ -189,6 +217,8 @@ def _rewrite(module: nn.Module, graph: fx.Graph) -> tuple[nn.Module, int]:
         if kind(node, _NOTHING) and node.args:
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
+        elif kind(node, (nn.AdaptiveAvgPool2d,)) and modules[str(node.target)].output_size in (1, (1, 1)):
+            traced.set_submodule(str(node.target), GlobalAverage())
     used = Counter(str(n.target) for n in graph.nodes if n.op == 'call_module')
     order = {node: k for k, node in enumerate(graph.nodes)}
     took = 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -36,6 +37,13 @@ def cpu_name() -> str:
     lines = info.read_text().splitlines() if info.is_file() else []
     names = [line.partition(':')[2].strip() for line in lines if line.startswith('model name')]
     return f'{names[0] if names else platform.processor()}, {torch.backends.cpu.get_cpu_capability()}'
+
+
+def allocator() -> str:
+    """The library that hands out memory in this process: a preloaded one, or the system's own."""
+    maps = Path('/proc/self/maps')
+    found = re.search(r'lib(?:tcmalloc|jemalloc|mimalloc)[^/\s]*', maps.read_text() if maps.is_file() else '')
+    return found.group() if found else ' '.join(platform.libc_ver()).strip() or platform.system()
 
 
 def dense_name(name: str) -> str:

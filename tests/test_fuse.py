@@ -12,7 +12,7 @@ from torch import nn
 
 from norton_timm import fuse
 from norton_timm.fold import fold_batch_norm
-from norton_timm.packed import FusedConv2d, FusedLinear, available
+from norton_timm.packed import FusedConv2d, FusedLinear, GlobalAverage, available
 
 pytestmark = pytest.mark.skipif(not available(), reason='this PyTorch has no oneDNN')
 
@@ -279,3 +279,13 @@ def test_a_linear_layer_of_what_cannot_be_traced_is_packed():
     result, _ = fuse.fuse(model)
     assert type(result.score) is FusedLinear
     torch.testing.assert_close(result(x), model(x))
+
+
+@pytest.mark.parametrize('size, replaced', [(1, True), ((1, 1), True), (2, False), ((1, None), False)])
+@torch.no_grad()
+def test_a_global_mean_stays_one(size, replaced):
+    model, x = nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(size)).eval(), torch.randn(2, 3, 9, 7)
+    network, _ = fuse.fuse(model)
+    assert isinstance(network.get_submodule('1'), GlobalAverage) == replaced
+    for each in (x, x, x[0], x[0], x.repeat(1, 1, 2, 3)):
+        torch.testing.assert_close(network(each), model(each), rtol=1e-4, atol=1e-5)

@@ -21,7 +21,7 @@ import _network_benchmarks
 import torch
 from _cli import Parser, run
 
-from norton_timm.network_benchmark import cpu_name
+from norton_timm.network_benchmark import allocator, cpu_name
 
 
 def main() -> None:
@@ -37,7 +37,8 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     results = args.call(args)
     if args.output is not None:
-        machine = {'processor': cpu_name(), 'cpus': os.cpu_count(), 'threads': torch.get_num_threads()}
+        machine: dict[str, Any] = {'processor': cpu_name(), 'cpus': os.cpu_count(), 'threads': torch.get_num_threads()}
+        machine['allocator'] = allocator()
         versions = {'python': platform.python_version(), 'torch': torch.__version__}
         given = [word for word in sys.argv[1:] if word not in ('--output', str(args.output))]
         content = {'command': args.command, 'arguments': given, 'machine': machine, 'versions': versions, **results}
