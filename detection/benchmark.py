@@ -30,7 +30,7 @@ from norton_timm.network_benchmark import (
     dense_name,
     multiple_for,
     peak_mb,
-    summary,
+    summaries,
 )
 
 STAGES = ('transform', 'backbone', 'fpn', 'rpn', 'heads', 'postprocess')
@@ -189,11 +189,11 @@ def benchmark_detector(
                 call, runner = _prepare(source, images[label], runtime, place)
                 calls.append(call)
                 runners.append(runner)
-            figures = [summary(t) for t in take_turns(calls, partial(synchronise, image), seconds, least=5)]
+            figures = summaries(take_turns(calls, partial(synchronise, image), seconds, least=5))
         for label, runner, figure in zip(networks, runners, figures):
             rows.append({
                 'model': f'{task} {backbone} {recipe}', 'network': label, 'runtime': runtime, 'batch': 1,
-                'gmacs': gmacs[label], **figure, 'speedup': figures[0]['ms'] / figure['ms'],
+                'gmacs': gmacs[label], **figure,
                 'peak_mb': peak_mb(runner, [images[label]]) if in_eager else None,
                 'stages': _stages(runner, [images[label]]) if runner is not None else {}, 'load': load,
                 'forms': '' if runtime == 'eager' else deployment_report(deployed[exported][label]).chosen,

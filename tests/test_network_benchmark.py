@@ -24,14 +24,16 @@ from norton_timm.complexity import count
 from norton_timm.forms_benchmark import benchmark_forms
 from norton_timm.measure import take_turns
 from norton_timm.models.table import control_side
-from norton_timm.network_benchmark import benchmark_classifier, dense_name, plot_speedup, prepare, summary
+from norton_timm.network_benchmark import benchmark_classifier, dense_name, plot_speedup, prepare, summaries
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def test_summary_by_hand():
-    found = summary([*range(1, 101), 1000], images=8)
-    assert found['ms'] == 51 and found['p95_ms'] == 96 and found['images_per_s'] == pytest.approx(8000 / 51)
+def test_summaries_by_hand():
+    first, second = summaries([[*range(1, 101), 1000], [5.5] * 3], images=8)
+    assert (first['p10_ms'], first['ms'], first['p95_ms']) == (11, 51, 96)
+    assert first['images_per_s'] == pytest.approx(8000 / 51) and first['speedup'] == first['speedup_p10'] == 1
+    assert second['speedup'] == pytest.approx(51 / 5.5) and second['speedup_p10'] == 2
 
 
 def test_turns_are_taken_and_the_warm_up_is_left_out():

@@ -14,7 +14,10 @@ from norton_timm import network_benchmark as networks
 from norton_timm.export_check import read_images
 from norton_timm.kernel_benchmark import format_table
 
-COLUMNS = ('model', 'network', 'runtime', 'batch', 'gmacs', 'ms', 'p95_ms', 'images_per_s', 'peak_mb', 'speedup')
+COLUMNS = (
+    'model', 'network', 'runtime', 'batch', 'gmacs', 'ms', 'p95_ms', 'images_per_s', 'peak_mb', 'speedup',
+    'speedup_p10',
+)  # fmt: skip
 
 
 def positive(text: str) -> int:
