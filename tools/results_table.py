@@ -28,7 +28,9 @@ def read(folder: Path, name: str) -> Any:
 
 def command_of(measured: Any) -> str:
     """The command that wrote a benchmark's file."""
-    return f'python tools/benchmark.py {shlex.join(measured["arguments"])}'
+    allocator = measured.get('machine', {}).get('allocator', '')
+    preload = f'LD_PRELOAD={allocator} ' if allocator.startswith('lib') else ''
+    return f'{preload}python tools/benchmark.py {shlex.join(measured["arguments"])}'
 
 
 def kernel_rows(folder: Path) -> Iterator[Row]:
@@ -66,7 +68,7 @@ def training_rows(folder: Path) -> Iterator[Row]:
 
 def latency_rows(folder: Path) -> Iterator[Row]:
     """Each compressed network beside the dense one in the same runtime, and the dense one at fewer pixels."""
-    for name in ('classification', 'box', 'mask', 'keypoint'):
+    for name in ('classification', 'exported', 'box', 'mask', 'keypoint'):
         measured = read(folder, f'latency_{name}')
         cases: dict[tuple[str, str, int], dict[str, dict[str, Any]]] = {}
         for row in measured['rows']:
