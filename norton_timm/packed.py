@@ -105,7 +105,7 @@ class FusedConv2d(Fused, nn.Conv2d):
 class FusedLinear(Fused, nn.Linear):
     """``relu(linear(x))`` where ``relu`` is optional; (..., I) -> (..., O).
 
-    On processors that are not Intel's, PyTorch's own product takes two to five times as long for more than one row.
+    PyTorch's own product is MKL's, which on an AMD EPYC takes two to five times as long for more than one row.
     """
 
     @classmethod
