@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -21,7 +22,7 @@ from norton_timm.pictures import read_rgb
 BOX_TOLERANCE = 0.5  # pixels
 SCORE_TOLERANCE = 1e-3
 OUTPUT_TOLERANCE = 1e-3  # of a classifier's largest output
-MASK_TOLERANCE = 1e-2  # of a mask's values, 0 to 1
+MASK_TOLERANCE = 1e-2  # of a mask's values, 0 to 1, in the mean over a picture
 KEYPOINT_TOLERANCE = 2.0  # pixels: of two neighbouring pixels that are equally warm, either may be taken
 _ENDINGS = ('.jpg', '.jpeg', '.png', '.bmp', '.webp')
 
@@ -36,7 +37,8 @@ class Agreement:
         difference: largest difference of a classifier's outputs, relative to the largest output.
         box_px: largest difference of a box coordinate in pixels, where the detections are the same.
         score: largest difference of a score there.
-        mask: largest difference of a mask's values there.
+        mask: largest mean difference of a mask's values over a picture there; a box that is rounded to another pixel
+            moves the whole mask by one.
         keypoint_px: largest difference of a keypoint's coordinate there, in pixels.
         detections: that the original network gave in all.
     """
@@ -111,7 +113,7 @@ def compare(model: nn.Module, other: export.Runner, images: Sequence[Tensor]) ->
         else:
             expected, found = model(batch), other(batch)[0]
             agreement.same += int((expected.flatten(1).argmax(1) == found.flatten(1).argmax(1)).sum())
-            agreement.difference = max(agreement.difference, relative_difference(found, expected) or 0.0)
+            agreement.difference = _larger(agreement.difference, relative_difference(found, expected) or 0.0)
     return agreement
 
 
@@ -132,8 +134,14 @@ def _compare_detections(
     kept = {'boxes': 'box_px', 'scores': 'score', 'masks': 'mask', 'keypoints': 'keypoint_px'}
     for name, a, b in zip(names, expected, found):
         if name in kept:
-            largest = max(getattr(agreement, kept[name]), float((a - b[order]).abs().max()))
-            setattr(agreement, kept[name], largest)
+            apart = (a - b[order]).abs()
+            found_apart = float(apart.flatten(1).mean(1).max() if name == 'masks' else apart.max())
+            setattr(agreement, kept[name], _larger(getattr(agreement, kept[name]), found_apart))
+
+
+def _larger(a: float, b: float) -> float:
+    """The maximum, where what is not a number counts as infinite."""
+    return max(a, b if math.isfinite(b) else math.inf)
 
 
 def _matching(boxes: Tensor, others: Tensor) -> Tensor:

@@ -56,16 +56,16 @@ class FusedNetwork(fx.GraphModule):
         def forward(self: FusedNetwork, *args: Any, **kwargs: Any) -> Any:
             if kwargs or not all(map(fusable, args)):
                 return by_modules(self, *args, **kwargs)
-            program, dims = _programs.get(self), tuple(map(Tensor.dim, args))
+            program = _programs.get(self)
             current = program is not None and program.is_current()
-            if program is not None and current and program.dims == dims:
+            if program is not None and current and program.takes(args):
                 if not program.is_unobserved():
                     return by_modules(self, *args)
                 with torch._C._AutoDispatchBelowAutograd():  # which takes 8 us of each call without gradients
                     return program.run(*args)
             result = by_modules(self, *args)  # packs the weights
             if not current and all(m.packed() for m in self.modules() if isinstance(m, Fused)):
-                _programs[self] = _Program(self, dims)
+                _programs[self] = _Program(self)
             return result
 
         cls.forward = forward  # type: ignore[method-assign]
@@ -82,14 +82,10 @@ def _unpickle(rebuild: Callable[..., fx.GraphModule], content: tuple[Any, ...]) 
 
 
 class _Program:
-    """The steps of a network whose convolutions and linear layers are all packed, as one function.
+    """The steps of a network whose convolutions and linear layers are all packed, as one function."""
 
-    Attributes:
-        dims: dimensions of the inputs that it was made for; one image without a batch takes other steps.
-    """
-
-    def __init__(self, network: FusedNetwork, dims: tuple[int, ...]) -> None:
-        self.dims = dims
+    def __init__(self, network: FusedNetwork) -> None:
+        self._dims = (4,) if any(isinstance(m, FusedConv2d) for m in network.modules()) else range(2, 9)
         modules = dict(network.named_modules())
         graph = copy.deepcopy(network.graph)
         places: list[tuple[dict[str, Any], str, Any]] = []
@@ -100,7 +96,7 @@ class _Program:
             parent, _, key = str(node.target).rpartition('.')
             module = modules[str(node.target)]
             places.append((modules[parent]._modules, key, module))
-            if (step := _step_of(module)) is None:
+            if node.kwargs or (step := _step_of(module)) is None:
                 continue
             _replace(node, step)
             self._hooks += [module._forward_hooks, module._forward_pre_hooks]
@@ -110,6 +106,10 @@ class _Program:
         self._weights = [m.weight for m in modules.values() if isinstance(m, Fused) and not m.weight.is_inference()]
         self._state = self._versions()
         self.run = fx.GraphModule(network, graph).forward
+
+    def takes(self, inputs: tuple[Tensor, ...]) -> bool:
+        """Whether packed layers can run on inputs of so many dimensions; one image without a batch they cannot."""
+        return all(x.dim() in self._dims for x in inputs)
 
     def is_current(self) -> bool:
         """Whether the network still has the modules and weights that it was made of."""
@@ -145,7 +145,7 @@ def _replace(node: fx.Node, step: Step) -> None:
     with graph.inserting_before(node):
         if isinstance(step, PixelProduct):
             assert isinstance(x, fx.Node)
-            was_last = x.op == 'call_method' and x.target == 'permute' and x.args[1] == TO_FIRST
+            was_last = x.op == 'call_method' and x.target == 'permute' and x.args[1:] == (TO_FIRST,)
             last = x.args[0] if was_last else graph.call_method('permute', (x, TO_LAST))
             product = graph.call_function(step.product, (last,))
             result = graph.call_method('permute', (product, TO_FIRST))
@@ -167,10 +167,10 @@ class _Tracer(fx.Tracer):
 
 
 def fuse(model: nn.Module) -> tuple[nn.Module, int]:
-    """A copy in which convolutions took over the additions and ReLUs behind them, and how many did.
+    """A copy in which convolutions and linear layers took over additions and ReLUs behind them, and how many did.
 
     The largest parts of the network that ``torch.fx`` can trace are rewritten, also for packed weights alone; the
-    others stay as they are.
+    others keep their code, with linear layers packed.
     """
     model = copy.deepcopy(model).eval()
     return _fuse_part(model)
@@ -180,7 +180,7 @@ def _fuse_part(module: nn.Module) -> tuple[nn.Module, int]:
     if not any(isinstance(m, (nn.Conv2d, nn.Linear)) for m in module.modules()):
         return module, 0
     if type(module) is nn.Linear:
-        return FusedLinear.from_linear(module), 0
+        return _fused(module) or module, 0
     if any(True for _ in module.children()) and not _stays_open(module):
         try:
             graph = _Tracer().trace(module)
@@ -217,14 +217,23 @@ def _rewrite(module: nn.Module, graph: fx.Graph) -> tuple[nn.Module, int]:
         if kind(node, _NOTHING) and node.args:
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
-        elif kind(node, (nn.AdaptiveAvgPool2d,)) and modules[str(node.target)].output_size in (1, (1, 1)):
+        elif (
+            kind(node, (nn.AdaptiveAvgPool2d,))
+            and not node.kwargs
+            and modules[str(node.target)].output_size in (1, (1, 1))
+        ):
             traced.set_submodule(str(node.target), GlobalAverage())
     used = Counter(str(n.target) for n in graph.nodes if n.op == 'call_module')
     order = {node: k for k, node in enumerate(graph.nodes)}
     took = 0
     for node in list(graph.nodes):
         name = str(node.target)
-        if not kind(node, (nn.Conv2d, nn.Linear)) or used[name] > 1 or (fused := _fused(modules[name])) is None:
+        if (
+            not kind(node, (nn.Conv2d, nn.Linear))
+            or node.kwargs
+            or used[name] > 1
+            or (fused := _fused(modules[name])) is None
+        ):
             continue
         modules[name] = fused
         traced.set_submodule(name, fused)
@@ -249,6 +258,8 @@ def _rewrite(module: nn.Module, graph: fx.Graph) -> tuple[nn.Module, int]:
             took += 1
             for gone in reversed(taken):
                 graph.erase_node(gone)
+    if not any(isinstance(m, Fused) for m in traced.modules()):
+        return module, 0
     graph.lint()
     traced.recompile()
     return _with_attributes(traced, module), took
@@ -272,6 +283,8 @@ def _two(addition: fx.Node) -> bool:
 
 
 def _fused(layer: nn.Module) -> Fused | None:
+    if not isinstance(layer.weight, nn.Parameter) or layer._forward_hooks or layer._forward_pre_hooks:
+        return None  # pruning and weight normalisation compute the weight in a hook
     if isinstance(layer, nn.Linear):
         return FusedLinear.from_linear(layer)
     if isinstance(layer, nn.Conv2d) and layer.padding_mode == 'zeros' and not isinstance(layer.padding, str):

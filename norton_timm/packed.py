@@ -24,7 +24,8 @@ class Fused(nn.Module):
     """A layer that oneDNN runs with a ReLU behind it.
 
     Runs plain operations where it is compiled, exported or differentiated, and off the CPU. From the first call on it
-    holds its weights twice, the second time packed as oneDNN reads them; copies and pickles do not.
+    holds its weights twice, the second time packed as oneDNN reads them; copies and pickles do not. Weights that were
+    made in inference mode have no version: that they were changed in place goes unnoticed.
 
     Attributes:
         relu: whether a ReLU ends it.
@@ -33,7 +34,7 @@ class Fused(nn.Module):
     weight: Tensor
     bias: Any  # a tensor or None
     relu = False
-    _packed: tuple[Any, Step] | None = None
+    _packed: tuple[Any, Step, Tensor] | None = None
 
     def packed(self) -> Step | None:
         """The call that computes it with packed weights: None before the first input and after a change of weights."""
@@ -47,7 +48,8 @@ class Fused(nn.Module):
         return weight.data_ptr(), None if weight.is_inference() else weight._version, id(self.bias)
 
     def _keep(self, step: Step) -> Step:
-        self._packed = self._version(), step
+        # with the weight itself, lest another one should get its address
+        self._packed = self._version(), step, self.weight.detach()
         return step
 
     def _plain(self, *inputs: Tensor | None) -> bool:

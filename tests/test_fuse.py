@@ -289,3 +289,48 @@ def test_a_global_mean_stays_one(size, replaced):
     assert isinstance(network.get_submodule('1'), GlobalAverage) == replaced
     for each in (x, x, x[0], x[0], x.repeat(1, 1, 2, 3)):
         torch.testing.assert_close(network(each), model(each), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_steps_of_a_batch_are_not_taken_for_one_image():
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 3)).eval()
+    network, _ = fuse.fuse(model)
+    x = torch.randn(2, 3, 9, 7)
+    network(input=x)  # packs the weights
+    for each in (x[0], x[0], x, x[0]):
+        torch.testing.assert_close(network(each), model(each), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_calls_by_keyword_and_weights_that_hooks_compute_stay_as_they_are():
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.pool, self.mean = nn.Conv2d(3, 4, 3), nn.MaxPool2d(2), nn.AdaptiveAvgPool2d(1)
+            self.a, self.b = nn.Linear(4, 4), nn.utils.spectral_norm(nn.Linear(4, 3))
+
+        def forward(self, x):
+            x = self.mean(input=self.pool(input=self.conv(x))).flatten(1)
+            return self.b(self.a(input=x))
+
+    model, x = Odd().eval(), torch.randn(2, 3, 9, 9)
+    result, _ = fuse.fuse(model)
+    assert type(result.a) is type(result.b) is nn.Linear and isinstance(result.conv, FusedConv2d)
+    for _ in range(3):
+        torch.testing.assert_close(result(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_network_without_a_layer_to_pack_stays_as_it_is():
+    class Functional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 3)
+
+        def forward(self, x):
+            return nn.functional.linear(x, self.fc.weight)
+
+    model, x = Functional().eval(), torch.randn(2, 4)
+    result, count = fuse.fuse(model)
+    assert count == 0 and type(result) is Functional
+    torch.testing.assert_close(result(x), model(x))
