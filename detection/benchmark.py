@@ -139,7 +139,7 @@ def benchmark_detector(
     seconds: float = 20.0,
     image: Tensor | None = None,
 ) -> list[Row]:
-    """A compressed detector, the dense one, and the dense one at the resolution that gives it the same MACs.
+    """A compressed detector, the dense one, and the dense one at the resolution that gives it at most as many MACs.
 
     Args:
         task: ``box``, ``mask`` or ``keypoint``.

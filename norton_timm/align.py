@@ -66,7 +66,8 @@ def _can_grow(group: ChannelGroup, labels: list[int], slots: list[Slot]) -> bool
         module, length = slot.module, len(labels)
         grouped = getattr(module, 'groups', 1) > 1 and slot.kind != 'depthwise'
         multiplies = slot.kind == 'depthwise' and module.in_channels != module.out_channels
-        if isinstance(module, ChannelMap) or grouped or multiplies:
+        computed = hasattr(module, 'weight') and 'weight' not in module._parameters  # by a hook, from other tensors
+        if isinstance(module, ChannelMap) or grouped or multiplies or computed:
             return False
         starts = [k for k, label in enumerate(found) if label == labels[0]]
         whole = all(found[k : k + length] == labels for k in starts)

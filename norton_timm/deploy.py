@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from norton_timm import fuse, packed
 from norton_timm.align import align_channels
+from norton_timm.fixed import FIXED_FORMS, distinct_forms, fixed
 from norton_timm.fold import NORMS, fold_batch_norm
 from norton_timm.layers import CPDConv2d
 from norton_timm.measure import synchronise, take_turns
@@ -25,12 +27,10 @@ from norton_timm.trace import tensors_in
 
 log = logging.getLogger(__name__)
 
-FIXED_FORMS = ('factored', 'merged', 'dense')
 LAYOUTS = {'channels_last': torch.channels_last, 'contiguous': torch.contiguous_format}
 _WARM_UP = 2  # rounds that take_turns leaves out
 _SECONDS = 2.5  # at least, for each of three comparisons
 _QUICK = 0.1  # seconds
-_NEAR = 1.3  # times the fastest form's time: fused, such a form may win
 
 
 @dataclass
@@ -45,7 +45,8 @@ class Deployment:
         widened: new number of channels of layers that got channels of zeros.
         forms: chosen form of each CPDConv2d.
         layer_ms: median milliseconds of each form by layer, inside the running network.
-        form_ms: median milliseconds of the whole network by form, ``mixed`` is each layer's fastest; channels-last.
+        form_ms: median milliseconds of the whole network by form, ``mixed`` is each layer's fastest; channels-last, and
+            fused where that can be.
         network_ms: the same of the finalists (``form, layout``), all measured in one comparison.
         chosen: the finalist that was taken.
         error: largest difference from the original's outputs, relative to their largest value; None where the
@@ -91,11 +92,17 @@ def deployment_report(model: nn.Module) -> Deployment:
 
 
 @torch.no_grad()
-def deploy(model: nn.Module, example_input: Any, autotune: bool = True, channel_multiple: int = 1) -> nn.Module:
+def deploy(
+    model: nn.Module,
+    example_input: Any,
+    autotune: bool = True,
+    channel_multiple: int = 1,
+    form: str | None = None,
+) -> nn.Module:
     """An inference copy with equal outputs, made of plain modules; classifiers and whole detectors.
 
-    Batch norms go into the convolutions before them; each CPDConv2d becomes two or three plain convolutions or one
-    dense one, whichever is fastest here; weights are laid out channels-last, and on a CPU additions and ReLUs go into
+    Batch norms go into the convolutions before them; each CPDConv2d becomes a few plain convolutions or one dense
+    one, whichever is fastest here; weights are laid out channels-last, and on a CPU additions and ReLUs go into
     oneDNN's convolutions, where that wins. Layers are timed inside the running network, and the mixture is taken only
     if the whole network measures faster with it than with every layer dense. The report is the result's attribute
     ``deployment``, see :func:`deployment_report`.
@@ -103,14 +110,20 @@ def deploy(model: nn.Module, example_input: Any, autotune: bool = True, channel_
     Args:
         model: dense or compressed network; it is not changed.
         example_input: what its ``forward`` takes, of the size that matters, on the model's device.
-        autotune: measure; otherwise each layer keeps its ``active_form`` and weights are channels-last.
+        autotune: measure; otherwise each layer gets ``form`` and weights are channels-last.
         channel_multiple: append channels of zeros until layers have a multiple of so many, for export to runtimes
             that want it (``norton_timm.export.CHANNEL_MULTIPLES``), see :func:`norton_timm.align.align_channels`.
+        form: one of ``norton_timm.fixed.FIXED_FORMS`` for all layers, if nothing is measured; None leaves each in its
+            ``active_form``.
 
     Raises:
-        ValueError: no tensor in the input, one on another device than the model, or a multiple below 1.
+        ValueError: no tensor in the input, one on another device than the model, a multiple below 1, or a form that is
+            unknown or given beside ``autotune``.
     """
     _check_input(model, example_input)
+    if form is not None and (autotune or form not in FIXED_FORMS):
+        raise ValueError(f'form: got {form!r} with autotune={autotune}, expected one of {", ".join(FIXED_FORMS)} '
+                         'with autotune=False')  # fmt: skip
     base = copy.deepcopy(model).eval().requires_grad_(False)
     base.__dict__.pop('deployment', None)
     report = Deployment(_device(example_input), torch.get_num_threads())
@@ -118,13 +131,13 @@ def deploy(model: nn.Module, example_input: Any, autotune: bool = True, channel_
     report.widened = align_channels(base, example_input, channel_multiple)
     report.norms_left = [n for n, m in base.named_modules() if type(m) in NORMS]
     layers = {n: m for n, m in base.named_modules() if isinstance(m, CPDConv2d)}
-    report.forms = {name: layer.active_form() for name, layer in layers.items()}
+    report.forms = {name: form or layer.active_form() for name, layer in layers.items()}
     if autotune:
         best = _autotune(base, example_input, report)
     else:
         best = _candidate(base, report.forms, 'channels_last')
     report.error = relative_difference(best(example_input), copy.deepcopy(model).eval()(example_input))
-    if report.error is not None and report.error > 1e-3:
+    if report.error is not None and not report.error <= 1e-3:
         log.warning('the deployed network differs from the original by %.1e of its largest output', report.error)
     best.deployment = report  # type: ignore[assignment]
     return best
@@ -143,38 +156,6 @@ def _check_input(model: nn.Module, example_input: Any) -> None:
 def _device(example_input: Any) -> str:
     device = tensors_in(example_input)[0].device
     return torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type
-
-
-def fixed(layer: CPDConv2d, form: str) -> nn.Module:
-    """The layer in one form as plain convolutions, its kernel computed once.
-
-    Raises:
-        ValueError: a form that is not factored, merged or dense.
-    """
-    if form not in FIXED_FORMS:
-        raise ValueError(f'got form {form!r}, expected one of {", ".join(FIXED_FORMS)}')
-    if form == 'dense':
-        return layer.to_conv()
-    o, rows, (kh, kw) = layer.out_channels, layer.out_channels * layer.rank, layer.kernel_size
-    (sh, sw), (ph, pw), (dh, dw) = layer.stride, layer.padding, layer.dilation
-    bias = layer.bias is not None
-
-    parts: dict[str, tuple[nn.Conv2d, Tensor]]
-    parts = {'pointwise': (nn.Conv2d(layer.in_channels, rows, 1, groups=layer.groups, bias=False), layer.pointwise)}
-    if form == 'merged':
-        spatial = nn.Conv2d(rows, o, (kh, kw), (sh, sw), (ph, pw), (dh, dw), groups=o, bias=bias)
-        parts['spatial'] = spatial, layer.merged_kernel()
-    else:
-        vertical = nn.Conv2d(rows, rows, (kh, 1), (sh, 1), (ph, 0), (dh, 1), groups=rows, bias=False)
-        horizontal = nn.Conv2d(rows, o, (1, kw), (1, sw), (0, pw), (1, dw), groups=o, bias=bias)
-        parts |= {'vertical': (vertical, layer.vertical), 'horizontal': (horizontal, layer.horizontal)}
-    result = nn.Sequential()
-    for name, (conv, weight) in parts.items():
-        conv.weight = nn.Parameter(weight.detach().clone())
-        if conv.bias is not None and layer.bias is not None:
-            conv.bias = nn.Parameter(layer.bias.detach().clone())
-        result.add_module(name, conv)
-    return result.requires_grad_(layer.pointwise.requires_grad).train(layer.training)
 
 
 def _candidate(base: nn.Module, forms: Mapping[str, str], layout: str) -> nn.Module:
@@ -198,30 +179,29 @@ def _medians(models: Mapping[Any, nn.Module], x: Any, least: int = 3) -> dict[An
 
 
 def _autotune(base: nn.Module, x: Any, report: Deployment) -> nn.Module:
-    """The fastest candidate; its figures go into the report. First the forms are chosen, then the layout."""
+    """The fastest candidate; its figures go into the report. First the forms are chosen, then layout and fusion."""
     forms = {'dense': dict.fromkeys(report.forms, 'dense')}
     if report.forms:
-        forms |= {form: dict.fromkeys(report.forms, form) for form in FIXED_FORMS}
-    models = {name: _candidate(base, chosen, 'channels_last') for name, chosen in forms.items()}
+        forms |= {form: dict.fromkeys(report.forms, form) for form in distinct_forms(base)}
+    # fused as early as that: fusion helps one form more than another
+    models = {name: _fused_candidate(base, chosen, x) for name, chosen in forms.items()}
     best = 'dense'
     if report.forms:
         report.layer_ms, report.form_ms = _layers_in_place(models, list(report.forms), x)
         mixed = report.forms | {n: min(ms, key=lambda f: ms[f]) for n, ms in report.layer_ms.items()}
         contest = ['dense', min(report.form_ms, key=lambda name: report.form_ms[name])]
         if mixed not in forms.values():
-            forms['mixed'], models['mixed'] = mixed, _candidate(base, mixed, 'channels_last')
+            forms['mixed'], models['mixed'] = mixed, _fused_candidate(base, mixed, x)
             contest.append('mixed')
         again = _medians({name: models[name] for name in dict.fromkeys(contest)}, x)
         report.form_ms |= again
         best = min(again, key=lambda name: again[name])
     finalists: dict[tuple[str, str], nn.Module] = {}
     for name in dict.fromkeys(('dense', best)):
-        finalists[name, 'channels_last'] = models[name]
-        finalists[name, 'contiguous'] = _candidate(base, forms[name], 'contiguous')
-    near = [name for name, ms in report.form_ms.items() if ms <= _NEAR * report.form_ms[best]]
-    for name in dict.fromkeys(('dense', *near)):  # fusing helps one form more than another
-        if (fused := _fused(models[name], x)) is not None:
-            finalists[name, 'channels_last, fused'] = fused
+        for layout in LAYOUTS:
+            finalists[name, layout] = _candidate(base, forms[name], layout)
+        if _is_fused(models[name]):
+            finalists[name, 'channels_last, fused'] = models[name]
     medians = _medians(finalists, x)
     taken = min(medians, key=lambda key: medians[key])
     report.network_ms = {', '.join(key): ms for key, ms in medians.items()}
@@ -229,23 +209,27 @@ def _autotune(base: nn.Module, x: Any, report: Deployment) -> nn.Module:
     return finalists[taken]
 
 
-def _fused(model: nn.Module, x: Any) -> nn.Module | None:
-    """The network with packed and fused oneDNN convolutions, if it has any that can be and computes the same."""
-    first = tensors_in(x)[0]
+def _fused_candidate(base: nn.Module, forms: Mapping[str, str], x: Any) -> nn.Module:
+    """The network in these forms with packed and fused oneDNN layers, as far as it can be and computes the same."""
+    model, first = _candidate(base, forms, 'channels_last'), tensors_in(x)[0]
     if first.device.type != 'cpu' or first.dtype != torch.float32 or not packed.available():
-        return None
-    candidate, _ = fuse.fuse(model)
-    if not any(isinstance(m, packed.Fused) for m in candidate.modules()):
-        return None
+        return model
+    fused, _ = fuse.fuse(model)
+    if not _is_fused(fused):
+        return model
     try:
-        difference = relative_difference(candidate(x), model(x))
-    except RuntimeError as error:  # a sum of unequal shapes, which oneDNN does not broadcast
-        log.warning('convolutions stay apart from additions and activations: %s', str(error).splitlines()[0])
-        return None
-    if difference is None or difference > 1e-4:
-        log.warning('convolutions stay apart from additions and activations: their outputs differ')
-        return None
-    return candidate
+        difference = relative_difference(fused(x), model(x))
+    except Exception as error:  # traced code may take another way than its own, and oneDNN does not broadcast sums
+        log.warning('layers stay apart from additions and activations: %s', str(error).partition('\n')[0])
+        return model
+    if difference is None or not difference <= 1e-4:
+        log.warning('layers stay apart from additions and activations: their outputs differ')
+        return model
+    return fused
+
+
+def _is_fused(model: nn.Module) -> bool:
+    return any(isinstance(m, packed.Fused) for m in model.modules())
 
 
 def _layers_in_place(
@@ -258,23 +242,27 @@ def _layers_in_place(
     spent: dict[str, dict[str, list[float]]] = {name: {} for name in names}
     hooks = []
 
-    def watch(name: str, form: str, layer: nn.Module) -> None:
+    def watch(name: str, form: str, layers: list[nn.Module]) -> None:
         times = spent[name].setdefault(form, [])
-        began = [0.0]
+        began: list[float] = []
 
         def enter(*_: Any) -> None:
             synchronise(x)
-            began[0] = time.perf_counter()
+            began.append(time.perf_counter())
 
         def leave(*_: Any) -> None:
             synchronise(x)
-            times.append(1000 * (time.perf_counter() - began[0]))
+            start = began.pop()
+            if not began:  # not within another one
+                times.append(1000 * (time.perf_counter() - start))
 
-        hooks.extend([layer.register_forward_pre_hook(enter), layer.register_forward_hook(leave)])
+        for layer in layers:
+            hooks.extend([layer.register_forward_pre_hook(enter), layer.register_forward_hook(leave)])
 
     for form, model in models.items():
         for name in names:
-            watch(name, form, model.get_submodule(name))
+            # a fused network calls the convolutions within a layer, but not the layer
+            watch(name, form, list(model.get_submodule(name).modules()))
     try:
         calls: list[Callable[[], Any]] = [partial(model, x) for model in models.values()]
         rounds = take_turns(calls, lambda: synchronise(x), _SECONDS, least=3)
@@ -302,14 +290,15 @@ def _pass(times: list[float], k: int, total: int) -> list[float]:
 def relative_difference(a: Any, b: Any) -> float | None:
     """Largest difference of the tensors in two outputs, relative to the largest value of ``b``'s tensor.
 
-    None where they differ in number or shape.
+    None where they differ in number or shape, or have no tensors; infinite where one is not a number.
     """
     first, second = tensors_in(a), tensors_in(b)
-    if len(first) != len(second) or any(s.shape != t.shape for s, t in zip(first, second)):
+    if not first or len(first) != len(second) or any(s.shape != t.shape for s, t in zip(first, second)):
         return None
     return max((_difference(s, t) for s, t in zip(first, second) if t.numel()), default=0.0)
 
 
 def _difference(a: Tensor, b: Tensor) -> float:
     a, b = a.double(), b.double()
-    return float((a - b).abs().max() / b.abs().max().clamp_min(1e-12))
+    difference = float((a - b).abs().max() / b.abs().max().clamp_min(1e-12))
+    return difference if math.isfinite(difference) else math.inf

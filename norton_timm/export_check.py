@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from norton_timm import export
 from norton_timm.deploy import relative_difference
 from norton_timm.pictures import read_rgb
+from norton_timm.trace import tensors_in
 
 BOX_TOLERANCE = 0.5  # pixels
 SCORE_TOLERANCE = 1e-3
@@ -66,6 +67,14 @@ class Agreement:
                     f'more than {MASK_TOLERANCE} or {KEYPOINT_TOLERANCE} px')  # fmt: skip
         return None
 
+    def __str__(self) -> str:
+        told = f'outputs within {self.difference:.1e} of the largest'
+        if self.detections:
+            told = f'boxes within {self.box_px:.3f} px, scores within {self.score:.1e}'
+            told += f', masks within {self.mask:.1e}' * (self.mask > 0)
+            told += f', keypoints within {self.keypoint_px:.3f} px' * (self.keypoint_px > 0)
+        return f'{self.same} of {self.images} images get the same answer; {told}'
+
     def to_dict(self) -> dict[str, float]:
         """For JSON."""
         return asdict(self)
@@ -111,9 +120,11 @@ def compare(model: nn.Module, other: export.Runner, images: Sequence[Tensor]) ->
         if isinstance(model, export.OneImage):
             _compare_detections(model(batch), other(batch), agreement, model.names)
         else:
-            expected, found = model(batch), other(batch)[0]
-            agreement.same += int((expected.flatten(1).argmax(1) == found.flatten(1).argmax(1)).sum())
-            agreement.difference = _larger(agreement.difference, relative_difference(found, expected) or 0.0)
+            expected, found = tensors_in(model(batch)), tensors_in(other(batch))
+            difference = relative_difference(found, expected)
+            agreement.difference = _larger(agreement.difference, math.inf if difference is None else difference)
+            if difference is not None:
+                agreement.same += int((expected[0].flatten(1).argmax(1) == found[0].flatten(1).argmax(1)).sum())
     return agreement
 
 
@@ -186,7 +197,7 @@ def export_checked(
         problem = agreement.problem()
         if problem and not int8:
             raise ValueError(f'{path.name} does not compute what the network does: {problem}; no file was written')
-        for file in sorted(part.parent.glob(f'{part.stem}.*')):
+        for file in sorted(p for p in part.parent.iterdir() if p.stem == part.stem):
             os.replace(file, path.with_suffix(file.suffix))
     return agreement
 

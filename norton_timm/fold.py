@@ -99,16 +99,20 @@ def _foldable_pairs(model: nn.Module, example_input: Any) -> list[tuple[nn.Modul
         for (layer, norm), count in readers.pairs.items()
         if count == readers.calls[layer] == readers.calls[norm]
         and layer not in tied
+        and isinstance(layer._parameters.get(_last_weight(layer)), nn.Parameter)  # pruning computes it in a hook
         and getattr(norm, 'running_mean', None) is not None
         and not (isinstance(layer, nn.ConvTranspose2d) and layer.groups > 1)
     ]
 
 
+def _last_weight(layer: nn.Module) -> str:
+    return 'horizontal' if isinstance(layer, CPDConv2d) else 'weight'
+
+
 @torch.no_grad()
 def _absorb(layer: Any, norm: Any) -> None:
     """Give the layer the scale and shift of the norm."""
-    name = 'horizontal' if isinstance(layer, CPDConv2d) else 'weight'
-    old = getattr(layer, name)
+    old = getattr(layer, _last_weight(layer))
     weight, bias = fuse_conv_bn_weights(
         old.double(), None if layer.bias is None else layer.bias.double(),
         norm.running_mean.double(), norm.running_var.double(), norm.eps,

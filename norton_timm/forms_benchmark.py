@@ -14,8 +14,9 @@ from norton_timm import fuse
 from norton_timm.complexity import make_input
 from norton_timm.compress import compress
 from norton_timm.dense import dense_model
-from norton_timm.deploy import FIXED_FORMS, deploy, deployment_report
-from norton_timm.layers import CPDConv2d, set_form
+from norton_timm.deploy import deploy, deployment_report
+from norton_timm.fixed import distinct_forms
+from norton_timm.layers import CPDConv2d
 from norton_timm.measure import synchronise, take_turns
 from norton_timm.packed import available
 from norton_timm.spec import CompressionSpec
@@ -56,13 +57,14 @@ def benchmark_forms(
         raise ValueError(f'{name}: got no layer that can be decomposed')
     images = make_input(small, None).repeat(batch, 1, 1, 1)
     networks: dict[str, nn.Module] = {'deployed': deploy(small, images)}
-    for form in FIXED_FORMS:
-        fixed = deploy(set_form(small, form), images, autotune=False)
+    forms = distinct_forms(small)
+    for form in forms:
+        fixed = deploy(small, images, autotune=False, form=form)
         networks[form] = fuse.fuse(fixed)[0] if available() and not images.is_cuda else fixed
     calls = [partial(network, images) for network in networks.values()]
     turns = take_turns(calls, partial(synchronise, images), seconds, passes=3)
     times = {form: statistics.median(spent) for form, spent in zip(networks, turns)}
-    fixed_times = [times[form] for form in FIXED_FORMS]
+    fixed_times = [times[form] for form in forms]
     report = deployment_report(networks['deployed'])
     return {
         'model': name, 'batch': batch, **{f'{form}_ms': ms for form, ms in times.items()},

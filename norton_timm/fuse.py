@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import operator
 import weakref
 from collections import Counter
@@ -71,6 +72,9 @@ class FusedNetwork(fx.GraphModule):
         cls.forward = forward  # type: ignore[method-assign]
         return code
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> FusedNetwork:
+        return _with_attributes(super().__deepcopy__(memo), self, memo)
+
     def __reduce__(self) -> tuple[Any, ...]:
         rebuild, content = super().__reduce__()
         return _unpickle, (rebuild, content)
@@ -78,7 +82,7 @@ class FusedNetwork(fx.GraphModule):
 
 def _unpickle(rebuild: Callable[..., fx.GraphModule], content: tuple[Any, ...]) -> FusedNetwork:
     plain = rebuild(*content)
-    return _with_attributes(FusedNetwork(plain, plain.graph), plain)
+    return _with_attributes(FusedNetwork(plain, plain.graph), plain, {})
 
 
 class _Program:
@@ -93,14 +97,16 @@ class _Program:
         self._parameters = list(network.parameters())
         self._fits = not any(node.op == 'get_attr' for node in graph.nodes)  # a tensor that may be replaced
         for node in [n for n in graph.nodes if n.op == 'call_module']:
-            parent, _, key = str(node.target).rpartition('.')
             module = modules[str(node.target)]
-            places.append((modules[parent]._modules, key, module))
             if node.kwargs or (step := _step_of(module)) is None:
                 continue
             _replace(node, step)
             self._hooks += [module._forward_hooks, module._forward_pre_hooks]
             places += [(module._parameters, name, p) for name, p in module._parameters.items()]
+        called = [str(node.target).split('.') for node in network.graph.nodes if node.op == 'call_module']
+        for name in dict.fromkeys('.'.join(path[: k + 1]) for path in called for k in range(len(path))):
+            parent, _, key = name.rpartition('.')
+            places.append((modules[parent]._modules, key, modules[name]))
         # compared by functions written in C: between two passes all of this has left the processor's cache
         self._owners, self._keys, self._owned = zip(*places)
         self._weights = [m.weight for m in modules.values() if isinstance(m, Fused) and not m.weight.is_inference()]
@@ -181,7 +187,7 @@ def _fuse_part(module: nn.Module) -> tuple[nn.Module, int]:
         return module, 0
     if type(module) is nn.Linear:
         return _fused(module) or module, 0
-    if any(True for _ in module.children()) and not _stays_open(module):
+    if any(True for _ in module.children()) and not _stays_open(module) and not _has_options(module):
         try:
             graph = _Tracer().trace(module)
         except Exception:  # tracing runs the module's own code on stand-ins, which may fail in any way
@@ -203,6 +209,12 @@ def _stays_open(module: nn.Module) -> bool:
     return is_detector or is_backbone or isinstance(module, (nn.ModuleList, nn.ModuleDict))
 
 
+def _has_options(module: nn.Module) -> bool:
+    """Whether its code may depend on arguments left out, for which ``torch.fx`` would trace a tensor."""
+    parameters = inspect.signature(module.forward).parameters.values()
+    return any(p.default is not p.empty for p in parameters)
+
+
 def _rewrite(module: nn.Module, graph: fx.Graph) -> tuple[nn.Module, int]:
     traced = FusedNetwork(module, graph, type(module).__name__)
     modules = dict(traced.named_modules())
@@ -212,6 +224,18 @@ def _rewrite(module: nn.Module, graph: fx.Graph) -> tuple[nn.Module, int]:
 
     def calls(node: fx.Node, functions: tuple[Any, ...]) -> bool:
         return node.op in ('call_function', 'call_method') and node.target in functions
+
+    def free_link(node: fx.Node | None) -> fx.Node | None:
+        """Of a chain of convolutions that add up, the one that can take another summand in."""
+        while node is not None and len(node.args) == 2:
+            before: Any = node.args[1]
+            open_ = kind(before, (FusedConv2d,)) and _only_user(before) is node
+            node = before if open_ and not modules[str(before.target)].relu else None
+        return node
+
+    def absorb(gone: fx.Node, node: fx.Node) -> None:
+        gone.replace_all_uses_with(node)
+        graph.erase_node(gone)
 
     for node in list(graph.nodes):
         if kind(node, _NOTHING) and node.args:
@@ -237,39 +261,38 @@ def _rewrite(module: nn.Module, graph: fx.Graph) -> tuple[nn.Module, int]:
             continue
         modules[name] = fused
         traced.set_submodule(name, fused)
-        taken: list[fx.Node] = []
-        last = _only_user(node)
-        if isinstance(fused, FusedConv2d) and last and calls(last, _ADD_CALLS) and _two(last):
-            other = last.args[1] if last.args[0] is node else last.args[0]
+        taken = 0
+        while isinstance(fused, FusedConv2d) and (addition := _only_user(node)) and calls(addition, _ADD_CALLS):
+            other = _summand(addition, node)
+            link = free_link(node)
             # the summand that is computed last takes the other one in
-            if isinstance(other, fx.Node) and order[other] < order[node]:
-                users = [u for u in other.users if u is not last]
-                fused.in_place = kind(other, (FusedConv2d,)) and all(order[u] < order[node] for u in users)
-                node.args = (*node.args, other)
-                taken.append(last)
-                last = _only_user(last)
-            else:
-                last = None
+            if other is None or link is None or order[other] >= order[link]:
+                break
+            others = [u for u in other.users if u is not addition]
+            # an alias (a slice, say) would see the change
+            in_place = kind(other, (FusedConv2d,)) and all(kind(u, (FusedConv2d, FusedLinear)) for u in others)
+            modules[str(link.target)].in_place = in_place and all(order[u] < order[link] for u in others)  # type: ignore[assignment]
+            link.args = (*link.args, other)
+            absorb(addition, node)
+            taken += 1
+        last = _only_user(node)
         if last is not None and (kind(last, (nn.ReLU,)) or calls(last, _RELU_CALLS)):
             fused.relu = True
-            taken.append(last)
-        if taken:
-            taken[-1].replace_all_uses_with(node)
-            took += 1
-            for gone in reversed(taken):
-                graph.erase_node(gone)
+            absorb(last, node)
+            taken += 1
+        took += taken > 0
     if not any(isinstance(m, Fused) for m in traced.modules()):
         return module, 0
     graph.lint()
     traced.recompile()
-    return _with_attributes(traced, module), took
+    return _with_attributes(traced, module, {}), took
 
 
-def _with_attributes(traced: FusedNetwork, module: nn.Module) -> FusedNetwork:
+def _with_attributes(traced: FusedNetwork, module: nn.Module, memo: dict[int, Any]) -> FusedNetwork:
     """What the module said of itself (feature_info, pretrained_cfg, ...) is asked of the result too."""
     for key, value in vars(module).items():
         if not key.startswith('_') and key not in vars(traced):
-            traced.__dict__[key] = value
+            traced.__dict__[key] = copy.deepcopy(value, memo)
     return traced
 
 
@@ -278,8 +301,12 @@ def _only_user(node: fx.Node) -> fx.Node | None:
     return users[0] if len(users) == 1 else None
 
 
-def _two(addition: fx.Node) -> bool:
-    return len(addition.args) == 2 and not addition.kwargs
+def _summand(addition: fx.Node, node: fx.Node) -> fx.Node | None:
+    """What is added to the node, if that is one tensor."""
+    if len(addition.args) != 2 or addition.kwargs:
+        return None
+    other = addition.args[1] if addition.args[0] is node else addition.args[0]
+    return other if isinstance(other, fx.Node) else None
 
 
 def _fused(layer: nn.Module) -> Fused | None:

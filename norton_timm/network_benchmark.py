@@ -115,7 +115,7 @@ def benchmark_classifier(
     seconds: float = 4.0,
     cache: dict[Any, list[nn.Module]] | None = None,
 ) -> list[Row]:
-    """A compressed network, the dense one, and the dense one at the resolution that gives it the same MACs.
+    """A compressed network, the dense one, and the dense one at the resolution that gives it at most as many MACs.
 
     The three take turns of several passes in each runtime, weights are random: time does not depend on them. Images lie
     channels-last in memory, as cameras and decoders give them.

@@ -24,8 +24,9 @@ class Fused(nn.Module):
     """A layer that oneDNN runs with a ReLU behind it.
 
     Runs plain operations where it is compiled, exported or differentiated, and off the CPU. From the first call on it
-    holds its weights twice, the second time packed as oneDNN reads them; copies and pickles do not. Weights that were
-    made in inference mode have no version: that they were changed in place goes unnoticed.
+    holds its weights twice, the second time packed as oneDNN reads them; copies and pickles do not. Weights that change
+    are packed again, but two ways to change them go unnoticed: in place through ``.data``, and in place if they were
+    made in inference mode, for then PyTorch counts no version.
 
     Attributes:
         relu: whether a ReLU ends it.
@@ -131,6 +132,8 @@ class GlobalAverage(nn.Module):
     """Mean of each channel, (N, C, H, W) -> (N, C, 1, 1), in a third of the time of ``nn.AdaptiveAvgPool2d(1)``."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.jit.is_tracing():  # the ONNX exporter of detectors takes no traced window
+            return F.adaptive_avg_pool2d(x, 1)
         return F.avg_pool2d(x, x.shape[-2:])
 
 
@@ -145,6 +148,7 @@ def fusable(x: Any) -> bool:
         and x.numel() > 0  # a head without boxes
         and not (x.requires_grad and torch.is_grad_enabled())
         and not torch._C._is_any_autocast_enabled()
+        and not torch._C._len_torch_dispatch_stack()  # who counts or traces operations does not know oneDNN's
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import pickle
 import time
 
@@ -13,14 +14,16 @@ import torch
 from families import FAMILIES, build, images, relative_error
 from timm.layers import BatchNormAct2d, freeze_batch_norm_2d
 from torch import nn
+from torch.nn.utils import prune
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 import norton_timm
 from detection import build_detector
 from norton_timm import packed
-from norton_timm.deploy import FIXED_FORMS, fixed, relative_difference
+from norton_timm.deploy import relative_difference
 from norton_timm.export import exportable
 from norton_timm.export_check import compare
+from norton_timm.fixed import FIXED_FORMS
 from norton_timm.fold import NORMS, fold_batch_norm
 from norton_timm.layers import CPDConv2d, set_form
 
@@ -157,23 +160,6 @@ def test_a_pair_that_is_called_twice_is_folded():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize('form', FIXED_FORMS)
-@pytest.mark.parametrize(
-    'layer',
-    [CPDConv2d(6, 8, 3, 2, stride=2, padding=1), CPDConv2d(6, 8, (1, 5), 3, stride=(2, 1), padding=(0, 2), groups=2),
-     CPDConv2d(6, 4, 3, 1, dilation=(2, 1), bias=False)],
-)  # fmt: skip
-def test_fixed_forms_compute_the_layer(layer, form):
-    x, plain = torch.randn(2, 6, 11, 12), fixed(layer, form)
-    assert (
-        len([m for m in plain.modules() if isinstance(m, nn.Conv2d)]) == {'factored': 3, 'merged': 2, 'dense': 1}[form]
-    )
-    torch.testing.assert_close(plain(x), set_form(layer, 'dense')(x), rtol=1e-4, atol=1e-6)
-    with pytest.raises(ValueError, match='factored, merged, dense'):
-        fixed(layer, 'auto')
-
-
-@torch.no_grad()
 def test_autotune_takes_the_fastest_candidate(compressed):
     x = images('resnet20_cifar')
     before = {k: v.clone() for k, v in compressed.state_dict().items()}
@@ -190,7 +176,7 @@ def test_autotune_takes_the_fastest_candidate(compressed):
         assert set(ms) == set(FIXED_FORMS) and min(ms.values()) > 0
     for name, form in report.forms.items():
         convs = [m for m in deployed.get_submodule(name).modules() if isinstance(m, nn.Conv2d)]
-        assert len(convs) == {'factored': 3, 'merged': 2, 'dense': 1}[form]
+        assert len(convs) == {'factored': 3, 'merged': 2, 'separable': 4, 'dense': 1}[form]
     if report.chosen.startswith('mixed'):
         assert report.forms == {n: min(ms, key=ms.get) for n, ms in report.layer_ms.items()}
     assert json.loads(report.to_json())['forms'] == report.forms
@@ -211,14 +197,15 @@ def test_a_slow_form_is_not_taken(monkeypatch):
 
         def sleepy(self, x, slow=slow):
             if (slow == 'dense') == (self.groups == 1 and self.kernel_size == (3, 3)):
-                time.sleep(0.005)
+                time.sleep(0.05)
             return forward(self, x)
 
         with monkeypatch.context() as patch:
             patch.setattr(nn.Conv2d, 'forward', sleepy)
             patch.setattr(packed, 'available', lambda: False)  # fused convolutions would not sleep
-            forms = norton_timm.deployment_report(norton_timm.deploy(model, x)).forms
-        assert all((form == 'dense') == (slow == 'merged') for form in forms.values())
+            report = norton_timm.deployment_report(norton_timm.deploy(model, x))
+        assert all((form == 'dense') == (slow == 'merged') for form in report.forms.values())
+        assert 'separable' not in report.form_ms  # the same as merged at rank 1
 
 
 @torch.no_grad()
@@ -246,9 +233,42 @@ def test_layers_called_several_times_count_as_their_sum(monkeypatch):
 @torch.no_grad()
 def test_without_autotune_layers_keep_their_form(compressed):
     x = images('resnet20_cifar')
-    for form in FIXED_FORMS:
+    for form in ('factored', 'merged', 'dense'):
         report = norton_timm.deployment_report(norton_timm.deploy(set_form(copy.deepcopy(compressed), form), x, False))
         assert set(report.forms.values()) == {form} and report.layer_ms == {} and report.chosen == ''
+
+
+@torch.no_grad()
+def test_one_form_for_all_layers(compressed):
+    x = images('resnet20_cifar')
+    for form in FIXED_FORMS:
+        deployed = norton_timm.deploy(compressed, x, autotune=False, form=form)
+        assert set(norton_timm.deployment_report(deployed).forms.values()) == {form}
+        assert relative_error(deployed(x), compressed(x)) < 1e-4
+    for options in ({'form': 'merged'}, {'form': 'auto', 'autotune': False}):
+        with pytest.raises(ValueError, match='expected one of factored, merged, separable, dense with autotune=False'):
+            norton_timm.deploy(compressed, x, **options)
+
+
+@torch.no_grad()
+def test_weights_that_hooks_compute_are_left_alone():
+    class Pruned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.norm = nn.utils.spectral_norm(nn.Conv2d(3, 6, 3)), matter(nn.BatchNorm2d(6))
+            self.b, self.last = nn.Conv2d(6, 6, 1), matter(nn.BatchNorm2d(6))
+            prune.l1_unstructured(self.b, 'weight', 0.3)
+
+        def forward(self, x):
+            return self.last(self.b(self.norm(self.a(x)).relu()))
+
+    model, x = Pruned().eval(), torch.randn(2, 3, 9, 9)
+    model(x)
+    deployed = norton_timm.deploy(model, x, channel_multiple=8)
+    report = norton_timm.deployment_report(deployed)
+    assert report.folded == {} and report.widened == {} and len(report.norms_left) == 2
+    for _ in range(2):
+        torch.testing.assert_close(deployed(x), model(x), rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
@@ -282,6 +302,8 @@ def test_relative_difference_by_hand():
     assert relative_difference(torch.tensor([1.0, 3.0]), torch.tensor([1.0, 4.0])) == 0.25
     assert relative_difference([{'a': torch.ones(2)}], [{'a': torch.ones(3)}]) is None
     assert relative_difference([torch.ones(0)], [torch.ones(0)]) == 0
+    assert relative_difference('nothing', 'nothing') is None
+    assert relative_difference([torch.ones(1), torch.tensor([math.nan])], [torch.ones(1), torch.ones(1)]) == math.inf
 
 
 def test_bad_input_is_said():

@@ -11,6 +11,7 @@ from families import build, images, relative_error
 from torch import nn
 
 from norton_timm import fuse
+from norton_timm.complexity import count
 from norton_timm.fold import fold_batch_norm
 from norton_timm.packed import FusedConv2d, FusedLinear, GlobalAverage, available
 
@@ -151,7 +152,9 @@ def straight() -> tuple[fuse.FusedNetwork, torch.Tensor]:
     )  # fmt: skip
     network, _ = fuse.fuse(model.eval())
     x = torch.randn(2, 3, 9, 9).contiguous(memory_format=torch.channels_last)
-    network(x)
+    with torch.no_grad():
+        network(x)
+        assert calls(network, x) == 0
     return network, x
 
 
@@ -189,8 +192,51 @@ def test_a_network_runs_without_its_modules_until_something_changes():
     assert calls(network, x) == 2
     network.add_module('6', nn.Linear(6, 3))  # another module
     assert network(x).shape == (2, 3)
-    network.load_state_dict({k: torch.ones_like(v) for k, v in network.state_dict().items()})
-    torch.testing.assert_close(network(x)[:, 0], by_modules(network, x)[:, 0])
+    network.load_state_dict({k: torch.full_like(v, 0.5) for k, v in network.state_dict().items()})
+    maps = (0.5 + 0.5 * nn.functional.conv2d(x, torch.ones(1, 3, 3, 3))).relu()
+    torch.testing.assert_close(network(x)[:, :1], 0.5 + 3 * (0.5 + 4 * maps.mean((2, 3))))
+
+
+@torch.no_grad()
+def test_a_part_that_is_replaced_is_noticed():
+    model = nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU()), nn.Conv2d(4, 2, 1)).eval()
+    network, _ = fuse.fuse(model)
+    x = torch.randn(1, 3, 5, 5)
+    network(x)
+    network.set_submodule('0', nn.ModuleDict({'0': nn.Conv2d(3, 4, 1)}))
+    torch.testing.assert_close(network(x), by_modules(network, x))
+
+
+def test_copies_say_what_the_network_says_of_itself():
+    model = straight()[0]
+    model.deployment = {'chosen': ['fused']}
+    again = copy.deepcopy(model)
+    assert again.deployment == model.deployment and again.deployment is not model.deployment
+    assert pickle.loads(pickle.dumps(model)).deployment == model.deployment
+
+
+def test_operations_are_counted_like_those_of_the_original():
+    network, x = straight()
+    expected = 2 * (49 * 3 * 8 * 9 + 49 * 8 * 6 + 6 * 4)
+    assert count(network, x).macs == expected
+
+
+@torch.no_grad()
+def test_code_that_depends_on_an_argument_left_out_is_not_traced():
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU())
+
+        def forward(self, x, mask=None):
+            y = self.body(x)
+            return y if mask is None else y * mask
+
+    model, x = Masked().eval(), torch.randn(1, 3, 5, 5)
+    result, count = fuse.fuse(model)
+    assert count == 1
+    torch.testing.assert_close(result(x), model(x))
+    torch.testing.assert_close(result(x, 2), model(x, 2))
 
 
 def by_modules(network: fuse.FusedNetwork, x: torch.Tensor) -> torch.Tensor:
@@ -230,6 +276,50 @@ def test_copies_and_pickles_run_alike_and_pack_for_themselves():
         assert torch.equal(again(x), network(x)) and calls(again, x) == 0
         again.get_submodule('0').weight.zero_()
         assert not torch.equal(again(x), network(x))
+
+
+class Chain(nn.Module):
+    """Convolutions that add up."""
+
+    def __init__(self, join) -> None:
+        super().__init__()
+        self.first, self.join = nn.Conv2d(3, 8, 1), join
+        self.convs = nn.ModuleList(nn.Conv2d(8, 8, 3, padding=1) for _ in range(3))
+
+    def forward(self, x):
+        return self.join(self.first(x), *self.convs)
+
+
+def shortcut_of_a_sum(x, a, b, c):
+    return (a(x) + b(x) + c(x) + x).relu()
+
+
+def shortcut_of_a_sum_read_before(x, a, b, c):
+    return (a(x) + b(x) + c(x) + x).relu() + x
+
+
+def relu_within(x, a, b, c):
+    return (a(x).relu() + b(x) + x).relu() + c(x)
+
+
+def two_shortcuts(x, a, b, c):
+    return a(x) + b(x) + c(x) + x + x
+
+
+@pytest.mark.parametrize(
+    'join, plain, overwrites',
+    [(shortcut_of_a_sum, 0, 2), (shortcut_of_a_sum_read_before, 1, 2), (relu_within, 1, 1), (two_shortcuts, 1, 2)],
+)
+@torch.no_grad()
+def test_chains_of_convolutions_take_shortcuts_in(join, plain, overwrites):
+    torch.manual_seed(0)
+    model, x = Chain(join).eval(), torch.randn(2, 3, 9, 9)
+    network, _ = fuse.fuse(model)
+    for _ in range(2):
+        torch.testing.assert_close(network(x), model(x), rtol=1e-4, atol=1e-5)
+    additions = [n for n in network.graph.nodes if n.op == 'call_function']
+    assert len(additions) == plain
+    assert sum(conv.in_place for conv in fused_convs(network).values()) == overwrites
 
 
 @torch.no_grad()

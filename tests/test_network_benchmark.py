@@ -109,6 +109,7 @@ def test_compiled_runtimes_run_the_network(runtime, tmp_path):
 def test_deploy_against_fixed_forms():
     row = benchmark_forms('resnet20_cifar', batch=2, seconds=0.1)
     fixed = [row[f'{form}_ms'] for form in ('factored', 'merged', 'dense')]
+    assert 'separable_ms' not in row and benchmark_forms('resnet20_cifar', 2, seconds=0.1)['separable_ms'] > 0
     assert row['over_slowest'] == pytest.approx(row['deployed_ms'] / max(fixed))
     assert row['over_fastest'] == pytest.approx(row['deployed_ms'] / min(fixed))
     assert sum(row['layers'].values()) == 18 and row['chosen'] and row['batch'] == 2

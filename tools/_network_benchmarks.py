@@ -60,6 +60,8 @@ def _classification(args: argparse.Namespace) -> dict[str, Any]:
     from norton_timm.models.table import zoo_names
 
     names = [name for name in zoo_names(args.models) if name.startswith(('norton_', 'coring_'))]
+    if not names:
+        raise ValueError(f'{", ".join(args.models)}: got no compressed network, expected norton_* or coring_*')
     rows: list[dict[str, Any]] = []
     cache: dict[Any, Any] = {}
     for name in names:

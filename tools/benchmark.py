@@ -12,7 +12,6 @@ import json
 import os
 import platform
 import sys
-from pathlib import Path
 from typing import Any
 
 import _kernel_benchmarks
@@ -21,6 +20,7 @@ import _network_benchmarks
 import torch
 from _cli import Parser, run
 
+from norton_timm.files import write_text
 from norton_timm.network_benchmark import allocator, cpu_name
 
 
@@ -31,8 +31,8 @@ def main() -> None:
     for module in (_kernel_benchmarks, _loop_benchmark, _network_benchmarks):
         module.add(commands)
     args = parser.parse_args()
-    if args.output is not None and not args.output.parent.is_dir():
-        parser.error(f'--output: the folder {args.output.parent} does not exist')
+    if args.output is not None and (not args.output.parent.is_dir() or args.output.suffix != '.json'):
+        parser.error(f'--output: got {args.output}, expected a .json file in a folder that exists')
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     results = args.call(args)
@@ -40,9 +40,8 @@ def main() -> None:
         machine: dict[str, Any] = {'processor': cpu_name(), 'cpus': os.cpu_count(), 'threads': torch.get_num_threads()}
         machine['allocator'] = allocator()
         versions = {'python': platform.python_version(), 'torch': torch.__version__}
-        given = [word for word in sys.argv[1:] if word not in ('--output', str(args.output))]
-        content = {'command': args.command, 'arguments': given, 'machine': machine, 'versions': versions, **results}
-        _write(args.output, content)
+        content = {'command': args.command, 'arguments': _without_output(sys.argv[1:]), 'machine': machine}
+        write_text(args.output, json.dumps({**content, 'versions': versions, **results}, indent=2) + '\n')
 
 
 def _subparser(**settings: Any) -> Parser:
@@ -51,10 +50,12 @@ def _subparser(**settings: Any) -> Parser:
     return parser
 
 
-def _write(path: Path, content: object) -> None:
-    part = path.with_name(path.name + '.part')
-    part.write_text(json.dumps(content, indent=2) + '\n')
-    os.replace(part, path)
+def _without_output(words: list[str]) -> list[str]:
+    kept = [word for word in words if not word.startswith('--output=')]
+    if '--output' in kept:
+        k = kept.index('--output')
+        del kept[k : k + 2]
+    return kept
 
 
 if __name__ == '__main__':

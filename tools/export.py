@@ -39,22 +39,25 @@ def main() -> None:
     from norton_timm.files import write_text
 
     multiple = CHANNEL_MULTIPLES[format_of(args.output)]
+    for path in filter(None, (args.output, args.json)):
+        if not path.parent.is_dir() or path.is_dir():
+            parser.error(f'{path}: expected a file in a folder that exists')
+    if args.int8 and (args.output.suffix == '.pt2' or (args.weights is not None and args.weights.suffix == '.pt')):
+        parser.error('--int8 quantises classifiers to .onnx or .xml only')
     model, images = _load(args)
     torch.set_grad_enabled(False)
     example = [images[0][0]] if exportable(model) is not model else images[0]
+    try:
+        model(example)
+    except RuntimeError as error:
+        raise ValueError(f'the network does not take these images: {error}') from error
     source = model if args.no_deploy else deploy(model, example, channel_multiple=multiple)
     agreement = export_checked(source, args.output, images, model, args.int8)
     print(f'wrote {args.output}: {size_mb(args.output):.1f} MB{", int8" if args.int8 else ""}')
-    told = f'outputs within {agreement.difference:.1e} of the largest'
-    if exportable(model) is not model:
-        told = f'boxes within {agreement.box_px:.3f} px, scores within {agreement.score:.1e}'
-        told += f', masks within {agreement.mask:.1e}' * (agreement.mask > 0)
-        told += f', keypoints within {agreement.keypoint_px:.3f} px' * (agreement.keypoint_px > 0)
-    print(f'{agreement.same} of {agreement.images} images get the same answer; {told}')
+    print(agreement)
     if args.json is not None:
-        write_text(
-            args.json, json.dumps({'file': args.output.name, 'int8': args.int8, **agreement.to_dict()}, indent=2)
-        )
+        content = {'file': args.output.name, 'int8': args.int8, **agreement.to_dict()}
+        write_text(args.json, json.dumps(content, indent=2))
 
 
 def _load(args) -> tuple[torch.nn.Module, list[torch.Tensor]]:
