@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
 from detection.rcnn import build_detector
+from detection.start import dense_name
 from norton_timm import export
 from norton_timm.compiled import frozen_weights
 from norton_timm.complexity import count
@@ -27,7 +28,6 @@ from norton_timm.network_benchmark import (
     EXPORTED,
     RUNTIMES_OF_DETECTORS,
     Row,
-    dense_name,
     multiple_for,
     peak_mb,
     summaries,

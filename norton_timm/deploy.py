@@ -21,16 +21,16 @@ from norton_timm.align import align_channels
 from norton_timm.fixed import FIXED_FORMS, distinct_forms, fixed
 from norton_timm.fold import NORMS, fold_batch_norm
 from norton_timm.layers import CPDConv2d
-from norton_timm.measure import synchronise, take_turns
+from norton_timm.measure import WARM_UP, synchronise, take_turns
 from norton_timm.surgery import replace_module
 from norton_timm.trace import tensors_in
 
 log = logging.getLogger(__name__)
 
 LAYOUTS = {'channels_last': torch.channels_last, 'contiguous': torch.contiguous_format}
-_WARM_UP = 2  # rounds that take_turns leaves out
-_SECONDS = 2.5  # at least, for each of three comparisons
+_SECONDS = 2.5  # at least, for each of two comparisons, and half as many as the last one has
 _QUICK = 0.1  # seconds
+_NEAR = 1.15  # times the fastest form's time: a longer comparison may turn that round
 
 
 @dataclass
@@ -165,7 +165,7 @@ def _candidate(base: nn.Module, forms: Mapping[str, str], layout: str) -> nn.Mod
     return model.to(memory_format=LAYOUTS[layout])
 
 
-def _medians(models: Mapping[Any, nn.Module], x: Any, least: int = 3) -> dict[Any, float]:
+def _medians(models: Mapping[Any, nn.Module], x: Any, least: int = 3, seconds: float = _SECONDS) -> dict[Any, float]:
     """Median milliseconds of each model, taking turns."""
     calls = [partial(m, x) for m in models.values()]
     synchronise(x)
@@ -174,7 +174,7 @@ def _medians(models: Mapping[Any, nn.Module], x: Any, least: int = 3) -> dict[An
     synchronise(x)
     # a network that is run over and over finds its weights in the cache, if it is one of the quick, small ones
     passes = 3 if time.perf_counter() - start < _QUICK else 1
-    rounds = take_turns(calls, lambda: synchronise(x), _SECONDS, least, passes)
+    rounds = take_turns(calls, lambda: synchronise(x), seconds, least, passes)
     return dict(zip(models, (statistics.median(t) for t in rounds)))
 
 
@@ -200,9 +200,10 @@ def _autotune(base: nn.Module, x: Any, report: Deployment) -> nn.Module:
     for name in dict.fromkeys(('dense', best)):
         for layout in LAYOUTS:
             finalists[name, layout] = _candidate(base, forms[name], layout)
-        if _is_fused(models[name]):
-            finalists[name, 'channels_last, fused'] = models[name]
-    medians = _medians(finalists, x)
+    for name in models:
+        if name == 'dense' or report.form_ms[name] <= _NEAR * report.form_ms[best]:
+            finalists[name, 'channels_last, fused' if _is_fused(models[name]) else 'channels_last'] = models[name]
+    medians = _medians(finalists, x, seconds=2 * _SECONDS)
     taken = min(medians, key=lambda key: medians[key])
     report.network_ms = {', '.join(key): ms for key, ms in medians.items()}
     report.forms, report.chosen = forms[taken[0]], ', '.join(taken)
@@ -269,13 +270,13 @@ def _layers_in_place(
     finally:
         for hook in hooks:
             hook.remove()
-    total = len(rounds[0]) + _WARM_UP
+    total = len(rounds[0]) + WARM_UP
     layers = {}
     for name, by_form in spent.items():
         if all(by_form.values()):  # a layer that the input does not reach keeps no time
             # a layer that is called several times in a pass (a head shared by levels) counts as their sum
             layers[name] = {
-                form: statistics.median(sum(_pass(times, k, total)) for k in range(_WARM_UP, total))
+                form: statistics.median(sum(_pass(times, k, total)) for k in range(WARM_UP, total))
                 for form, times in by_form.items()
             }
     return layers, {key: statistics.median(t) for key, t in zip(models, rounds)}

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from norton_timm.layers import CPDConv2d
+from norton_timm.measure import synchronise
 from norton_timm.metadata import evaluating
 
 _MEASURED = ('factored', 'merged', 'dense')
@@ -32,11 +33,6 @@ def _key(layer: CPDConv2d, x: Tensor, training: bool) -> tuple[Any, ...]:
     )
 
 
-def _synchronise(device: torch.device) -> None:
-    if device.type == 'cuda':
-        torch.cuda.synchronize(device)
-
-
 def measure_forms(layer: CPDConv2d, x: Tensor, training: bool = False, repeats: int = 7) -> dict[str, float]:
     """Median milliseconds of each form on input ``x`` (N, I, H, W); forward and backward where ``training``.
 
@@ -53,13 +49,13 @@ def measure_forms(layer: CPDConv2d, x: Tensor, training: bool = False, repeats: 
         for repeat in range(repeats + 1):  # the first round warms up
             for form in _MEASURED:
                 layer.form = form
-                _synchronise(x.device)
+                synchronise(x)
                 start = time.perf_counter()
                 with torch.set_grad_enabled(training):
                     y = layer(x)
                 if training:
                     torch.autograd.grad(y.sum(), [x, *(p for p in layer.parameters() if p.requires_grad)])
-                _synchronise(x.device)
+                synchronise(x)
                 if repeat:
                     times[form].append(1000 * (time.perf_counter() - start))
     finally:

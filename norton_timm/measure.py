@@ -20,6 +20,7 @@ from norton_timm.metadata import evaluating
 from norton_timm.trace import tensors_in
 
 MEGABYTE = 1_000_000
+WARM_UP = 2  # rounds that take_turns leaves out
 
 
 def ready_to_run(model: nn.Module) -> nn.Module:
@@ -54,7 +55,7 @@ def take_turns(
         calls: what to time.
         sync: waits for the device; called before and after each run.
         seconds: about how long to measure in all.
-        least: rounds at least, after two that warm up.
+        least: rounds at least, after those that warm up.
         passes: runs of a call in each of its turns. Where there are several the first does not count: it finds the
             cache full of the others' weights, which a network that runs over and over does not.
     """
@@ -62,7 +63,7 @@ def take_turns(
     turns, shuffle = list(zip(calls, times)), random.Random(0).shuffle
     start = time.perf_counter()
     rounds = 0
-    while rounds < least + 2 or time.perf_counter() - start < seconds:
+    while rounds < least + WARM_UP or time.perf_counter() - start < seconds:
         shuffle(turns)
         for call, spent in turns:
             for number in range(passes):
@@ -70,7 +71,7 @@ def take_turns(
                 began = time.perf_counter()
                 call()
                 sync()
-                if rounds >= 2 and (number or passes == 1):
+                if rounds >= WARM_UP and (number or passes == 1):
                     spent.append(1000 * (time.perf_counter() - began))
         rounds += 1
     return times

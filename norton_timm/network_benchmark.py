@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from norton_timm import export
+from norton_timm.bases import base_name
 from norton_timm.compiled import compiled, compiled_ahead
 from norton_timm.complexity import count
 from norton_timm.deploy import deploy, deployment_report
@@ -45,11 +46,6 @@ def allocator() -> str:
     maps = Path('/proc/self/maps')
     found = re.search(r'lib(?:tcmalloc|jemalloc|mimalloc)[^/\s]*', maps.read_text() if maps.is_file() else '')
     return found.group() if found else ' '.join(platform.libc_ver()).strip() or platform.system()
-
-
-def dense_name(name: str) -> str:
-    """The network that a tag was made of: ``norton_resnet50.r078`` gives ``resnet50``."""
-    return name.partition('.')[0].removeprefix('norton_').removeprefix('coring_')
 
 
 def summaries(turns: Sequence[Sequence[float]], images: int = 1) -> list[Row]:
@@ -130,7 +126,7 @@ def benchmark_classifier(
     Returns:
         One row for each batch, runtime and network, with the dense network's time over its own as ``speedup``.
     """
-    dense, small = (timm.create_model(n).eval().requires_grad_(False) for n in (dense_name(name), name))
+    dense, small = (timm.create_model(n).eval().requires_grad_(False) for n in (base_name(name), name))
     size = tuple(small.pretrained_cfg['input_size'])
     cache = {} if cache is None else cache
     side = control_side(dense, count(small, size).macs, size)
@@ -143,7 +139,7 @@ def benchmark_classifier(
         deployed: dict[bool, dict[str, list[nn.Module]]] = {}
         for exported in sorted({runtime in EXPORTED for runtime in runtimes if runtime != 'eager'}):
             for label, (model, _) in networks.items():
-                key = dense_name(name) if model is dense else name, inputs[label].shape, exported
+                key = base_name(name) if model is dense else name, inputs[label].shape, exported
                 made = cache.get(key) or _variants(model, inputs[label], exported)
                 deployed.setdefault(exported, {})[label] = made
                 if model is dense:

@@ -170,7 +170,15 @@ def test_classifiers_compared_by_hand():
     logits = torch.tensor([[1.0, 4.0], [2.0, 0.0]])
     agreement = compare(nn.Identity(), lambda x: [x + torch.tensor([0.0, 0.004])], [logits])
     assert agreement == Agreement(2, 2, pytest.approx(0.001, rel=1e-3))
-    assert 'another answer' in compare(nn.Identity(), lambda x: [x.flip(1)], [logits]).problem()
+    for other in (lambda x: [x.flip(1)], lambda x: [x[:, :1]], lambda x: [x * float('nan')]):
+        assert 'another answer' in compare(nn.Identity(), other, [logits]).problem()
+    assert str(agreement) == '2 of 2 images get the same answer; outputs within 1.0e-03 of the largest'
+
+
+def test_names_are_no_patterns(small, tmp_path):
+    path = tmp_path / 'small[8]*.pt2'
+    export_checked(small, path, [images('resnet20_cifar')])
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_pictures_are_read_as_they_are(pictures, tmp_path):
@@ -211,6 +219,13 @@ def test_the_tool(small, pictures, tmp_path):
         (['--output', 'a.onnx'], 'both or none'),
         (['--model', 'resnet20_cifar', '--random-weights', '--output', 'a.h5'], '.onnx, .xml, .pt2'),
         (['--model', 'resnet20_cifar', '--random-weights', '--output', 'a.pt2', '--count', '0'], '1 or more'),
+        (['--model', 'resnet20_cifar', '--random-weights', '--output', 'nowhere/a.pt2'], 'a folder that exists'),
+        (['--model', 'resnet20_cifar', '--random-weights', '--output', 'a.pt2', '--json', 'nowhere/a'], 'nowhere/a'),
+        (['--model', 'resnet20_cifar', '--random-weights', '--output', 'a.pt2', '--int8'], '--int8 quantises'),
+        (
+            ['--model', 'vgg16_bn_cifar', '--random-weights', '--output', 'a.pt2', '--size', '8', '8'],
+            'does not take these images',
+        ),
     ],
 )
 def test_the_tool_says_what_is_wrong_in_one_line(pictures, arguments, message):

@@ -49,6 +49,14 @@ def _spy(seen: list):
     return call
 
 
+def test_memory_is_the_own_process_s() -> None:
+    kept = torch.ones(100_000_000)  # 400 MB that a process started from here does not have
+    own = kernels._peak_mb()
+    (row,) = kernels.benchmark_pabs([8], 4)
+    assert len(kept) and row['peak_mb'] < own - 100
+    assert row['added_mb'] >= 0 and row['ours_s'] > 0
+
+
 def test_goals_judge_both_ways() -> None:
     row = {'rank': 1, 'speedup': 99.0, 'ours_nmse': 0.5, 'parafac_nmse': 0.6}
     met = {what: ok for what, _, _, ok in kernels.goals({'cpd': [row], 'r078': [{'ours_s': 1.9}]})}

@@ -24,7 +24,7 @@ from norton_timm.complexity import count
 from norton_timm.forms_benchmark import benchmark_forms
 from norton_timm.measure import take_turns
 from norton_timm.models.table import control_side
-from norton_timm.network_benchmark import benchmark_classifier, dense_name, plot_speedup, prepare, summaries
+from norton_timm.network_benchmark import benchmark_classifier, plot_speedup, prepare, summaries
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -65,11 +65,6 @@ def test_the_first_pass_of_a_turn_does_not_count(monkeypatch):
     times = take_turns([slow, lambda: order.append('quick')], lambda: None, 0, least=2, passes=3)
     assert all(len(set(order[k : k + 3])) == 1 for k in range(0, 24, 3)) and order.count('slow') == 12
     assert times == [[1000] * 4, [0] * 4]
-
-
-def test_names():
-    assert dense_name('norton_resnet50.r078') == 'resnet50'
-    assert dense_name('coring_mobilenetv2_cifar.r042') == 'mobilenetv2_cifar'
 
 
 def test_a_classifier_against_dense_and_control():
@@ -177,14 +172,34 @@ def test_the_picture(tmp_path):
     assert Image.open(tmp_path / 'a.png').size[0] > 500
 
 
-def test_the_tool(tmp_path):
-    result = subprocess.run(
-        [sys.executable, str(ROOT / 'tools' / 'benchmark.py'), 'classification', 'norton_resnet56_cifar.r089',
-         '--batches', '1', '--runtimes', 'deployed', '--seconds', '0.1', '--output', str(tmp_path / 'a.json')],
+def tool(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(ROOT / 'tools' / 'benchmark.py'), 'classification', *arguments],
         capture_output=True, text=True, timeout=280, env={**os.environ, 'PYTHONPATH': str(ROOT)},
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    'arguments, message',
+    [
+        (['resnet56_cifar'], 'got no compressed network'),
+        (['--output', 'nowhere/a.json'], 'a folder that exists'),
+        (['--output', 'a.png'], 'expected a .json file'),
+    ],
+)
+def test_the_tool_says_what_is_wrong_in_one_line(arguments, message):
+    result = tool(*arguments)
+    assert result.returncode == 2 and message in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_the_tool(tmp_path):
+    result = tool('norton_resnet56_cifar.r089', '--batches', '1', '--runtimes', 'deployed', '--seconds', '0.1',
+                  '--output', str(tmp_path / 'a.json'))  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert 'compressed' in result.stdout and 'speedup' in result.stdout
     content = json.loads((tmp_path / 'a.json').read_text())
-    assert content['arguments'][0] == content['command'] == 'classification' and len(content['rows']) == 3
+    assert content['command'] == 'classification' and len(content['rows']) == 3
+    assert content['arguments'] == ['classification', 'norton_resnet56_cifar.r089', '--batches', '1',
+                                    '--runtimes', 'deployed', '--seconds', '0.1']  # fmt: skip
     assert (tmp_path / 'a.png').is_file()

@@ -72,6 +72,11 @@ def _classification(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _forms(args: argparse.Namespace) -> dict[str, Any]:
+    from timm import is_model
+
+    unknown = [name for name in args.models if not is_model(name)]
+    if unknown:
+        raise ValueError(f'{", ".join(unknown)}: no such model')
     rows = []
     for name in args.models:
         row = forms_benchmark.benchmark_forms(name, args.rank, batch=args.batch, seconds=args.seconds)

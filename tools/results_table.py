@@ -86,27 +86,29 @@ def latency_rows(folder: Path) -> Iterator[Row]:
 
 
 def zoo_rows(folder: Path) -> Iterator[Row]:
-    """All published networks for CIFAR-10 beside their dense ones, in short."""
-    measured = read(folder, 'latency_zoo_cifar')
-    for batch in sorted({row['batch'] for row in measured['rows']}):
-        ours = [row for row in measured['rows'] if row['network'] == 'compressed' and row['batch'] == batch]
-        least, most = (choose(ours, key=lambda row: row['speedup']) for choose in (min, max))
-        yield (
-            f'the {len(ours)} published CIFAR networks, deployed, batch {batch}',
-            f'{least["speedup"]:.2f} (`{least["model"]}`) to {most["speedup"]:.1f} (`{most["model"]}`) times as fast '
-            'as their dense networks',
-            command_of(measured),
-        )
+    """All networks of the zoo beside their dense ones, in short."""
+    for data in ('CIFAR', 'ImageNet'):
+        measured = read(folder, f'latency_zoo_{data.lower()}')
+        for batch in sorted({row['batch'] for row in measured['rows']}):
+            ours = [row for row in measured['rows'] if row['network'] == 'compressed' and row['batch'] == batch]
+            least, most = (choose(ours, key=lambda row: row['speedup']) for choose in (min, max))
+            yield (
+                f'the {len(ours)} compressed {data} networks, deployed, batch {batch}',
+                f'{least["speedup"]:.2f} (`{least["model"]}`) to {most["speedup"]:.1f} (`{most["model"]}`) times as '
+                'fast as their dense networks',
+                command_of(measured),
+            )
 
 
 def forms_rows(folder: Path) -> Iterator[Row]:
-    measured = read(folder, 'deploy_forms')
-    slowest, fastest = (max(row[f'over_{end}'] for row in measured['rows']) for end in ('slowest', 'fastest'))
-    yield (
-        f'what `deploy` chooses against every layer in one form, {len(measured["rows"])} architectures',
-        f'at most {slowest:.2f} of the time of the slowest form and {fastest:.2f} of that of the fastest',
-        command_of(measured),
-    )
+    for rank in (1, 2):
+        measured = read(folder, f'deploy_forms_rank{rank}')
+        slowest, fastest = (max(row[f'over_{end}'] for row in measured['rows']) for end in ('slowest', 'fastest'))
+        yield (
+            f'what `deploy` chooses against each form for all layers, {len(measured["rows"])} architectures, rank {rank}',
+            f'at most {slowest:.2f} of the time of the slowest form and {fastest:.2f} of that of the fastest',
+            command_of(measured),
+        )
 
 
 def loop_rows(folder: Path) -> Iterator[Row]:

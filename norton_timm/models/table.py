@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from norton_timm import weights
+from norton_timm.bases import base_name
 from norton_timm.complexity import count
 from norton_timm.models._compressed import published_accuracy, spec_of, tags
 
@@ -98,7 +99,7 @@ def zoo_rows(names: Sequence[str], measure: bool = True, batch: int = 1) -> Iter
     for name in names:
         model = timm.create_model(name).eval()
         size = model.pretrained_cfg['input_size']
-        base = name.partition('.')[0].removeprefix('norton_').removeprefix('coring_')
+        base = base_name(name)
         macs, params = count(model, size)
         rank, rates = _recipe(name, base)
         row = ZooRow(name, rank, rates, params, macs, published_accuracy(name).get('top1'), _weights_source(name))
