@@ -105,7 +105,7 @@ def forms_rows(folder: Path) -> Iterator[Row]:
         measured = read(folder, f'deploy_forms_rank{rank}')
         slowest, fastest = (max(row[f'over_{end}'] for row in measured['rows']) for end in ('slowest', 'fastest'))
         yield (
-            f'what `deploy` chooses against each form for all layers, {len(measured["rows"])} architectures, rank {rank}',
+            f'`deploy` against each form for all layers, rank {rank}, {len(measured["rows"])} architectures',
             f'at most {slowest:.2f} of the time of the slowest form and {fastest:.2f} of that of the fastest',
             command_of(measured),
         )
