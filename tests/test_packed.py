@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from norton_timm import packed
-from norton_timm.packed import FusedConv2d, FusedLinear, available, packed_bytes
+from norton_timm.packed import FusedConv2d, FusedLinear, GlobalAverage, available, packed_bytes
 
 pytestmark = pytest.mark.skipif(not available(), reason='this PyTorch has no oneDNN')
 
@@ -91,3 +91,11 @@ def test_a_bias_alone_may_ask_for_its_gradient(layer):
     layer.weight.requires_grad_(False)
     layer(torch.randn(1, 3, 8, 8)).sum().backward()
     assert layer.bias.grad.abs().min() > 0
+
+
+@pytest.mark.filterwarnings('ignore::FutureWarning', 'ignore::DeprecationWarning', 'ignore::UserWarning')
+def test_a_traced_global_average_has_no_window_of_the_traced_size():
+    traced = torch.jit.trace(GlobalAverage(), torch.randn(1, 3, 8, 8))
+    x = torch.randn(2, 3, 5, 7)
+    torch.testing.assert_close(traced(x), x.mean((2, 3), keepdim=True))
+    assert 'aten::adaptive_avg_pool2d' in str(traced.graph)
