@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import statistics
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -56,8 +55,8 @@ def compiled_ahead(model: nn.Module, example_input: Tensor, folder: Path) -> Cal
             path = torch._inductor.aoti_compile_and_package(exported, package_path=str(folder / f'{name}.pt2'))
         programs.append(torch._inductor.aoti_load_package(path))
     calls = [partial(program, example_input) for program in programs]
-    times = take_turns(calls, partial(synchronise, example_input), seconds=1.0, passes=5)
-    return min(zip(programs, times), key=lambda pair: statistics.median(pair[1]))[0]
+    times = take_turns(calls, partial(synchronise, example_input), seconds=1.0, passes=5).milliseconds()
+    return min(zip(programs, times), key=lambda pair: pair[1])[0]
 
 
 class _Product(nn.Module):

@@ -6,7 +6,6 @@ import copy
 import json
 import logging
 import math
-import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -21,7 +20,7 @@ from norton_timm.align import align_channels
 from norton_timm.fixed import FIXED_FORMS, distinct_forms, fixed
 from norton_timm.fold import NORMS, fold_batch_norm
 from norton_timm.layers import CPDConv2d
-from norton_timm.measure import WARM_UP, synchronise, take_turns
+from norton_timm.measure import WARM_UP, Turns, synchronise, take_turns
 from norton_timm.surgery import replace_module
 from norton_timm.trace import tensors_in
 
@@ -44,8 +43,8 @@ class Deployment:
         norms_left: batch norms that no convolution could absorb.
         widened: new number of channels of layers that got channels of zeros.
         forms: chosen form of each CPDConv2d.
-        layer_ms: median milliseconds of each form by layer, inside the running network.
-        form_ms: median milliseconds of the whole network by form, ``mixed`` is each layer's fastest; channels-last, and
+        layer_ms: milliseconds of each form by layer, inside the running network.
+        form_ms: milliseconds of the whole network by form, ``mixed`` is each layer's fastest; channels-last, and
             fused where that can be.
         network_ms: the same of the finalists (``form, layout``), all measured in one comparison.
         chosen: the finalist that was taken.
@@ -165,8 +164,8 @@ def _candidate(base: nn.Module, forms: Mapping[str, str], layout: str) -> nn.Mod
     return model.to(memory_format=LAYOUTS[layout])
 
 
-def _medians(models: Mapping[Any, nn.Module], x: Any, least: int = 3, seconds: float = _SECONDS) -> dict[Any, float]:
-    """Median milliseconds of each model, taking turns."""
+def _compare(models: Mapping[Any, nn.Module], x: Any, least: int = 3, seconds: float = _SECONDS) -> dict[Any, float]:
+    """Milliseconds of each model, taking turns; see :meth:`norton_timm.measure.Turns.milliseconds`."""
     calls = [partial(m, x) for m in models.values()]
     synchronise(x)
     start = time.perf_counter()
@@ -174,8 +173,7 @@ def _medians(models: Mapping[Any, nn.Module], x: Any, least: int = 3, seconds: f
     synchronise(x)
     # a network that is run over and over finds its weights in the cache, if it is one of the quick, small ones
     passes = 3 if time.perf_counter() - start < _QUICK else 1
-    rounds = take_turns(calls, lambda: synchronise(x), seconds, least, passes)
-    return dict(zip(models, (statistics.median(t) for t in rounds)))
+    return dict(zip(models, take_turns(calls, lambda: synchronise(x), seconds, least, passes).milliseconds()))
 
 
 def _autotune(base: nn.Module, x: Any, report: Deployment) -> nn.Module:
@@ -193,7 +191,7 @@ def _autotune(base: nn.Module, x: Any, report: Deployment) -> nn.Module:
         if mixed not in forms.values():
             forms['mixed'], models['mixed'] = mixed, _fused_candidate(base, mixed, x)
             contest.append('mixed')
-        again = _medians({name: models[name] for name in dict.fromkeys(contest)}, x)
+        again = _compare({name: models[name] for name in dict.fromkeys(contest)}, x)
         report.form_ms |= again
         best = min(again, key=lambda name: again[name])
     finalists: dict[tuple[str, str], nn.Module] = {}
@@ -203,9 +201,9 @@ def _autotune(base: nn.Module, x: Any, report: Deployment) -> nn.Module:
     for name in models:
         if name == 'dense' or report.form_ms[name] <= _NEAR * report.form_ms[best]:
             finalists[name, 'channels_last, fused' if _is_fused(models[name]) else 'channels_last'] = models[name]
-    medians = _medians(finalists, x, seconds=2 * _SECONDS)
-    taken = min(medians, key=lambda key: medians[key])
-    report.network_ms = {', '.join(key): ms for key, ms in medians.items()}
+    times = _compare(finalists, x, seconds=2 * _SECONDS)
+    taken = min(times, key=lambda key: times[key])
+    report.network_ms = {', '.join(key): ms for key, ms in times.items()}
     report.forms, report.chosen = forms[taken[0]], ', '.join(taken)
     return finalists[taken]
 
@@ -236,7 +234,7 @@ def _is_fused(model: nn.Module) -> bool:
 def _layers_in_place(
     models: Mapping[Any, nn.Module], names: list[str], x: Any
 ) -> tuple[dict[str, dict[str, float]], dict[Any, float]]:
-    """Median milliseconds of the named layers within each model, as {layer: {form: ms}}, and of each whole model.
+    """Milliseconds of the named layers within each model, as {layer: {form: ms}}, and of each whole model.
 
     Timed alone, a layer finds its input in the cache and its neighbours' memory free; inside the network it does not.
     """
@@ -266,26 +264,24 @@ def _layers_in_place(
             watch(name, form, list(model.get_submodule(name).modules()))
     try:
         calls: list[Callable[[], Any]] = [partial(model, x) for model in models.values()]
-        rounds = take_turns(calls, lambda: synchronise(x), _SECONDS, least=3)
+        turns = take_turns(calls, lambda: synchronise(x), _SECONDS, least=3)
     finally:
         for hook in hooks:
             hook.remove()
-    total = len(rounds[0]) + WARM_UP
+    total = len(turns.rounds[0]) + WARM_UP
     layers = {}
     for name, by_form in spent.items():
         if all(by_form.values()):  # a layer that the input does not reach keeps no time
             # a layer that is called several times in a pass (a head shared by levels) counts as their sum
-            layers[name] = {
-                form: statistics.median(sum(_pass(times, k, total)) for k in range(WARM_UP, total))
-                for form, times in by_form.items()
-            }
-    return layers, {key: statistics.median(t) for key, t in zip(models, rounds)}
+            sums = Turns([[_pass(times, k, total) for k in range(WARM_UP, total)] for times in by_form.values()])
+            layers[name] = dict(zip(by_form, sums.milliseconds()))
+    return layers, dict(zip(models, turns.milliseconds()))
 
 
 def _pass(times: list[float], k: int, total: int) -> list[float]:
-    """The times of pass ``k`` where each of ``total`` passes called the layer equally often."""
+    """The time of pass ``k``, as a turn of one pass, where each of ``total`` passes called the layer equally often."""
     calls = len(times) // total
-    return times[k * calls : (k + 1) * calls]
+    return [sum(times[k * calls : (k + 1) * calls])]
 
 
 def relative_difference(a: Any, b: Any) -> float | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections import Counter
 from functools import partial
 from typing import Any
@@ -63,7 +62,7 @@ def benchmark_forms(
         networks[form] = fuse.fuse(fixed)[0] if available() and not images.is_cuda else fixed
     calls = [partial(network, images) for network in networks.values()]
     turns = take_turns(calls, partial(synchronise, images), seconds, passes=3)
-    times = {form: statistics.median(spent) for form, spent in zip(networks, turns)}
+    times = dict(zip(networks, turns.milliseconds()))
     fixed_times = [times[form] for form in forms]
     report = deployment_report(networks['deployed'])
     return {

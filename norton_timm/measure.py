@@ -7,6 +7,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -43,10 +44,40 @@ def synchronise(example_input: Any) -> None:
         torch.cuda.synchronize()
 
 
+@dataclass(frozen=True)
+class Turns:
+    """What calls that took turns spent.
+
+    Attributes:
+        rounds: milliseconds as ``rounds[call][round][pass]``, the same number of rounds for every call.
+    """
+
+    rounds: Sequence[Sequence[Sequence[float]]]
+
+    def passes(self, call: int) -> list[float]:
+        """Milliseconds of every timed pass of a call."""
+        return [ms for turn in self.rounds[call] for ms in turn]
+
+    def relative(self) -> list[float]:
+        """Each call's time over the first's: what the median round says.
+
+        A shared machine changes its speed while one measures: two virtual cores share a cache now and do not a second
+        later, and one network loses more by that than another. Medians of two calls may then come from two speeds; the
+        turns of a round, milliseconds apart, hardly do.
+        """
+        turns = [[statistics.median(turn) for turn in mine] for mine in self.rounds]
+        return [statistics.median(ms / first for ms, first in zip(mine, turns[0])) for mine in turns]
+
+    def milliseconds(self) -> list[float]:
+        """Of each call, such that their ratios are those of :meth:`relative`; the first has its median."""
+        first = statistics.median(self.passes(0))
+        return [first * ratio for ratio in self.relative()]
+
+
 def take_turns(
     calls: Sequence[Callable[[], Any]], sync: Callable[[], None], seconds: float = 2.0, least: int = 7, passes: int = 1
-) -> list[list[float]]:
-    """Milliseconds of every timed run of each call.
+) -> Turns:
+    """Time every call again and again.
 
     The calls take turns, so that a drift of the machine's speed meets all of them, in an order drawn anew each round,
     because what ran before a call tells in its time.
@@ -59,27 +90,29 @@ def take_turns(
         passes: runs of a call in each of its turns. Where there are several the first does not count: it finds the
             cache full of the others' weights, which a network that runs over and over does not.
     """
-    times: list[list[float]] = [[] for _ in calls]
-    turns, shuffle = list(zip(calls, times)), random.Random(0).shuffle
+    rounds: list[list[list[float]]] = [[] for _ in calls]
+    turns, shuffle = list(zip(calls, rounds)), random.Random(0).shuffle
     start = time.perf_counter()
-    rounds = 0
-    while rounds < least + WARM_UP or time.perf_counter() - start < seconds:
+    number = 0
+    while number < least + WARM_UP or time.perf_counter() - start < seconds:
         shuffle(turns)
-        for call, spent in turns:
-            for number in range(passes):
+        for call, mine in turns:
+            spent = []
+            for _ in range(passes):
                 sync()
                 began = time.perf_counter()
                 call()
                 sync()
-                if rounds >= WARM_UP and (number or passes == 1):
-                    spent.append(1000 * (time.perf_counter() - began))
-        rounds += 1
-    return times
+                spent.append(1000 * (time.perf_counter() - began))
+            if number >= WARM_UP:
+                mine.append(spent[1:] or spent)
+        number += 1
+    return Turns(rounds)
 
 
 @torch.no_grad()
 def latencies(models: Sequence[nn.Module], example_input: Any, seconds: float = 2.0, least: int = 7) -> list[float]:
-    """Median milliseconds of one forward pass of each model, in channels-last evaluation mode.
+    """Milliseconds of one forward pass of each model, in channels-last evaluation mode; see :meth:`Turns.milliseconds`.
 
     Args:
         models: networks that take the same input; they are not changed.
@@ -89,7 +122,7 @@ def latencies(models: Sequence[nn.Module], example_input: Any, seconds: float = 
     """
     runners, x = [ready_to_run(m) for m in models], channels_last(example_input)
     calls = [partial(runner, x) for runner in runners]
-    return [statistics.median(t) for t in take_turns(calls, lambda: synchronise(x), seconds, least)]
+    return take_turns(calls, lambda: synchronise(x), seconds, least).milliseconds()
 
 
 @torch.no_grad()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import re
-import statistics
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -22,7 +21,7 @@ from norton_timm.bases import base_name
 from norton_timm.compiled import compiled, compiled_ahead
 from norton_timm.complexity import count
 from norton_timm.deploy import deploy, deployment_report
-from norton_timm.measure import MEGABYTE, channels_last, peak_memory, ready_to_run, synchronise, take_turns
+from norton_timm.measure import MEGABYTE, Turns, channels_last, peak_memory, ready_to_run, synchronise, take_turns
 from norton_timm.models.table import control_side
 from norton_timm.packed import packed_bytes
 
@@ -48,19 +47,20 @@ def allocator() -> str:
     return found.group() if found else ' '.join(platform.libc_ver()).strip() or platform.system()
 
 
-def summaries(turns: Sequence[Sequence[float]], images: int = 1) -> list[Row]:
+def summaries(turns: Turns, images: int = 1) -> list[Row]:
     """Of each network's timed runs, in milliseconds: median, 10th and 95th percentile, throughput at the median.
 
-    ``speedup`` is the first network's median over the network's own. ``speedup_p10`` is the same of the 10th
-    percentiles, which a busy machine changes least: what else runs only ever adds time, to a quick network more of it.
+    ``speedup`` over the first network is that of the median round, see :meth:`norton_timm.measure.Turns.relative`.
+    ``speedup_p10`` is the ratio of the 10th percentiles, which a busy machine changes least: what else runs only ever
+    adds time, to a quick network more of it.
     """
     rows: list[Row] = []
-    for milliseconds in turns:
-        p10, median, p95 = map(float, np.percentile(milliseconds, [10, 50, 95]))
-        first = rows[0] if rows else {'ms': median, 'p10_ms': p10}
+    for call, ratio in enumerate(turns.relative()):
+        p10, median, p95 = map(float, np.percentile(turns.passes(call), [10, 50, 95]))
+        first = rows[0]['p10_ms'] if rows else p10
         rows.append({
             'ms': median, 'p10_ms': p10, 'p95_ms': p95, 'images_per_s': 1000 * images / median,
-            'speedup': first['ms'] / median, 'speedup_p10': first['p10_ms'] / p10,
+            'speedup': 1 / ratio, 'speedup_p10': first / p10,
         })  # fmt: skip
     return rows
 
@@ -124,7 +124,8 @@ def benchmark_classifier(
         cache: deployed dense networks of earlier calls, which are many tags' counterpart.
 
     Returns:
-        One row for each batch, runtime and network, with the dense network's time over its own as ``speedup``.
+        One row for each batch, runtime and network, with the dense network's time over its own as ``speedup``, see
+        :func:`summaries`.
     """
     dense, small = (timm.create_model(n).eval().requires_grad_(False) for n in (base_name(name), name))
     size = tuple(small.pretrained_cfg['input_size'])
@@ -185,8 +186,8 @@ def _measure(
         for number, variant in enumerate(variants):
             (place := folder / f'{len(calls)}-{number}').mkdir(exist_ok=True)
             prepared.append(prepare(variant, inputs[label], runtime, place))
-        times = take_turns(prepared, sync, 1.0, passes=_PASSES) if len(prepared) > 1 else [[0.0]]
-        best = min(range(len(prepared)), key=lambda k: statistics.median(times[k]))
+        times = take_turns(prepared, sync, 1.0, passes=_PASSES).milliseconds() if len(prepared) > 1 else [0.0]
+        best = min(range(len(prepared)), key=lambda k: times[k])
         calls.append(prepared[best])
         sources[label] = variants[best]
     batch = len(inputs['dense'])

@@ -226,7 +226,8 @@ def test_layers_called_several_times_count_as_their_sum(monkeypatch):
 
     monkeypatch.setattr(nn.Conv2d, 'forward', sleepy)
     report = norton_timm.deployment_report(norton_timm.deploy(Twice().eval(), torch.randn(1, 4, 8, 8)))
-    assert report.layer_ms['layer']['dense'] >= 20 and report.layer_ms['layer']['merged'] >= 40
+    dense, merged = (report.layer_ms['layer'][form] for form in ('dense', 'merged'))
+    assert dense >= 20 and 1.5 < merged / dense < 2.5
     assert report.forms == {'layer': 'dense'}
 
 
