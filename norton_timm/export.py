@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import tempfile
 import warnings
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
 from norton_timm.detector_parts import without_branches
+from norton_timm.packed import GlobalAverage
+from norton_timm.surgery import replace_module
 from norton_timm.trace import tensors_in
 
 FORMATS = {'onnx': '.onnx', 'openvino': '.xml', 'pt2': '.pt2'}
@@ -119,7 +122,22 @@ def write(model: nn.Module, example: Tensor, path: Path) -> None:
         raise ValueError(f'{path.name}: {kind} cannot take this network: {type(error).__name__}: {told}') from error
 
 
+def with_plain_averages(model: nn.Module) -> nn.Module:
+    """A copy whose global averages are exported as one pooling.
+
+    PyTorch writes ``nn.AdaptiveAvgPool2d(1)`` as a mean and, where channels lie last, eleven operations that compute
+    the places of its values in memory.
+    """
+    names = [n for n, m in model.named_modules() if type(m) is nn.AdaptiveAvgPool2d and m.output_size in (1, (1, 1))]
+    if names:
+        model = copy.deepcopy(model)
+    for name in names:
+        replace_module(model, name, GlobalAverage())
+    return model
+
+
 def _captured(model: nn.Module, example: Tensor) -> Any:
+    model = with_plain_averages(model)
     if isinstance(model, OneImage):
         return torch.export.export(model, (example,), strict=False)
     # an example of one image would be taken for a constant

@@ -21,6 +21,7 @@ from norton_timm.bases import base_name
 from norton_timm.compiled import compiled, compiled_ahead
 from norton_timm.complexity import count
 from norton_timm.deploy import deploy, deployment_report
+from norton_timm.export_tune import export_variants
 from norton_timm.measure import MEGABYTE, Turns, channels_last, peak_memory, ready_to_run, synchronise, take_turns
 from norton_timm.models.table import control_side
 from norton_timm.packed import packed_bytes
@@ -141,7 +142,8 @@ def benchmark_classifier(
         for exported in sorted({runtime in EXPORTED for runtime in runtimes if runtime != 'eager'}):
             for label, (model, _) in networks.items():
                 key = base_name(name) if model is dense else name, inputs[label].shape, exported
-                made = cache.get(key) or _variants(model, inputs[label], exported)
+                variants = export_variants if exported else _deployed
+                made = cache.get(key) or variants(model, inputs[label])
                 deployed.setdefault(exported, {})[label] = made
                 if model is dense:
                     cache[key] = made
@@ -152,18 +154,19 @@ def benchmark_classifier(
     return rows
 
 
+def _deployed(model: nn.Module, images: Tensor) -> list[nn.Module]:
+    return [deploy(model, images)]
+
+
 def multiple_for(exported: bool) -> int:
     """Channels that layers are rounded up to for a runtime of an exported file, or for PyTorch."""
     return export.CHANNEL_MULTIPLES['onnx' if exported else 'pt2']
 
 
-def _variants(model: nn.Module, images: Tensor, exported: bool) -> list[nn.Module]:
-    """The deployed network; for exported files also with channels of zeros, if that makes another one of it."""
-    plain = deploy(model, images)
-    if not exported:
-        return [plain]
-    widened = deploy(model, images, channel_multiple=multiple_for(exported))
-    return [plain, widened] if deployment_report(widened).widened else [plain]
+def forms_of(model: nn.Module) -> str:
+    """The forms in a deployed network: the finalist that was chosen, or what was given."""
+    report = deployment_report(model)
+    return report.chosen or ', '.join(sorted(set(report.forms.values()))) or 'dense'
 
 
 def _measure(
@@ -198,7 +201,7 @@ def _measure(
             'model': name, 'network': label, 'runtime': runtime, 'batch': batch,
             'gmacs': count(networks[label][0], networks[label][1]).macs / 1e9, **figure,
             'peak_mb': peak_mb(source, inputs[label]) if in_eager else None,
-            'forms': '' if runtime == 'eager' else deployment_report(source).chosen,
+            'forms': '' if runtime == 'eager' else forms_of(source),
             'widened': runtime != 'eager' and bool(deployment_report(source).widened), 'load': load,
         }
         for (label, source), figure in zip(sources.items(), summaries(turns, batch))

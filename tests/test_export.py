@@ -193,6 +193,15 @@ def test_pictures_are_read_as_they_are(pictures, tmp_path):
         find_images(tmp_path / 'empty', 2)
 
 
+@torch.no_grad()
+def test_a_global_average_is_one_node(tmp_path):
+    onnx = pytest.importorskip('onnx')
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+    export.write(model.to(memory_format=torch.channels_last), torch.randn(1, 3, 9, 9), tmp_path / 'a.onnx')
+    assert [n.op_type for n in onnx.load(tmp_path / 'a.onnx').graph.node] == ['Conv', 'AveragePool', 'Reshape']
+    assert type(model[1]) is nn.AdaptiveAvgPool2d, 'the network that was given stays'
+
+
 def tool(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, str(ROOT / 'tools' / 'export.py'), *map(str, arguments)],
@@ -210,6 +219,14 @@ def test_the_tool(small, pictures, tmp_path):
     x = images('resnet20_cifar', 3)
     with torch.no_grad():
         torch.testing.assert_close(export.read(tmp_path / 'net.pt2')(x)[0], small(x), rtol=1e-3, atol=1e-3)
+
+
+def test_the_tool_tunes_in_the_runtime(small, pictures, tmp_path):
+    pytest.importorskip('onnxruntime')
+    norton_timm.save(small, tmp_path / 'small.safetensors')
+    result = tool('--weights', tmp_path / 'small.safetensors', '--images', pictures, '--output', tmp_path / 'net.onnx')
+    assert result.returncode == 0, result.stderr
+    assert 'fastest of' in result.stderr and '3 of 3 images' in result.stdout
 
 
 @pytest.mark.parametrize(

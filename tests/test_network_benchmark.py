@@ -212,3 +212,25 @@ def test_the_tool(tmp_path):
     assert content['arguments'] == ['classification', 'norton_resnet56_cifar.r089', '--batches', '1',
                                     '--runtimes', 'deployed', '--seconds', '0.1']  # fmt: skip
     assert (tmp_path / 'a.png').is_file()
+
+
+def test_the_tool_in_two_processes(tmp_path):
+    result = tool('norton_resnet56_cifar.r089', '--batches', '1', '--runtimes', 'eager', '--seconds', '0.1',
+                  '--processes', '2', '--output', str(tmp_path / 'a.json'))  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert 'process 2 of 2' in result.stdout and 'medians of 2 processes' in result.stdout
+    rows = json.loads((tmp_path / 'a.json').read_text())['rows']
+    assert [row['network'][:5] for row in rows] == ['dense', 'compr', 'dense']
+    for row in rows:
+        assert len(row['speedup_runs']) == 2 and row['speedup'] == pytest.approx(sum(row['speedup_runs']) / 2)
+    assert rows[1]['speedup_runs'][0] != rows[1]['speedup_runs'][1], 'two measurements'
+    assert (tmp_path / 'a.png').is_file()
+
+
+def test_a_process_that_fails_ends_the_repetition(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / 'tools')
+    from _processes import rows_of_processes
+
+    monkeypatch.setattr(sys, 'argv', ['-c', 'raise SystemExit(3)'])
+    with pytest.raises(ValueError, match='process 1 of 2 ended with exit code 3'):
+        rows_of_processes(2, ['speedup'])

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from _cli import Parser
+from _processes import rows_of_processes
 
 from norton_timm import forms_benchmark
 from norton_timm import network_benchmark as networks
@@ -39,6 +40,7 @@ def add(commands: argparse._SubParsersAction[Parser]) -> None:
     parser.add_argument('models', nargs='*', default=['norton_resnet50.r078'], help="tags, or patterns: 'norton_*'")
     parser.add_argument('--batches', nargs='+', type=positive, default=[1, 8], help='images at a time')
     _common(parser, _classification, 4.0, networks.RUNTIMES, networks.RUNTIMES)
+    _add_processes(parser)
     parser = commands.add_parser('forms', description='What deploy chooses against every layer in one form.')
     parser.add_argument('models', nargs='*', default=list(forms_benchmark.MODELS), help='dense timm models')
     parser.add_argument('--batch', type=positive, default=1, help='images at a time')
@@ -46,6 +48,7 @@ def add(commands: argparse._SubParsersAction[Parser]) -> None:
     parser.add_argument('--seconds', type=float, default=3.0, help='about how long to measure each network')
     parser.add_argument('--threads', type=positive, help="torch's threads; default: torch's own choice")
     parser.add_argument('--output', type=Path, help='JSON file to write')
+    _add_processes(parser)
     parser.set_defaults(call=_forms)
     parser = commands.add_parser('detection', description='Dense against compressed R-CNNs, stage by stage.')
     parser.add_argument('--task', default='box', choices=('box', 'mask', 'keypoint'), help='kind of detector')
@@ -56,6 +59,10 @@ def add(commands: argparse._SubParsersAction[Parser]) -> None:
     _common(parser, _detection, 20.0, networks.RUNTIMES_OF_DETECTORS, ('eager', 'deployed'))
 
 
+def _add_processes(parser: Parser) -> None:
+    parser.add_argument('--processes', type=positive, default=1, help='measure in so many fresh ones; medians of them')
+
+
 def _classification(args: argparse.Namespace) -> dict[str, Any]:
     from norton_timm.models.table import zoo_names
 
@@ -63,6 +70,10 @@ def _classification(args: argparse.Namespace) -> dict[str, Any]:
     if not names:
         raise ValueError(f'{", ".join(args.models)}: got no compressed network, expected norton_* or coring_*')
     rows: list[dict[str, Any]] = []
+    if args.processes > 1:
+        rows = rows_of_processes(args.processes, ['speedup', 'speedup_p10'])
+        print(f'medians of {args.processes} processes\n{format_table([{k: row[k] for k in COLUMNS} for row in rows])}')
+        return _finish(args, rows)
     cache: dict[Any, Any] = {}
     for name in names:
         found = networks.benchmark_classifier(name, args.batches, args.runtimes, args.seconds, cache)
@@ -78,7 +89,9 @@ def _forms(args: argparse.Namespace) -> dict[str, Any]:
     if unknown:
         raise ValueError(f'{", ".join(unknown)}: no such model')
     rows = []
-    for name in args.models:
+    if args.processes > 1:
+        rows = rows_of_processes(args.processes, ['over_slowest', 'over_fastest'])
+    for name in args.models if not rows else []:
         row = forms_benchmark.benchmark_forms(name, args.rank, batch=args.batch, seconds=args.seconds)
         print(format_table([{k: v for k, v in row.items() if k != 'layers'}]), flush=True)
         rows.append(row)

@@ -36,9 +36,10 @@ def main() -> None:
     from norton_timm import deploy
     from norton_timm.export import CHANNEL_MULTIPLES, exportable, format_of
     from norton_timm.export_check import export_checked, size_mb
+    from norton_timm.export_tune import fastest_variant
     from norton_timm.files import write_text
 
-    multiple = CHANNEL_MULTIPLES[format_of(args.output)]
+    kind = format_of(args.output)
     for path in filter(None, (args.output, args.json)):
         if not path.parent.is_dir() or path.is_dir():
             parser.error(f'{path}: expected a file in a folder that exists')
@@ -51,7 +52,12 @@ def main() -> None:
         model(example)
     except RuntimeError as error:
         raise ValueError(f'the network does not take these images: {error}') from error
-    source = model if args.no_deploy else deploy(model, example, channel_multiple=multiple)
+    if args.no_deploy:
+        source = model
+    elif exportable(model) is model and kind != 'pt2':
+        source = fastest_variant(model, images[0], kind)
+    else:
+        source = deploy(model, example, channel_multiple=CHANNEL_MULTIPLES[kind])
     agreement = export_checked(source, args.output, images, model, args.int8)
     print(f'wrote {args.output}: {size_mb(args.output):.1f} MB{", int8" if args.int8 else ""}')
     print(agreement)
