@@ -34,11 +34,17 @@ Row = dict[str, Any]
 
 
 def cpu_name() -> str:
-    """The processor and its vector instructions, as far as the system tells."""
+    """The processor and its vector instructions, as far as the system tells.
+
+    Cloud machines call processors of several generations ``AMD EPYC``; family and model tell them apart.
+    """
     info = Path('/proc/cpuinfo')
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = [line.partition(':')[2].strip() for line in lines if line.startswith('model name')]
-    return f'{names[0] if names else platform.processor()}, {torch.backends.cpu.get_cpu_capability()}'
+    text = info.read_text() if info.is_file() else ''
+    found = dict(re.findall(r'^(model name|cpu family|model)\s*: (.*)$', text, re.M))
+    name = found.get('model name') or platform.processor()
+    if {'cpu family', 'model'} <= found.keys():
+        name += f' (family {found["cpu family"]}, model {found["model"]})'
+    return f'{name}, {torch.backends.cpu.get_cpu_capability()}'
 
 
 def allocator() -> str:
@@ -143,7 +149,7 @@ def benchmark_classifier(
             for label, (model, _) in networks.items():
                 key = base_name(name) if model is dense else name, inputs[label].shape, exported
                 variants = export_variants if exported else _deployed
-                made = cache.get(key) or variants(model, inputs[label])
+                made = cache.get(key) or list(variants(model, inputs[label]))
                 deployed.setdefault(exported, {})[label] = made
                 if model is dense:
                     cache[key] = made

@@ -226,7 +226,7 @@ def test_the_tool_tunes_in_the_runtime(small, pictures, tmp_path):
     norton_timm.save(small, tmp_path / 'small.safetensors')
     result = tool('--weights', tmp_path / 'small.safetensors', '--images', pictures, '--output', tmp_path / 'net.onnx')
     assert result.returncode == 0, result.stderr
-    assert 'fastest of' in result.stderr and '3 of 3 images' in result.stdout
+    assert 'merged (widened)' in result.stderr and '3 of 3 images' in result.stdout
 
 
 @pytest.mark.parametrize(

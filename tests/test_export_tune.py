@@ -39,14 +39,14 @@ def test_variants_differ_in_form_and_width_and_compute_the_same(small):
 
 @torch.no_grad()
 def test_a_network_with_round_widths_and_nothing_to_decompose_has_one_variant():
-    assert len(export_variants(build('resnet20_cifar'), images('resnet20_cifar'))) == 1
+    assert len(list(export_variants(build('resnet20_cifar'), images('resnet20_cifar')))) == 1
 
 
 @torch.no_grad()
 def test_what_is_fast_in_the_runtime_is_taken(small, monkeypatch):
     x, ran = images('resnet20_cifar'), []
     variants = [deploy(small, x, autotune=False, form=form) for form in ('merged', 'dense', 'separable')]
-    monkeypatch.setattr(export_tune, 'export_variants', lambda *_: variants)
+    monkeypatch.setattr(export_tune, 'export_variants', lambda *_: iter(variants))
     monkeypatch.setattr(export_tune, '_SECONDS', 0.1)
 
     def read(path: Path) -> export.Runner:
