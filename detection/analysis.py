@@ -17,11 +17,10 @@ from pycocotools.cocoeval import COCOeval
 from torchvision.ops import box_convert, box_iou
 from torchvision.utils import draw_bounding_boxes
 
-from detection.checkpoint import write_text
 from detection.data import CocoDataset
 from detection.draw import Image, draw_caption, grid
 from detection.evaluator import CocoEvaluator, load_results
-from norton_timm.files import replacing
+from norton_timm.files import replacing, write_text
 
 FALSE, CONFUSED, MISSED = 'red', 'darkorange', 'yellow'
 

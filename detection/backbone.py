@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
 
 import norton_timm.models  # noqa: F401  (registers the compressed models with timm)
-from detection.start import dense_name, load_compressed
-from norton_timm.bases import base_name
+from detection.start import load_compressed
+from norton_timm.bases import base_name, dense_name
 from norton_timm.checkpoint import is_saved
 
 STRIDES = (4, 8, 16, 32)
@@ -32,6 +32,8 @@ class BackboneWithFPN(nn.Module):
             `channels()` and `reduction()`. All widths are read from there.
         out_channels: width of every pyramid level.
     """
+
+    parts_stay = True  # where a network is fused, body and FPN stay modules, whose times can be told apart
 
     def __init__(self, body: nn.Module, out_channels: int = 256) -> None:
         super().__init__()
@@ -168,8 +170,3 @@ def normalisation(body: nn.Module) -> tuple[list[float], list[float]]:
     mean = cfg.get('mean') or timm.data.IMAGENET_DEFAULT_MEAN
     std = cfg.get('std') or timm.data.IMAGENET_DEFAULT_STD
     return list(mean), list(std)
-
-
-def count_parameters(model: nn.Module) -> int:
-    """Number of parameters, trained or not, each counted once."""
-    return sum(torch.numel(p) for p in model.parameters())

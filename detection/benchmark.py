@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
+from detection.detector_export import exportable
 from detection.rcnn import build_detector
-from detection.start import dense_name
-from norton_timm import export
+from norton_timm.bases import dense_name
+from norton_timm.export import read, write
 from norton_timm.compiled import frozen_weights
 from norton_timm.complexity import count
 from norton_timm.deploy import deploy, deployment_report
@@ -125,8 +126,8 @@ def _prepare(model: GeneralizedRCNN, image: Tensor, runtime: str, folder: Path) 
             model([image])
         return partial(model, [image]), model
     path = folder / {'onnxruntime': 'model.onnx', 'openvino': 'model.xml'}[runtime]
-    export.write(export.exportable(model), image[None], path)
-    return partial(export.read(path), image[None]), None
+    write(exportable(model), image[None], path)
+    return partial(read(path), image[None]), None
 
 
 @torch.no_grad()

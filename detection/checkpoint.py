@@ -12,8 +12,8 @@ from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
 from detection.config import RunConfig, config_from_dict
 from detection.rcnn import build_detector
-from detection.start import dense_name, restore
-from norton_timm import files
+from detection.start import restore
+from norton_timm.bases import dense_name
 from norton_timm.files import replacing
 from norton_timm.pickles import load_plain, write_plain
 
@@ -93,20 +93,6 @@ def save_latest(folder: str | Path, content: dict[str, Any], keep: int = 1) -> P
     for path in written[:-keep]:
         path.unlink()
     return latest
-
-
-def remove_partial(folder: str | Path) -> None:
-    """Remove what a killed process had begun to write into a folder of checkpoints."""
-    for path in Path(folder).glob('.*.pt.*'):
-        path.unlink(missing_ok=True)
-
-
-def write_text(path: str | Path, text: str) -> Path:
-    """Write a text file whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    files.write_text(path, text)
-    return path
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:

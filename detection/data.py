@@ -169,7 +169,7 @@ class CocoDataset(Dataset):
     def read_image(self, image_id: int) -> np.ndarray:
         """RGB uint8 image ``(H, W, 3)``, without its EXIF rotation, which COCO's annotations do not know of."""
         record = self.coco.imgs[image_id]
-        image = read_rgb(self.image_folder / record['file_name'])
+        image = read_picture(self.image_folder / record['file_name'], oriented=False)
         expected = (record['height'], record['width'])
         if image.shape[:2] != expected:
             path = self.image_folder / record['file_name']
@@ -258,15 +258,6 @@ def collate(batch: list[tuple[torch.Tensor, dict[str, Any]]]) -> tuple[list[torc
 def to_tensor(image: np.ndarray) -> torch.Tensor:
     """RGB uint8 ``(H, W, 3)`` to float ``(3, H, W)`` in 0..1."""
     return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))).float().div_(255)
-
-
-def read_rgb(path: Path) -> np.ndarray:
-    """An image file as RGB uint8 ``(H, W, 3)``.
-
-    Raises:
-        ValueError: If it is missing, no image, or too large.
-    """
-    return read_picture(path, oriented=False)
 
 
 def _has_annotations(root: Path) -> bool:

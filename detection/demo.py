@@ -20,6 +20,7 @@ from torchvision.models import get_model
 from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights, KeypointRCNN_ResNet50_FPN_Weights
 
 from detection.checkpoint import load_detector
+from norton_timm.complexity import count_params
 from detection.draw import Image
 from detection.latency import plot_histogram
 from detection.pipeline import Report, real_time_repeats
@@ -61,7 +62,7 @@ def load_model(weights: str) -> tuple[nn.Module, ModelFacts]:
         except OSError as error:
             raise ValueError(f'torchvision weights of {weights} cannot be downloaded: {error}') from error
         task = TORCHVISION_TASKS[weights]
-        return model, ModelFacts(weights, task, coco_names(task), params=count_parameters(model))
+        return model, ModelFacts(weights, task, coco_names(task), params=count_params(model))
     if not Path(weights).is_file():
         raise FileNotFoundError(
             f'no weights {weights}: expected a checkpoint of train_det.py or one of {", ".join(TORCHVISION_TASKS)}'
@@ -72,7 +73,7 @@ def load_model(weights: str) -> tuple[nn.Module, ModelFacts]:
         task=meta['task'],
         class_names=meta['class_names'],
         skeleton=meta['skeleton'] or None,
-        params=count_parameters(model),
+        params=count_params(model),
     )
     return model, facts
 
@@ -85,7 +86,7 @@ def random_model(task: str, backbone: str) -> tuple[nn.Module, ModelFacts]:
     if task not in TASKS:
         raise ValueError(f'task is {task!r}, expected one of {", ".join(TASKS)}')
     model = build_detector(task, backbone, box_detections_per_img=10)
-    facts = ModelFacts(backbone, task, coco_names(task), params=count_parameters(model), random=True)
+    facts = ModelFacts(backbone, task, coco_names(task), params=count_params(model), random=True)
     return model, facts
 
 
@@ -154,11 +155,6 @@ def distinct(models: list[tuple[nn.Module, ModelFacts]], weights: list[str]) -> 
 def wants_window(args: argparse.Namespace) -> bool:
     """A window is the output when no other was named."""
     return args.output is None and not args.headless and args.serve is None
-
-
-def count_parameters(model: nn.Module) -> int:
-    """Number of parameters, buffers not counted."""
-    return sum(p.numel() for p in model.parameters())
 
 
 def window_problem() -> str | None:
@@ -244,17 +240,3 @@ def save_report(report: Report, path: Path) -> list[Path]:
     finally:
         partial.unlink(missing_ok=True)
     return written
-
-
-def choose_device(name: str | None) -> torch.device:
-    """The named device, or the best there is. ``ValueError`` when it is not there."""
-    if name is None:
-        accelerator = torch.accelerator.current_accelerator(check_available=True)
-        return accelerator if accelerator is not None else torch.device('cpu')
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f'device {name!r} cannot be used: {reason}') from error
-    return device

@@ -21,10 +21,8 @@ from detection.checkpoint import (
     describe,
     load_checkpoint,
     load_detector,
-    remove_partial,
     save_checkpoint,
     save_latest,
-    write_text,
 )
 from detection.config import RunConfig
 from detection.data import CocoDataset
@@ -32,6 +30,7 @@ from detection.evaluation import Metrics, autocast, evaluate
 from detection.evaluator import IOU_TYPES
 from detection.loader import BatchStream, train_loader
 from detection.optim import build_optimizer, learning_rate
+from norton_timm.files import remove_partial, write_text
 from norton_timm.distributed import is_main, rank, world_size
 from norton_timm.interrupts import HeldSignals
 from norton_timm.metrics import MetricsWriter, peak_memory

@@ -15,19 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from norton_timm.measure import synchronise
+
 # In the order in which a frame passes through them; total is what the model took, pre- to post-process.
 STAGES = ('read', 'preprocess', 'network', 'postprocess', 'total', 'draw', 'write')
-
-
-def synchronize(device: torch.device | str | None) -> None:
-    """Wait until the device has done all that was queued; a CPU computes at once, so nothing to wait for."""
-    kind = torch.device(device).type if device is not None else 'cpu'
-    if kind == 'cuda':
-        torch.cuda.synchronize(device)
-    elif kind == 'mps':
-        torch.mps.synchronize()
-    elif kind == 'xpu':
-        torch.xpu.synchronize(device)
 
 
 @dataclass(frozen=True)
@@ -89,11 +80,11 @@ class LatencyRecorder:
         A block left by an exception is not counted.
         """
         if sync:
-            synchronize(self.device)
+            synchronise(self.device or 'cpu')
         start = time.perf_counter()
         yield
         if sync:
-            synchronize(self.device)
+            synchronise(self.device or 'cpu')
         self.add(name, (time.perf_counter() - start) * 1e3)
 
     def add(self, name: str, milliseconds: float) -> None:

@@ -22,6 +22,7 @@ from detection.config import RunConfig
 from detection.engine import Trainer
 from detection.loader import train_loader, training_sets
 from detection.optim import build_optimizer
+from norton_timm.measure import synchronise
 from norton_timm.metrics import MetricsWriter
 
 
@@ -59,7 +60,7 @@ def benchmark_loop(config: RunConfig, root: Path, *, device: torch.device, round
         for epoch in range(rounds + 1):
             seconds = {}
             for name in ('ours', 'reference') if epoch % 2 else ('reference', 'ours'):
-                _synchronize(device)
+                synchronise(device)
                 start = time.perf_counter()
                 if name == 'ours':
                     for _ in trainer.train_epoch():
@@ -68,7 +69,7 @@ def benchmark_loop(config: RunConfig, root: Path, *, device: torch.device, round
                     train_set.set_epoch(epoch)
                     loader.batch_sampler.set_epoch(epoch)
                     train_one_epoch(other, optimizer, loader, device, epoch)
-                _synchronize(device)
+                synchronise(device)
                 seconds[name] = time.perf_counter() - start
             speed = {name: images / value for name, value in seconds.items()}
             rows.append({**speed, 'ratio': speed['ours'] / speed['reference']})
@@ -140,8 +141,3 @@ class SmoothedValue:
 
     def __str__(self) -> str:
         return f'{torch.tensor(list(self.values)).median().item():.4f} ({self.total / self.count:.4f})'
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == 'cuda':
-        torch.cuda.synchronize(device)

@@ -18,13 +18,14 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 
 from detection.backbone import build_backbone, normalisation, set_training
 from detection.compression import RECIPES, compress_detector, read_spec, recipe_spec
-from detection.start import dense_name, restore
+from detection.start import restore
+from detection.transforms import TASKS as TASKS
+from norton_timm.bases import dense_name
 from detection.weights import detector_content, start_from, state_of
 from norton_timm.spec import CompressionSpec
 
 log = logging.getLogger(__name__)
 
-TASKS = ('box', 'mask', 'keypoint')
 DEFAULT_CLASSES = {'box': 91, 'mask': 91, 'keypoint': 2}
 # torchvision's: keypoint detectors are trained at several scales and tested at the last
 DEFAULT_MIN_SIZE: dict[str, tuple[int, ...]] = {

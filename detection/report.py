@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from detection.backbone import count_parameters
+from norton_timm.complexity import count_params
 from detection.data import CocoDataset, to_tensor
 from detection.draw import Image, draw_detections, grid
 from detection.engine import Trainer
@@ -32,7 +32,7 @@ def format_table(results: Mapping[str, Mapping[str, float]]) -> str:
 def describe_run(trainer: Trainer, data_name: str) -> str:
     """What is trained on what, in a few lines, before the work starts."""
     config, model, device = trainer.config, trainer.model, trainer.device
-    total, trained = count_parameters(model), sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total, trained = count_params(model), sum(p.numel() for p in model.parameters() if p.requires_grad)
     if config.model.weights is not None:
         start = f'weights from {config.model.weights}'
     elif config.model.pretrained:

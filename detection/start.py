@@ -82,9 +82,3 @@ def _key(tensor: str, places: Mapping[str, str | None]) -> str | None:
     owner, _, leaf = tensor.rpartition('.')
     place = places[owner]
     return None if place is None else f'{place}.{leaf}'.lstrip('.')
-
-
-def dense_name(backbone: str) -> str:
-    """Timm's name of the dense network that a compressed one was made from; others as they are."""
-    dense = base_name(backbone)
-    return dense if dense != backbone.partition('.')[0] else backbone

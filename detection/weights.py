@@ -11,6 +11,7 @@ from timm.layers import freeze_batch_norm_2d
 from torch import Tensor, nn
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
+from norton_timm.authors import convert_authors_checkpoint, convert_state_dict, network_tensors, read_checkpoint
 from norton_timm.pickles import load_plain
 
 log = logging.getLogger(__name__)
@@ -34,6 +35,25 @@ def detector_content(path: str | Path) -> dict[str, Any] | None:
         return None
     content = content if isinstance(content.get('model'), dict) else {'model': content}
     return content if any(str(name).startswith(BODY) for name in content['model']) else None
+
+
+def convert_detector_state_dict(path: str | Path) -> tuple[dict[str, Tensor], nn.Module]:
+    """A detector trained by torchvision's reference script: its tensors with our names and order, and its backbone.
+
+    Returns:
+        The state dict of the whole detector, the backbone still under `backbone.body.`, and the backbone as
+        `norton_timm.convert_authors_checkpoint` returns it.
+
+    Raises:
+        ValueError: The file cannot be read safely, holds no detector, or its backbone does not fit.
+    """
+    tensors = network_tensors(read_checkpoint(Path(path)))
+    if not any(name.startswith(BODY) for name in tensors):
+        raise ValueError(f'{path} holds no detector: expected tensors under {BODY}')
+    backbone = convert_authors_checkpoint(path)
+    body = {name.removeprefix(BODY): t for name, t in tensors.items() if name.startswith(BODY)}
+    rest = {name: t for name, t in tensors.items() if not name.startswith(BODY)}
+    return {**{BODY + name: t for name, t in convert_state_dict(body, backbone).items()}, **rest}, backbone
 
 
 def state_of(content: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 NORTON's files hold `{'state_dict', 'rank', 'compress_rate'}` with factors as `NAME.feature.{pointwise, vertical,
 horizontal}.weight`, rows rank-major (r * O + o); ours are filter-major (o * R + r). CORING's hold dense pruned
-convolutions. Both may carry DataParallel's `module.`; detectors have the network under `backbone.body.`.
+convolutions. Both may carry DataParallel's `module.`.
 """
 
 from __future__ import annotations
@@ -25,18 +25,16 @@ from norton_timm.pickles import load_plain
 from norton_timm.shortcut import ChannelMap, padding_index
 from norton_timm.spec import format_rates, parse_rates
 
-_logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 _FACTOR = re.compile(r'(.+)\.feature\.(pointwise|vertical|horizontal)\.weight')
-_BODY = 'backbone.body.'
 
 
 def convert_authors_checkpoint(path: str | Path, architecture: str | None = None) -> nn.Module:
     """Reads a checkpoint of the authors of NORTON or CORING.
 
     Shapes are taken from the tensors; the rank and rates that the file or its name states must agree with them. Of a
-    detection checkpoint the backbone is returned, without classifier (see `convert_detector_state_dict` for the
-    whole).
+    network that is part of a larger one, as the backbone of a detector is, it is returned without classifier.
 
     Args:
         path: A `.pt` or `.pth.tar` file.
@@ -52,9 +50,8 @@ def convert_authors_checkpoint(path: str | Path, architecture: str | None = None
     path = Path(path)
     payload = read_checkpoint(path)
     tensors = network_tensors(payload)
-    from_detector = any(name.startswith(_BODY) for name in tensors)
-    if from_detector:
-        tensors = {name.removeprefix(_BODY): t for name, t in tensors.items() if name.startswith(_BODY)}
+    place = network_prefix(tensors)
+    tensors = {name.removeprefix(place): t for name, t in tensors.items() if name.startswith(place)}
     base = architecture or guess_architecture(tensors)
     if not timm.is_model(base):
         raise ValueError(f'unknown architecture {base!r}, expected a dense network such as resnet50 or resnet56_cifar')
@@ -67,7 +64,7 @@ def convert_authors_checkpoint(path: str | Path, architecture: str | None = None
     model = _build(base, rank, rates, num_classes, problems)
     if model is not None:
         converted = convert_state_dict(tensors, model)
-        problems += _differences(converted, model, ignore_head=from_detector)
+        problems += _differences(converted, model, ignore_head=bool(place))
     if problems or model is None:
         raise ValueError(f'{path} does not fit {base}: ' + '; '.join(problems))
     model.load_state_dict(converted)
@@ -101,25 +98,6 @@ def convert_state_dict(state_dict: Mapping[str, Tensor], model: nn.Module) -> di
     return converted
 
 
-def convert_detector_state_dict(path: str | Path) -> tuple[dict[str, Tensor], nn.Module]:
-    """A detector trained by torchvision's reference script: its tensors with our names and order, and its backbone.
-
-    Returns:
-        The state dict of the whole detector, the backbone still under `backbone.body.`, and the backbone as
-        `convert_authors_checkpoint` returns it.
-
-    Raises:
-        ValueError: The file cannot be read safely, holds no detector, or its backbone does not fit.
-    """
-    tensors = network_tensors(read_checkpoint(Path(path)))
-    if not any(name.startswith(_BODY) for name in tensors):
-        raise ValueError(f'{path} holds no detector: expected tensors under {_BODY}')
-    backbone = convert_authors_checkpoint(path)
-    body = {name.removeprefix(_BODY): t for name, t in tensors.items() if name.startswith(_BODY)}
-    rest = {name: t for name, t in tensors.items() if not name.startswith(_BODY)}
-    return {**{_BODY + name: t for name, t in convert_state_dict(body, backbone).items()}, **rest}, backbone
-
-
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """Loads a pickled checkpoint with plain data and tensors only.
 
@@ -148,6 +126,13 @@ def network_tensors(payload: Mapping[str, Any]) -> dict[str, Tensor]:
     if not tensors:
         raise ValueError('the checkpoint holds no tensors, neither at its top nor under state_dict or model')
     return tensors
+
+
+def network_prefix(tensors: Mapping[str, Tensor]) -> str:
+    """Where a ResNet lies inside a larger network, such as `backbone.body.` in a detector; '' for the network itself."""
+    first = re.compile(r'(.+\.)?layer1\.0\.conv1\.(weight|feature\.pointwise\.weight)')
+    found = next((match for name in tensors if (match := first.fullmatch(name))), None)
+    return (found[1] or '') if found else ''
 
 
 def guess_architecture(tensors: Mapping[str, Tensor]) -> str:

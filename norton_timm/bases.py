@@ -45,6 +45,12 @@ def base_name(architecture: str) -> str:
     return base if is_model(base) else name
 
 
+def dense_name(name: str) -> str:
+    """Timm's name of the dense network that a compressed one was made from; others as they are."""
+    dense = base_name(name)
+    return dense if dense != name.partition('.')[0] else name
+
+
 def build_base(architecture: str, kwargs: Mapping[str, Any]) -> nn.Module:
     """The dense network with its parameters on the meta device; buffers are real.
 
@@ -57,8 +63,8 @@ def build_base(architecture: str, kwargs: Mapping[str, Any]) -> nn.Module:
         if name not in torchvision.models.list_models():
             raise ValueError(f'got architecture {architecture[:80]!r}, which torchvision does not have')
         make = torchvision.models.get_model_builder(name)
-        # without an explicit None, detectors would fetch the weights of their backbone
-        kwargs.update({k: None for k in ('weights', 'weights_backbone') if k in inspect.signature(make).parameters})
+        # without an explicit None, some builders fetch weights
+        kwargs.update({k: None for k in inspect.signature(make).parameters if k.startswith('weights')})
     else:
         if not re.fullmatch(r'[A-Za-z0-9_]+', architecture) or not is_model(architecture):
             raise ValueError(f'got architecture {architecture[:80]!r}, expected the plain name of a timm model')

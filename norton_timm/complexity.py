@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
 from norton_timm.layers import CPDConv2d, use_form
 
@@ -23,8 +22,8 @@ class Complexity(NamedTuple):
     params: int
 
 
-def default_input(model: nn.Module, size: int | None = None) -> Any:
-    """One random image for the model; a list of one for a detector.
+def default_input(model: nn.Module, size: int | None = None) -> Tensor:
+    """One random image for the model, as a batch of one.
 
     Args:
         model: its first convolution tells the channels, its ``pretrained_cfg`` the size (else 224 pixels).
@@ -38,8 +37,7 @@ def default_input(model: nn.Module, size: int | None = None) -> Any:
         raise ValueError(f'got {type(model).__name__} without a 2-d convolution, expected a convolutional network')
     cfg = getattr(model, 'pretrained_cfg', None) or {}
     pixels = (size, size) if size is not None else tuple(cfg.get('input_size', (3, 224, 224)))[-2:]
-    image = make_input(model, (first.in_channels, *pixels))
-    return [image[0]] if isinstance(model, GeneralizedRCNN) else image
+    return make_input(model, (first.in_channels, *pixels))
 
 
 def make_input(model: nn.Module, source: int | Sequence[int] | Tensor | list[Tensor] | None = None) -> Any:
@@ -103,7 +101,7 @@ def count(model: nn.Module, input_size: int | Sequence[int] | Tensor | list[Tens
     """Convolution + linear multiply-accumulates and parameters.
 
     Args:
-        model: any network, dense or compressed; a detector takes a list of images.
+        model: any network, dense or compressed.
         input_size: 224, (C, H, W), (N, C, H, W), or the input itself; by default the model's own size.
 
     Raises:

@@ -37,7 +37,7 @@ def compress(
     Args:
         model: any convolutional network; it is not changed.
         spec: what to decompose and prune.
-        example_input: the one argument of the model's ``forward``, an image batch or a detector's list of images; by
+        example_input: the one argument of the model's ``forward``, a batch of images or a list of images; by
             default one random image of the model's own size.
         calibration: batches of images of one size (labels, if any, are ignored); each layer is refitted to the dense
             network's outputs on them. They are held in memory: a few hundred images are enough.

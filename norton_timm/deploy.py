@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from norton_timm import fuse, packed
+from norton_timm.fuse import fuse
+from norton_timm.packed import Fused, available
 from norton_timm.align import align_channels
 from norton_timm.fixed import FIXED_FORMS, distinct_forms, fixed
 from norton_timm.fold import NORMS, fold_batch_norm
@@ -49,7 +50,7 @@ class Deployment:
         network_ms: the same of the finalists (``form, layout``), all measured in one comparison.
         chosen: the finalist that was taken.
         error: largest difference from the original's outputs, relative to their largest value; None where the
-            outputs cannot be compared (a detector that kept another number of boxes).
+            outputs cannot be compared (another number of them).
     """
 
     device: str
@@ -211,9 +212,9 @@ def _autotune(base: nn.Module, x: Any, report: Deployment) -> nn.Module:
 def _fused_candidate(base: nn.Module, forms: Mapping[str, str], x: Any) -> nn.Module:
     """The network in these forms with packed and fused oneDNN layers, as far as it can be and computes the same."""
     model, first = _candidate(base, forms, 'channels_last'), tensors_in(x)[0]
-    if first.device.type != 'cpu' or first.dtype != torch.float32 or not packed.available():
+    if first.device.type != 'cpu' or first.dtype != torch.float32 or not available():
         return model
-    fused, _ = fuse.fuse(model)
+    fused, _ = fuse(model)
     if not _is_fused(fused):
         return model
     try:
@@ -228,7 +229,7 @@ def _fused_candidate(base: nn.Module, forms: Mapping[str, str], x: Any) -> nn.Mo
 
 
 def _is_fused(model: nn.Module) -> bool:
-    return any(isinstance(m, packed.Fused) for m in model.modules())
+    return any(isinstance(m, Fused) for m in model.modules())
 
 
 def _layers_in_place(

@@ -50,7 +50,8 @@ def choose_device(name: str = 'auto') -> torch.device:
     """
     local = int(os.environ.get('LOCAL_RANK', 0))
     if name == 'auto':
-        name = 'cuda' if torch.cuda.is_available() else 'cpu'
+        found = torch.accelerator.current_accelerator(check_available=True)
+        name = 'cpu' if found is None else found.type
     try:
         device = torch.device(name)
         if device.type == 'cuda' and device.index is None:

@@ -7,16 +7,14 @@ import logging
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
-from norton_timm.detector_parts import without_branches
 from norton_timm.packed import GlobalAverage
 from norton_timm.surgery import replace_module
 from norton_timm.trace import tensors_in
@@ -53,28 +51,28 @@ def need(module: str) -> Any:
         raise ValueError(f"{module} is not installed ({error}): pip install 'norton-timm[export]'") from None
 
 
-class OneImage(nn.Module):
-    """A detector as a function of one image (1, 3, H, W), which exporters can name: a tuple of tensors comes out.
+class TracedNetwork(nn.Module):
+    """A network for the tracing exporters, where :mod:`torch.export` stops at parts that depend on the data.
+
+    Subclasses say what their outputs are. The file takes images of the example's size only.
 
     Attributes:
-        names: what the tensors are: boxes, labels, scores, and masks or keypoints.
+        kind: what the network is, for messages.
+        names: of the tensors that ``forward`` returns.
     """
 
-    def __init__(self, detector: GeneralizedRCNN) -> None:
-        super().__init__()
-        self.detector = detector
-        extra = [name for name in ('mask', 'keypoint') if getattr(detector.roi_heads, f'has_{name}')()]
-        self.names = ['boxes', 'labels', 'scores', *(f'{name}s' for name in extra)]
+    kind = 'network'
+    names: Sequence[str] = ()
 
-    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
-        found = self.detector([image[0]])[0]
-        return tuple(found[name] for name in self.names)
+    def agreement(self) -> Any:
+        """What adds up the comparison of two such networks, see :class:`norton_timm.export_check.Agreement`."""
+        from norton_timm.export_check import Agreement
 
+        return Agreement()
 
-def exportable(model: nn.Module) -> nn.Module:
-    """The network as a function of one batch (N, C, H, W); a detector as one of a single image."""
-    model = model.eval()
-    return OneImage(model).eval() if isinstance(model, GeneralizedRCNN) else model
+    def tracing(self) -> AbstractContextManager[Any]:
+        """A context in which the network is traced."""
+        return nullcontext()
 
 
 @contextmanager
@@ -95,7 +93,7 @@ def write(model: nn.Module, example: Tensor, path: Path) -> None:
     """Export to the format that the path's ending names.
 
     Args:
-        model: from :func:`exportable`. A classifier is exported for any batch size, a detector for the example's size.
+        model: exported for any batch size; a :class:`TracedNetwork` for the example's size.
         example: images (N, C, H, W).
         path: .onnx, .xml (OpenVINO, with a .bin beside it) or .pt2.
 
@@ -138,7 +136,7 @@ def with_plain_averages(model: nn.Module) -> nn.Module:
 
 def _captured(model: nn.Module, example: Tensor) -> Any:
     model = with_plain_averages(model)
-    if isinstance(model, OneImage):
+    if isinstance(model, TracedNetwork):
         return torch.export.export(model, (example,), strict=False)
     # an example of one image would be taken for a constant
     images = example if len(example) > 1 else torch.cat([example, example])
@@ -147,11 +145,10 @@ def _captured(model: nn.Module, example: Tensor) -> Any:
 
 def _write_onnx(model: nn.Module, example: Tensor, path: Path) -> None:
     need('onnx')
-    if isinstance(model, OneImage):
-        # torchvision's detectors are written for the tracing exporter; torch.export stops at their data-dependent parts
-        with without_branches():
+    if isinstance(model, TracedNetwork):
+        with model.tracing():
             torch.onnx.export(model, (example,), path, dynamo=False, opset_version=OPSET, input_names=['images'],
-                              output_names=model.names)  # fmt: skip
+                              output_names=list(model.names))  # fmt: skip
         return
     need('onnxscript')
     torch.onnx.export(_captured(model, example), (), path, dynamo=True, opset_version=OPSET, external_data=False,

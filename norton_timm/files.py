@@ -26,15 +26,19 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def remove_partial(path: Path) -> None:
-    """Remove what killed processes had begun to write in place of a file."""
-    for partial in path.parent.glob(f'.{glob.escape(path.name)}.*'):
+    """Remove what killed processes had begun to write in place of a file, or of the checkpoints in a folder."""
+    pattern = '.*.pt.*' if path.is_dir() else f'.{glob.escape(path.name)}.*'
+    for partial in (path if path.is_dir() else path.parent).glob(pattern):
         partial.unlink(missing_ok=True)
 
 
-def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write a text file whole or not at all."""
-    with replacing(Path(path)) as temporary:
+def write_text(path: str | os.PathLike[str], text: str) -> Path:
+    """Write a text file whole or not at all, in a folder that is made if there is none."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
         temporary.write_text(text, encoding='utf-8')
+    return path
 
 
 def _umask() -> int:

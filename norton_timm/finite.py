@@ -63,3 +63,23 @@ def _tensors(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, (list, tuple)):
         for item in value:
             yield from _tensors(item)
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """All tensors inside nested lists, tuples, dicts and objects with ``tensors`` (torchvision's ImageList)."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        return [t for v in value for t in tensors_in(v)]
+    return tensors_in(value.tensors) if hasattr(value, 'tensors') else []
+
+
+def tied_modules(model: nn.Module) -> set[nn.Module]:
+    """Modules with a parameter that is also another module's."""
+    owners: dict[int, list[nn.Module]] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(module)
+    return {module for modules in owners.values() if len(modules) > 1 for module in modules}

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from norton_timm import fuse
+from norton_timm.fuse import fuse
 from norton_timm.complexity import make_input
 from norton_timm.compress import compress
 from norton_timm.dense import dense_model
@@ -59,7 +59,7 @@ def benchmark_forms(
     forms = distinct_forms(small)
     for form in forms:
         fixed = deploy(small, images, autotune=False, form=form)
-        networks[form] = fuse.fuse(fixed)[0] if available() and not images.is_cuda else fixed
+        networks[form] = fuse(fixed)[0] if available() and not images.is_cuda else fixed
     calls = [partial(network, images) for network in networks.values()]
     turns = take_turns(calls, partial(synchronise, images), seconds, passes=3)
     times = dict(zip(networks, turns.milliseconds()))

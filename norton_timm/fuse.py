@@ -18,8 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
-from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
-from torchvision.ops import FeaturePyramidNetwork
 
 from norton_timm.packed import (
     TO_FIRST,
@@ -203,10 +201,8 @@ def _fuse_part(module: nn.Module) -> tuple[nn.Module, int]:
 
 
 def _stays_open(module: nn.Module) -> bool:
-    """Containers that cannot be called, and detectors: their stages stay modules of their own."""
-    is_detector = isinstance(module, GeneralizedRCNN)
-    is_backbone = any(isinstance(child, FeaturePyramidNetwork) for child in module.children())
-    return is_detector or is_backbone or isinstance(module, (nn.ModuleList, nn.ModuleDict))
+    """Containers that cannot be called, and modules that set ``parts_stay``: their children stay modules."""
+    return getattr(module, 'parts_stay', False) is True or isinstance(module, (nn.ModuleList, nn.ModuleDict))
 
 
 def _has_options(module: nn.Module) -> bool:

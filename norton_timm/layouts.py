@@ -1,7 +1,8 @@
-"""How a published list of pruning rates maps on the layers of a network, family by family.
+"""How a published list of pruning rates maps on the layers of a network.
 
-The authors number their rates per architecture (stem, stages, inner widths). Coupled layers share an entry; two
-families also size some layers after what those receive, which `widths_of` adds.
+The authors number their rates per architecture (stem, stages, inner widths). Coupled layers share an entry. A network
+tells its own order by a method `rate_layout()`; timm's ResNets, which have none, are known here. Where a layer's width
+follows from what it receives, a method `follow_rates(widths, rates)` sets it.
 """
 
 from __future__ import annotations
@@ -27,24 +28,10 @@ def layout_of(model: nn.Module) -> Layout | None:
     Returns:
         One list of module names per entry, or None for a network of which no list is known.
     """
-    from norton_timm.models.densenet_cifar import DenseNetCifar
-    from norton_timm.models.googlenet_cifar import GoogLeNetCifar
-    from norton_timm.models.mobilenetv2_cifar import MobileNetV2Cifar
-    from norton_timm.models.resnet_cifar import ResNetCifar
-    from norton_timm.models.vgg_cifar import VGGCifar
-
-    families = (
-        (ResNet, _resnet),
-        (VGGCifar, _vgg_cifar),
-        (ResNetCifar, _resnet_cifar),
-        (DenseNetCifar, _densenet_cifar),
-        (GoogLeNetCifar, _googlenet_cifar),
-        (MobileNetV2Cifar, _mobilenetv2_cifar),
-    )
-    for family, layout in families:
-        if isinstance(model, family):
-            return layout(model)
-    return _resnet(model) if _is_resnet_body(model) else None
+    own = getattr(model, 'rate_layout', None)
+    if own is not None:
+        return own()
+    return _resnet(model) if isinstance(model, ResNet) or _is_resnet_body(model) else None
 
 
 def widths_of(model: nn.Module, rates: Sequence[float]) -> dict[str, int]:
@@ -73,8 +60,9 @@ def widths_of(model: nn.Module, rates: Sequence[float]) -> dict[str, int]:
     for names, rate in zip(layout, [*rates, *[0.0] * (len(layout) - len(rates))]):
         for name in names:
             widths[name] = int(_out_channels(modules[name]) * (1 - rate))
-    _follow_dense(model, widths, rates)
-    _follow_expansion(model, widths)
+    follow = getattr(model, 'follow_rates', None)
+    if follow is not None:
+        follow(widths, rates)
     return widths
 
 
@@ -128,80 +116,3 @@ def _resnet(model: nn.Module) -> Layout | None:
         inner = ('conv1', 'conv2') if isinstance(block, Bottleneck) else ('conv1',)
         entries.append([f'{name}.{conv}' for conv in inner])
     return entries
-
-
-def _vgg_cifar(model: nn.Module) -> Layout:
-    """One entry per convolution, in order."""
-    return [[f'features.{name}'] for name, _ in model.features.named_children() if name.startswith('conv')]
-
-
-def _resnet_cifar(model: nn.Module) -> Layout:
-    """Stem; outputs of stages 1 and 2 (the last is never pruned); inner width of every block."""
-    counts = [len(getattr(model, f'layer{i}')) for i in (1, 2, 3)]
-    outputs = [[f'layer{i}.{j}.conv2' for j in range(counts[i - 1])] for i in (1, 2)]
-    inner = [[f'layer{i}.{j}.conv1'] for i, n in enumerate(counts, 1) for j in range(n)]
-    return [['conv1'], *outputs, *inner]
-
-
-def _densenet_cifar(model: nn.Module) -> Layout:
-    """Stem (never pruned), the layers of block 1, transition 1, block 2, transition 2, block 3."""
-    entries: Layout = [[]]
-    for stage in (1, 2, 3):
-        entries += [[f'dense{stage}.{j}.conv1'] for j in range(len(getattr(model, f'dense{stage}')))]
-        if stage < 3:
-            entries.append([f'trans{stage}.conv1'])
-    return entries
-
-
-def _googlenet_cifar(model: nn.Module) -> Layout:
-    """Stem (never pruned); per inception block its 3x3 convolutions, in the last one only the inner one."""
-    from norton_timm.models.googlenet_cifar import BLOCKS
-
-    inner = ('branch3x3.3', 'branch5x5.3', 'branch5x5.6')
-    entries = [[f'{name}.{conv}' for conv in inner] for name in BLOCKS]
-    entries[-1] = [f'{list(BLOCKS)[-1]}.branch5x5.3']
-    return [[], *entries]
-
-
-def _mobilenetv2_cifar(model: nn.Module) -> Layout:
-    """Stem (never pruned); per stage the outputs of its blocks."""
-    from norton_timm.models.mobilenetv2_cifar import STAGES
-
-    entries: Layout = [[]]
-    first = 1
-    for _, _, blocks, _ in STAGES:
-        entries.append([f'features.{i}.conv.{len(model.features[i].conv) - 2}' for i in range(first, first + blocks)])
-        first += blocks
-    return entries
-
-
-def _follow_dense(model: nn.Module, widths: dict[str, int], rates: Sequence[float]) -> None:
-    """Transitions of a DenseNet keep a share of what reaches them."""
-    if 'trans1.conv1' not in widths:
-        return
-    chs = model.conv1.out_channels
-    entry = 1
-    for stage in (1, 2, 3):
-        for j in range(len(getattr(model, f'dense{stage}'))):
-            chs += widths[f'dense{stage}.{j}.conv1']
-            entry += 1
-        if stage < 3:
-            rate = rates[entry] if entry < len(rates) else 0.0
-            chs = widths[f'trans{stage}.conv1'] = int(chs * (1 - rate))
-            entry += 1
-
-
-def _follow_expansion(model: nn.Module, widths: dict[str, int]) -> None:
-    """The expansion of an inverted residual is a multiple of its block's input."""
-    from norton_timm.models.mobilenetv2_cifar import STAGES, MobileNetV2Cifar
-
-    if not isinstance(model, MobileNetV2Cifar):
-        return
-    index, chs = 1, model.features[0][0].out_channels
-    for expansion, _, blocks, _ in STAGES:
-        for _ in range(blocks):
-            layers = model.features[index].conv
-            if expansion != 1:
-                widths[f'features.{index}.conv.0'] = chs * expansion
-            chs = widths[f'features.{index}.conv.{len(layers) - 2}']
-            index += 1

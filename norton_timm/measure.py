@@ -38,10 +38,16 @@ def channels_last(value: Any) -> Any:
     return value
 
 
-def synchronise(example_input: Any) -> None:
-    """Wait until the accelerator that holds the input has done all that was queued; a CPU needs no waiting."""
-    if any(t.is_cuda for t in tensors_in(example_input)):
-        torch.cuda.synchronize()
+def synchronise(where: Any) -> None:
+    """Wait until the accelerator has done all that was queued; a CPU needs no waiting.
+
+    Args:
+        where: a device or its name, or an input, whose first tensor tells the device.
+    """
+    named = isinstance(where, (str, torch.device))
+    device = torch.device(where) if named else next((t.device for t in tensors_in(where)), torch.device('cpu'))
+    if device.type not in ('cpu', 'meta'):
+        torch.accelerator.synchronize(device)
 
 
 @dataclass(frozen=True)

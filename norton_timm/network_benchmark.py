@@ -16,7 +16,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from norton_timm import export
+from norton_timm.export import CHANNEL_MULTIPLES, openvino_runner, read, write
 from norton_timm.bases import base_name
 from norton_timm.compiled import compiled, compiled_ahead
 from norton_timm.complexity import count
@@ -104,10 +104,10 @@ def prepare(model: nn.Module, images: Tensor, runtime: str, folder: Path) -> Cal
         return partial(compiled_ahead(deployed, images, folder), images)
     path = folder / 'model.onnx'
     if not path.is_file():
-        export.write(deployed, images, path)
+        write(deployed, images, path)
     if runtime == 'openvino':
-        return partial(export.openvino_runner(path, torch.get_num_threads(), images.shape), images)
-    return partial(export.read(path), images.contiguous())
+        return partial(openvino_runner(path, torch.get_num_threads(), images.shape), images)
+    return partial(read(path), images.contiguous())
 
 
 @torch.no_grad()
@@ -166,7 +166,7 @@ def _deployed(model: nn.Module, images: Tensor) -> list[nn.Module]:
 
 def multiple_for(exported: bool) -> int:
     """Channels that layers are rounded up to for a runtime of an exported file, or for PyTorch."""
-    return export.CHANNEL_MULTIPLES['onnx' if exported else 'pt2']
+    return CHANNEL_MULTIPLES['onnx' if exported else 'pt2']
 
 
 def forms_of(model: nn.Module) -> str:

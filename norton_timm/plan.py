@@ -1,6 +1,6 @@
 """From a spec to decisions: the rank of each layer, and the number of channels each coupled group keeps.
 
-Where a spec is for a detector's backbone, its names are those within the backbone; `scope_prefix` leads there.
+Where a spec is for the part called `backbone` alone, its names are those within it; `scope_prefix` leads there.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from norton_timm.trace import tied_modules
 
 
 def scope_prefix(model: nn.Module, spec: CompressionSpec) -> str:
-    """What stands before the names that ``spec`` means: the backbone's place in a detector, or nothing."""
+    """What stands before the names that ``spec`` means: the place of the part called ``backbone``, or nothing."""
     if spec.scope != 'backbone' or not isinstance(getattr(model, 'backbone', None), nn.Module):
         return ''
     return 'backbone.body.' if isinstance(getattr(model.backbone, 'body', None), nn.Module) else 'backbone.'

@@ -6,28 +6,29 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from norton_timm.export import format_of, need
+from norton_timm.export import TracedNetwork, format_of, need
 
 
-def quantise(path: Path, images: Sequence[Tensor], detector: bool = False) -> Path:
+def quantise(path: Path, images: Sequence[Tensor], model: nn.Module) -> Path:
     """Quantise an exported classifier; ranges of activations come from the images.
 
     Args:
         path: .onnx (ONNX Runtime's static quantisation, QDQ, a scale for each channel) or .xml (NNCF).
         images: batches (N, C, H, W).
-        detector: whether the network is a detector.
+        model: the network in the file.
 
     Returns:
         The quantised file, in a folder beside the given one.
 
     Raises:
-        ValueError: a detector, another format, or a missing package.
+        ValueError: no classifier, another format, or a missing package.
     """
     kind = format_of(path)
-    if kind == 'pt2' or detector:
-        raise ValueError(f'int8: got {"a detector" if detector else kind}, expected a classifier as .onnx or .xml')
+    traced = isinstance(model, TracedNetwork)
+    if kind == 'pt2' or traced:
+        raise ValueError(f'int8: got {f"a {model.kind}" if traced else kind}, expected a classifier as .onnx or .xml')
     folder = path.parent / 'int8'
     folder.mkdir()
     result = folder / path.name

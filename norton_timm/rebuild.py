@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from timm.layers import BlurPool2d, DropPath
 from torch import Tensor, nn
-from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
 from norton_timm.bases import base_name, build_base
+from norton_timm.finite import tensors_in
 from norton_timm.layers import CPDConv2d
 from norton_timm.low_rank import LowRankLinear, factor_shapes
 from norton_timm.metadata import feature_entries as feature_entries
@@ -20,7 +20,8 @@ from norton_timm.recipe import CFG_KEYS, KWARGS, SETTINGS, WIDTHS, Recipe, check
 from norton_timm.resize import Owned, decompose_shapes, first_channels, fit, owned_tensors, runs_through
 from norton_timm.shortcut import ChannelMap
 
-# not part of what a network is; `scales` are set by a detector's first image
+_REGISTERED = ('_parameters', '_buffers', '_modules')
+# not part of what a network is; `scales` of RoI pooling are set by the first image
 _STATE = ('training', 'grad_checkpointing', 'tuned', 'num_classes', 'scales')
 
 
@@ -210,8 +211,9 @@ def rebuild(recipe: Recipe, tensors: Mapping[str, Tensor]) -> nn.Module:
     size = (getattr(model, 'pretrained_cfg', None) or {}).get('input_size') or (3, 224, 224)
     _install(model, recipe, tensors)
     stem = next((m for m in model.modules() if isinstance(m, (nn.Conv2d, CPDConv2d))), None)
-    constants = any(isinstance(v, Tensor) for m in model.modules() for v in vars(m).values())
-    if stem is not None and not constants and not isinstance(model, GeneralizedRCNN):
+    # a plain attribute (anchors, say) stays where it is when the rest is moved to the meta device
+    constants = any(tensors_in(v) for m in model.modules() for k, v in vars(m).items() if k not in _REGISTERED)
+    if stem is not None and not constants:
         channels = recipe.model_kwargs.get('in_chans') or size[0]
         dtype = next(model.parameters()).dtype
         runs_through(model, torch.empty(2, channels, *size[-2:], device='meta', dtype=dtype))

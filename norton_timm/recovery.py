@@ -16,7 +16,7 @@ import torch
 from timm.models import PretrainedCfg
 from torch import nn
 
-from norton_timm.bases import base_name
+from norton_timm.bases import base_name, dense_name
 from norton_timm.calibrate import reestimate_batch_norm
 from norton_timm.checkpoint import load, read_metadata, save
 from norton_timm.complexity import count, default_input
@@ -52,11 +52,6 @@ def preprocessing_of(name: str, config: TrainConfig) -> Preprocessing:
     return Preprocessing.from_cfg({**cfg, **{key: value for key, value in given.items() if value is not None}})
 
 
-def dense_name(config: TrainConfig) -> str:
-    """Timm's name of the network that the run starts from."""
-    return base_name(config.model) if is_compressed_tag(config.model) else config.model
-
-
 def is_compressed_tag(name: str) -> bool:
     """Whether a name is one of ours, such as `norton_resnet56_cifar.r071`."""
     return base_name(name) != name.partition('.')[0]
@@ -83,7 +78,7 @@ class Recovery:
 
     def __init__(self, config: TrainConfig, output: Path, device: torch.device, progress: bool = True) -> None:
         self.config, self.output, self.device, self.progress = config, output, device, progress
-        name, self.spec = dense_name(config), spec_of_run(config)
+        name, self.spec = dense_name(config.model), spec_of_run(config)
         self.trained = config.weights is not None or config.pretrained
         if self.spec is not None and config.distill.weight and not self.trained:
             raise ValueError('distillation needs a trained dense network: give weights, or set distill.weight to 0')
@@ -107,7 +102,7 @@ class Recovery:
         """The dense network with the weights of a file, or with its published or random ones."""
         path = None if weights is None else Path(weights)
         pretrained = self.config.pretrained and path is None
-        dense = dense_model(dense_name(self.config), pretrained, path, num_classes=len(self.data.classes))
+        dense = dense_model(dense_name(self.config.model), pretrained, path, num_classes=len(self.data.classes))
         set_normalisation(dense, self.config.data.mean, self.config.data.std)
         return dense.to(self.device)
 
@@ -168,8 +163,8 @@ class Recovery:
         """
         model, before = load(path), read_metadata(path).get('provenance') or {}
         spec = None if self.spec is None else self.spec.to_dict()
-        if model.norton_base['architecture'] != dense_name(self.config) or before.get('spec', spec) != spec:
-            raise ValueError(f'{path} was not compressed from {dense_name(self.config)} by the recipe of this run')
+        if model.norton_base['architecture'] != dense_name(self.config.model) or before.get('spec', spec) != spec:
+            raise ValueError(f'{path} was not compressed from {dense_name(self.config.model)} by the recipe of this run')
         self.facts.update({key: before.get(key) for key in ('nmse', 'top1_compressed', 'top1_repaired')})
         self.facts['epochs_before'] = (before.get('epochs') or 0) + (before.get('epochs_before') or 0)
         self._measure('top1_start', model.to(self.device))

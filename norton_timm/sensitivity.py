@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from norton_timm import selection
 from norton_timm.complexity import make_input
 from norton_timm.cp import cp_decompose
 from norton_timm.groups import ChannelGraph, ChannelGroup
@@ -29,7 +28,7 @@ from norton_timm.layers import CPDConv2d
 from norton_timm.metadata import is_feature_extractor
 from norton_timm.plan import plan_pruning, plan_ranks
 from norton_timm.saliency import select_filters
-from norton_timm.selection import filters_of, layer_distance, removed_classes
+from norton_timm.selection import filters_of, layer_distance, merge_layers, removed_classes
 from norton_timm.spec import CompressionSpec
 from norton_timm.surgery import replace_module
 
@@ -156,7 +155,7 @@ def _left_at_keep(group: ChannelGroup, ranks: list[int], spec: CompressionSpec) 
     free = np.array([k for k in range(n) if k not in group.frozen], dtype=int)
     distances = [layer_distance(s.module, spec, r).double().cpu() for s, r in zip(group.members, ranks)]
     index = torch.from_numpy(free)
-    distance = selection.merge_layers(distances, group, n)[index][:, index]
+    distance = merge_layers(distances, group, n)[index][:, index]
     few = len(free) <= _EVERY_KEEP
     points = range(1, len(free) + 1) if few else sorted({1, *(round(f * len(free)) for f in _KEPT_AT[1:])})
     known_at, known = [len(stays)], [energy[:, stays].sum(1)]

@@ -8,45 +8,21 @@ it: we then prune less, never wrongly.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, MutableMapping
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
 from timm import layers as timm_layers
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils.weak import WeakTensorKeyDictionary
 from torchvision.ops.misc import FrozenBatchNorm2d
 
+from norton_timm.channels import ChannelLabels, Channels, Slot
+from norton_timm.finite import tensors_in, tied_modules
 from norton_timm.layers import CPDConv2d
 from norton_timm.shortcut import ChannelMap
-
-ZERO = -1  # label of a channel that is constantly zero
-
-
-class Channels(NamedTuple):
-    """Labels of a tensor's channels and the dimension they lie on."""
-
-    labels: np.ndarray
-    dim: int
-
-
-@dataclass(eq=False)
-class Slot:
-    """One dimension of one module's parameters, with the label of each index.
-
-    ``kind`` is ``out`` (makes channels), ``in`` (reads them), ``depthwise``, ``channel`` (a norm or another
-    per-channel layer) or ``param`` (a parameter used outside of layers, along ``dim``).
-    """
-
-    name: str
-    module: nn.Module
-    kind: str
-    labels: np.ndarray
-    dim: int = 0
-
+from norton_timm.trace_rules import apply_rule
 
 # Matched by exact type: a subclass may use its weights in another way (weight standardisation does).
 CONVS: tuple[type, ...] = (
@@ -61,40 +37,8 @@ PER_CHANNEL: tuple[type, ...] = (
 # statistics over channels: every channel depends on all of them
 MIXING: tuple[type, ...] = (nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm)
 
-UNARY = frozenset(
-    """relu relu_ relu6 hardtanh hardtanh_ silu silu_ hardswish hardswish_ hardsigmoid hardsigmoid_ gelu gelu_ sigmoid
-    sigmoid_ tanh tanh_ mish leaky_relu leaky_relu_ elu elu_ selu dropout dropout2d feature_dropout clamp clamp_
-    contiguous clone to float half bfloat16 double type_as max_pool2d max_pool2d_with_indices avg_pool2d lp_pool2d
-    adaptive_avg_pool2d adaptive_max_pool2d interpolate upsample identity detach alias neg abs exp softplus square
-    sqrt pow requires_grad_""".split()
-)
-BINARY = frozenset(
-    """add add_ __add__ __iadd__ __radd__ mul mul_ __mul__ __imul__ __rmul__ sub sub_ __sub__ __isub__ div div_
-    __truediv__ __itruediv__ true_divide maximum minimum""".split()
-)
 
-
-def tensors_in(value: Any) -> list[Tensor]:
-    """All tensors inside nested lists, tuples, dicts and objects with ``tensors`` (torchvision's ImageList)."""
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, (list, tuple)):
-        return [t for v in value for t in tensors_in(v)]
-    return tensors_in(value.tensors) if hasattr(value, 'tensors') else []
-
-
-def tied_modules(model: nn.Module) -> set[nn.Module]:
-    """Modules with a parameter that is also another module's."""
-    owners: dict[int, list[nn.Module]] = {}
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            owners.setdefault(id(parameter), []).append(module)
-    return {module for modules in owners.values() if len(modules) > 1 for module in modules}
-
-
-class ChannelTracer(TorchFunctionMode):
+class ChannelTracer(ChannelLabels, TorchFunctionMode):
     """Runs a model once and records slots, ties and frozen labels.
 
     Attributes:
@@ -104,12 +48,11 @@ class ChannelTracer(TorchFunctionMode):
     """
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()
+        ChannelLabels.__init__(self)
+        TorchFunctionMode.__init__(self)
         self.model = model
         self.slots: list[Slot] = []
-        self.frozen: dict[int, str] = {}
         self.unknown: dict[str, int] = {}
-        self._parent: list[int] = []
         self._depth = 0
         self._calls: dict[nn.Module, tuple[np.ndarray, np.ndarray]] = {}
         self._names = {m: n for n, m in model.named_modules()}
@@ -117,48 +60,12 @@ class ChannelTracer(TorchFunctionMode):
         for name, module in model.named_modules():
             for key, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
                 self._owned[id(tensor)] = (f'{name}.{key}'.lstrip('.'), module)
-        self._of: MutableMapping[Tensor, Channels | None] = WeakTensorKeyDictionary()
         self._tied = tied_modules(model)
         for module in model.modules():  # constants kept as plain attributes, such as anchors
             for value in vars(module).values():
                 for tensor in tensors_in(value):
                     if id(tensor) not in self._owned:
                         self.set_channels(tensor, None)
-
-    # ---- labels: union-find
-
-    def new_labels(self, n: int) -> np.ndarray:
-        labels = np.arange(len(self._parent), len(self._parent) + n)
-        self._parent += labels.tolist()
-        return labels
-
-    def find(self, label: int) -> int:
-        while self._parent[label] != label:
-            self._parent[label] = self._parent[self._parent[label]]
-            label = self._parent[label]
-        return label
-
-    def tie(self, a: np.ndarray, b: np.ndarray, why: str = 'added to zero padding') -> np.ndarray:
-        """Make two label lists equal, index by index; a channel that meets a hard-coded zero must stay."""
-        for i, j in zip(a.tolist(), b.tolist()):
-            if i != ZERO and j != ZERO:
-                self._parent[self.find(i)] = self.find(j)
-            elif i != j:
-                self.freeze([max(i, j)], why)
-        return np.where(a == ZERO, b, a)
-
-    def freeze(self, labels: Iterable[int], why: str) -> None:
-        for label in labels:
-            if label != ZERO:
-                self.frozen.setdefault(int(label), why)
-
-    # ---- which tensor carries what; None means known, without channels to follow
-
-    def channels(self, tensor: Tensor) -> Channels | None:
-        return self._of.get(tensor)
-
-    def set_channels(self, tensor: Tensor, channels: Channels | None) -> None:
-        self._of[tensor] = channels
 
     def _note_origin(self, tensor: Tensor, where: str) -> None:
         """A tensor that no traced operation made hides its producers: freeze all channels so far."""
@@ -276,8 +183,6 @@ class ChannelTracer(TorchFunctionMode):
         out = func(*args, **kwargs)
         if self._depth:
             return out
-        from norton_timm.trace_rules import apply_rule
-
         name = getattr(func, '__name__', str(func)).split('.')[0]
         inputs = tensors_in(args) + tensors_in(kwargs)
         for tensor in inputs:

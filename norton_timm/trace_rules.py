@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from norton_timm.trace import BINARY, UNARY, ZERO, Channels, tensors_in
-
-if TYPE_CHECKING:
-    from norton_timm.trace import ChannelTracer
+from norton_timm.channels import BINARY, UNARY, ZERO, ChannelLabels, Channels
+from norton_timm.finite import tensors_in
 
 Labelled = list[tuple[Tensor, Channels]]
 
@@ -20,7 +18,7 @@ _SPLITS = frozenset('split chunk tensor_split split_with_sizes'.split())
 
 
 def apply_rule(
-    tracer: ChannelTracer,
+    known: ChannelLabels,
     name: str,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
@@ -30,24 +28,24 @@ def apply_rule(
     """Label the outputs of operation ``name``; False where there is no rule, and then nothing was labelled."""
     source, found = labelled[0]
     if name == '__setitem__':
-        return _assign(tracer, args, labelled)
+        return _assign(known, args, labelled)
     out = outputs[0]
     result: Channels | None = None
     if name in UNARY and len(labelled) == 1:
         if out.dim() == source.dim() and out.shape[found.dim] == len(found.labels):
             for output in outputs:  # max_pool2d may return indices as well
-                tracer.set_channels(output, found)
+                known.set_channels(output, found)
             return True
     elif name in BINARY:
-        result = _binary(tracer, [*tensors_in(args), *tensors_in(kwargs)], labelled, out)
+        result = _binary(known, [*tensors_in(args), *tensors_in(kwargs)], labelled, out)
     elif name in ('cat', 'concat', 'concatenate'):
-        result = _concatenate(tracer, args, kwargs, labelled, out)
+        result = _concatenate(known, args, kwargs, labelled, out)
     elif name == 'roi_align':
         result = found if source is args[0] else None
     elif len(labelled) > 1 and name not in ('expand_as', 'view_as', 'reshape_as'):
         return False
     elif name in _SPLITS:
-        return _split(tracer, args, kwargs, source, found, outputs)
+        return _split(known, args, kwargs, source, found, outputs)
     elif name in ('pad', '_pad'):
         result = _pad(args, kwargs, source, found, out)
     elif name in _REDUCTIONS:
@@ -55,14 +53,14 @@ def apply_rule(
     elif name in ('permute', 'transpose', 'swapaxes'):
         result = _permute(name, args, kwargs, source, found)
     elif name == '__getitem__':
-        result = _index(tracer, args[1], source, found, out)
+        result = _index(known, args[1], source, found, out)
     elif name == '__get__':  # a property such as .data
         result = found if out.shape == source.shape else None
     elif name in _SHAPES and source is args[0]:
         result = _reshape(source, found, out)
     if result is None or out.dim() <= result.dim or out.shape[result.dim] != len(result.labels):
         return False
-    tracer.set_channels(out, result)
+    known.set_channels(out, result)
     return True
 
 
@@ -70,7 +68,7 @@ def _dim(args: tuple[Any, ...], kwargs: dict[str, Any], position: int, default: 
     return int(args[position] if len(args) > position else kwargs.get('dim', default)) % ndim
 
 
-def _binary(tracer: ChannelTracer, operands: list[Tensor], labelled: Labelled, out: Tensor) -> Channels | None:
+def _binary(known: ChannelLabels, operands: list[Tensor], labelled: Labelled, out: Tensor) -> Channels | None:
     aligned = [(c.labels, c.dim + out.dim() - t.dim()) for t, c in labelled]
     dim = aligned[0][1]
     if any(d != dim for _, d in aligned):
@@ -81,24 +79,24 @@ def _binary(tracer: ChannelTracer, operands: list[Tensor], labelled: Labelled, o
         return None
     for labels, _ in aligned:
         if len(labels) != width:
-            tracer.freeze(labels, 'broadcast over channels')
+            known.freeze(labels, 'broadcast over channels')
     for other in operands:
-        if tracer.channels(other) is None:
+        if known.channels(other) is None:
             place = dim - out.dim() + other.dim()
             if place >= 0 and other.shape[place] > 1:  # per-channel values from outside: they would not shrink
                 return None
     result = full[0]
     for labels in full[1:]:
-        result = tracer.tie(result, labels)
+        result = known.tie(result, labels)
     return Channels(result, dim)
 
 
 def _concatenate(
-    tracer: ChannelTracer, args: tuple[Any, ...], kwargs: dict[str, Any], labelled: Labelled, out: Tensor
+    known: ChannelLabels, args: tuple[Any, ...], kwargs: dict[str, Any], labelled: Labelled, out: Tensor
 ) -> Channels | None:
     parts = [t for t in (args[0] if args else kwargs['tensors']) if t.numel() or t.dim() > 1]
     dim = _dim(args, kwargs, 1, 0, out.dim())
-    found = [tracer.channels(t) for t in parts]
+    found = [known.channels(t) for t in parts]
     if any(c is None for c in found):
         return None
     channels = [c for c in found if c is not None]
@@ -110,22 +108,22 @@ def _concatenate(
     for c in channels[1:]:
         if len(c.labels) != len(result):
             return None
-        result = tracer.tie(result, c.labels)
+        result = known.tie(result, c.labels)
     return Channels(result, channels[0].dim)
 
 
 def _split(
-    tracer: ChannelTracer, args: tuple[Any, ...], kwargs: dict[str, Any], source: Tensor, found: Channels, outputs: Any
+    known: ChannelLabels, args: tuple[Any, ...], kwargs: dict[str, Any], source: Tensor, found: Channels, outputs: Any
 ) -> bool:
     if _dim(args, kwargs, 2, 0, source.dim()) != found.dim:
         for output in outputs:
-            tracer.set_channels(output, found)
+            known.set_channels(output, found)
         return True
-    tracer.freeze(found.labels, 'split at places fixed in code')
+    known.freeze(found.labels, 'split at places fixed in code')
     start = 0
     for output in outputs:
         width = output.shape[found.dim]
-        tracer.set_channels(output, Channels(found.labels[start : start + width], found.dim))
+        known.set_channels(output, Channels(found.labels[start : start + width], found.dim))
         start += width
     return True
 
@@ -172,7 +170,7 @@ def _permute(
     return Channels(found.labels, {a: b, b: a}.get(found.dim, found.dim))
 
 
-def _index(tracer: ChannelTracer, index: Any, source: Tensor, found: Channels, out: Tensor) -> Channels | None:
+def _index(known: ChannelLabels, index: Any, source: Tensor, found: Channels, out: Tensor) -> Channels | None:
     """Slices; along the channels a slice that cuts some off freezes them, one that keeps all does not."""
     items = list(index) if isinstance(index, tuple) else [index]
     if Ellipsis in [i for i in items if not isinstance(i, Tensor)]:
@@ -188,7 +186,7 @@ def _index(tracer: ChannelTracer, index: Any, source: Tensor, found: Channels, o
                 return None
             labels = found.labels[item]
             if len(labels) != len(found.labels) or item.step not in (None, 1):
-                tracer.freeze(found.labels, 'sliced at places fixed in code')
+                known.freeze(found.labels, 'sliced at places fixed in code')
             return Channels(labels, place)
         if isinstance(item, Tensor) and item.dim() == 1:
             place += 1  # a mask or a list of indices keeps its dimension
@@ -200,20 +198,20 @@ def _index(tracer: ChannelTracer, index: Any, source: Tensor, found: Channels, o
     return Channels(found.labels, place + found.dim - dim)
 
 
-def _assign(tracer: ChannelTracer, args: tuple[Any, ...], labelled: Labelled) -> bool:
+def _assign(known: ChannelLabels, args: tuple[Any, ...], labelled: Labelled) -> bool:
     """``target[rows] = value`` keeps channels together where only rows are chosen (torchvision's RoI pooling)."""
     target, index, value = args
-    found = tracer.channels(value) if isinstance(value, Tensor) else None
+    found = known.channels(value) if isinstance(value, Tensor) else None
     if found is None or found.dim == 0 or not isinstance(index, Tensor) or index.dim() != 1:
         return False
     if target.dim() != value.dim() or target.shape[1:] != value.shape[1:]:
         return False
-    have = tracer.channels(target)
+    have = known.channels(target)
     if have is not None:
         if have.dim != found.dim:
             return False
-        tracer.tie(have.labels, found.labels)
-    tracer.set_channels(target, have or found)
+        known.tie(have.labels, found.labels)
+    known.set_channels(target, have or found)
     return True
 
 

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from norton_timm.recipe import Recipe
 
-_logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 ENV = 'NORTON_TIMM_WEIGHTS'
 EXTENSIONS = ('.safetensors', '.pth', '.pt', '.pth.tar', '.bin')
@@ -66,7 +66,7 @@ def locate(
     names = [f'{variant}.{cfg.tag}'] if cfg.tag else [variant]
     found = find_file(names[0])
     if found is not None:
-        _logger.info('weights of %s: %s', names[0], found)
+        log.info('weights of %s: %s', names[0], found)
         return {**preprocessing_in(found), **overlay, 'file': str(found)}
     if cfg.has_weights:
         chosen = {key: getattr(cfg, key) for key in ('file', 'url') if getattr(cfg, key)}

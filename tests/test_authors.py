@@ -21,9 +21,9 @@ from authors_networks import (
 from torch import Tensor, nn
 
 import norton_timm.models  # noqa: F401
+from detection.weights import convert_detector_state_dict
 from norton_timm.authors import (
     convert_authors_checkpoint,
-    convert_detector_state_dict,
     rates_from_name,
     read_checkpoint,
 )

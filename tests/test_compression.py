@@ -13,7 +13,7 @@ from test_rcnn import SMALL, batch
 from torch import nn
 
 import norton_timm
-from detection.backbone import count_parameters
+from norton_timm.complexity import count_params
 from detection.checkpoint import detector_from_config, load_detector, save_checkpoint
 from detection.compression import compress_detector, recipe_spec
 from detection.config import RunConfig, config_from_dict
@@ -45,7 +45,7 @@ def equal(one: list[dict], other: list[dict], exactly: bool = True) -> None:
 def test_losses_gradients_and_a_step(task: str, recipe: str) -> None:
     model = build_detector(task, 'resnet18', recipe=recipe, **example(task)).train()
     dense = build_detector(task, 'resnet18', **example(task))
-    assert count_parameters(model) < count_parameters(dense)
+    assert count_params(model) < count_params(dense)
     assert isinstance(model.roi_heads.box_head.fc6, LowRankLinear)
     assert model.transform.min_size == dense.transform.min_size
     assert model.rpn._post_nms_top_n == dense.rpn._post_nms_top_n
@@ -102,7 +102,7 @@ def test_surviving_weights_of_a_trained_detector_stay(task: str) -> None:
         before = model(images)
         pruned = compress_detector(copy.deepcopy(model), spec).eval()
         after = pruned(images)
-    assert count_parameters(pruned) < count_parameters(model)
+    assert count_params(pruned) < count_params(model)
     assert pruned.backbone.out_channels == 16  # 12 of 32, rounded up to a multiple of 8
     equal(before, after, exactly=False)
 
@@ -118,7 +118,7 @@ def test_backbone_scope_is_the_same_as_compressing_the_backbone_alone() -> None:
     assert inside.feature_info.channels() == alone.feature_info.channels() == [230, 460, 614, 2048]
     for (name, ours), theirs in zip(inside.state_dict().items(), alone.state_dict().values()):
         assert torch.equal(ours, theirs), name
-    assert report.after.params == count_parameters(inside)
+    assert report.after.params == count_params(inside)
     assert whole.backbone.fpn.layer_blocks[0][0].out_channels == SMALL['fpn_channels']
     whole.train()(*batch())
 

@@ -10,7 +10,8 @@ import torch
 from torchvision.models import detection as tv
 from torchvision.ops import FrozenBatchNorm2d
 
-from detection.backbone import build_backbone, count_parameters, create_features
+from detection.backbone import build_backbone, create_features
+from norton_timm.complexity import count_params
 from detection.rcnn import build_detector
 
 SMALL = {
@@ -59,7 +60,7 @@ def batch(count: int = 2, side: int = 64) -> tuple[list[torch.Tensor], list[dict
 )
 def test_parameter_totals_are_the_published_ones(task: str, backbone: str, params: int) -> None:
     model = build_detector(task, backbone)
-    assert count_parameters(model) == params
+    assert count_params(model) == params
     assert all(p.requires_grad for p in model.parameters())
 
 

@@ -11,8 +11,9 @@ from _cli import FAILURE, INTERRUPTED, TERMINATED, Parser, fail, run
 from tqdm import tqdm
 
 from detection import demo, pipeline
+from norton_timm.distributed import choose_device
 from detection.predictor import Predictor
-from detection.rcnn import TASKS
+from detection.transforms import TASKS
 from detection.tracking import TRACKERS
 from detection.video import open_source
 from detection.video_writer import CODECS, VideoWriteError
@@ -48,7 +49,7 @@ def main() -> None:
     args = parser().parse_args()
     demo.check_options(args)
     options = {name: getattr(args, name) for name in demo.OPTIONS}
-    options['device'] = demo.choose_device(args.device)
+    options['device'] = choose_device(args.device or 'auto')
     if args.serve is not None:
         from detection.serve import serve  # needs the extra `web`
 

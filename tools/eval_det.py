@@ -23,7 +23,8 @@ def main() -> None:
     args = parser.parse_args()
 
     from detection.analysis import write_report
-    from detection.checkpoint import load_detector, write_text
+    from detection.checkpoint import load_detector
+    from norton_timm.files import write_text
     from detection.data import CocoDataset, find_data
     from detection.engine import evaluate
     from detection.evaluator import CocoEvaluator

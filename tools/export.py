@@ -34,7 +34,7 @@ def main() -> None:
         parser.error('--count and --size must be 1 or more')
 
     from norton_timm import deploy
-    from norton_timm.export import CHANNEL_MULTIPLES, exportable, format_of
+    from norton_timm.export import CHANNEL_MULTIPLES, format_of
     from norton_timm.export_check import export_checked, size_mb
     from norton_timm.export_tune import fastest_variant
     from norton_timm.files import write_text
@@ -47,17 +47,22 @@ def main() -> None:
         parser.error('--int8 quantises classifiers to .onnx or .xml only')
     model, images = _load(args)
     torch.set_grad_enabled(False)
-    example = [images[0][0]] if exportable(model) is not model else images[0]
+    detector = args.weights is not None and args.weights.suffix == '.pt'
+    example = [images[0][0]] if detector else images[0]
     try:
         model(example)
     except RuntimeError as error:
         raise ValueError(f'the network does not take these images: {error}') from error
     if args.no_deploy:
         source = model
-    elif exportable(model) is model and kind != 'pt2':
+    elif not detector and kind != 'pt2':
         source = fastest_variant(model, images[0], kind)
     else:
         source = deploy(model, example, channel_multiple=CHANNEL_MULTIPLES[kind])
+    if detector:
+        from detection.detector_export import exportable
+
+        source, model = exportable(source), exportable(model)
     agreement = export_checked(source, args.output, images, model, args.int8)
     print(f'wrote {args.output}: {size_mb(args.output):.1f} MB{", int8" if args.int8 else ""}')
     print(agreement)

@@ -19,7 +19,7 @@ def detector_checkpoint(path: Path) -> dict[str, Any]:
     from detection.checkpoint import detector_from_config
     from detection.config import load_config
     from detection.draw import COCO_SKELETON
-    from norton_timm.authors import convert_detector_state_dict
+    from detection.weights import convert_detector_state_dict
 
     state, backbone = convert_detector_state_dict(path)
     cfg = backbone.pretrained_cfg

@@ -9,8 +9,9 @@ from timm.models import PretrainedCfg, build_model_with_cfg, get_arch_pretrained
 from timm.models._manipulate import adapt_input_conv
 from torch import Tensor, nn
 
-from norton_timm import weights
+from norton_timm.authors import convert_state_dict
 from norton_timm.layers import CPDConv2d
+from norton_timm.weights import locate
 
 
 def build(model_cls: Callable[..., nn.Module], variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
@@ -24,7 +25,7 @@ def build(model_cls: Callable[..., nn.Module], variant: str, pretrained: bool, *
     """
     tag_of(variant, kwargs.get('pretrained_cfg'))
     if pretrained:
-        overlay = weights.locate(
+        overlay = locate(
             variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'), kwargs.get('cache_dir')
         )
         kwargs['pretrained_cfg_overlay'] = overlay
@@ -55,8 +56,6 @@ def adapt_state_dict(state_dict: dict[str, Tensor], model: nn.Module) -> dict[st
     A decomposed stem is adapted to another number of image channels as timm adapts a dense one: the factor of the
     input mode is summed or repeated, which does the same to the kernel.
     """
-    from norton_timm.authors import convert_state_dict
-
     converted = convert_state_dict(state_dict, model)
     stem = next(((n, m) for n, m in model.named_modules() if isinstance(m, (nn.Conv2d, CPDConv2d))), None)
     if stem is not None and isinstance(stem[1], CPDConv2d):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -89,6 +90,28 @@ class DenseNetCifar(CifarNet):
         self.feature_info.append(dict(num_chs=chs, reduction=4, module='relu'))
         self.num_features = chs
         self._finish([*body, 'bn', 'relu'], global_pool, **dd)
+
+    @torch.jit.ignore
+    def rate_layout(self) -> list[list[str]]:
+        """Stem (never pruned), the layers of block 1, transition 1, block 2, transition 2, block 3."""
+        entries: list[list[str]] = [[]]
+        for stage in (1, 2, 3):
+            entries += [[f'dense{stage}.{j}.conv1'] for j in range(len(getattr(self, f'dense{stage}')))]
+            if stage < 3:
+                entries.append([f'trans{stage}.conv1'])
+        return entries
+
+    @torch.jit.ignore
+    def follow_rates(self, widths: dict[str, int], rates: Sequence[float]) -> None:
+        """Set the widths of the transitions: each keeps a share of the channels that reach it."""
+        chs = self.conv1.out_channels
+        for entry, names in enumerate(self.rate_layout()):
+            for name in names:
+                if name.startswith('dense'):
+                    chs += widths[name]
+                    continue
+                rate = rates[entry] if entry < len(rates) else 0.0
+                chs = widths[name] = int(chs * (1 - rate))
 
     def forward_features(self, x: Tensor) -> Tensor:
         x = self.conv1(x)

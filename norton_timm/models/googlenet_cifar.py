@@ -93,6 +93,14 @@ class GoogLeNetCifar(CifarNet):
         self.num_features = chs
         self._finish(body, global_pool, **dd)
 
+    @torch.jit.ignore
+    def rate_layout(self) -> list[list[str]]:
+        """Stem (never pruned); per inception block its 3x3 convolutions, in the last one only the inner one."""
+        inner = ('branch3x3.3', 'branch5x5.3', 'branch5x5.6')
+        entries = [[f'{name}.{conv}' for conv in inner] for name in BLOCKS]
+        entries[-1] = [f'{list(BLOCKS)[-1]}.branch5x5.3']
+        return [[], *entries]
+
     def forward_features(self, x: Tensor) -> Tensor:
         x = self.pre_layers(x)
         if self.grad_checkpointing and not torch.jit.is_scripting():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -76,6 +77,31 @@ class MobileNetV2Cifar(CifarNet):
         self.features = nn.Sequential(*layers)
         self.num_features = 1280
         self._finish(['features'], global_pool, **dd)
+
+    @torch.jit.ignore
+    def rate_layout(self) -> list[list[str]]:
+        """Stem (never pruned); per stage the outputs of its blocks."""
+        entries: list[list[str]] = [[]]
+        first = 1
+        for _, _, blocks, _ in STAGES:
+            entries.append([self._projection(i) for i in range(first, first + blocks)])
+            first += blocks
+        return entries
+
+    @torch.jit.ignore
+    def follow_rates(self, widths: dict[str, int], rates: Sequence[float]) -> None:
+        """Set the widths of the expansions: each is a multiple of its block's input."""
+        index, chs = 1, self.features[0][0].out_channels
+        for expansion, _, blocks, _ in STAGES:
+            for _ in range(blocks):
+                if expansion != 1:
+                    widths[f'features.{index}.conv.0'] = chs * expansion
+                chs = widths[self._projection(index)]
+                index += 1
+
+    @torch.jit.ignore
+    def _projection(self, index: int) -> str:
+        return f'features.{index}.conv.{len(self.features[index].conv) - 2}'
 
     def forward_features(self, x: Tensor) -> Tensor:
         if self.grad_checkpointing and not torch.jit.is_scripting():

@@ -88,6 +88,14 @@ class ResNetCifar(CifarNet):
         self.num_features = chs
         self._finish(['conv1', 'bn1', 'act1', 'layer1', 'layer2', 'layer3'], global_pool, **dd)
 
+    @torch.jit.ignore
+    def rate_layout(self) -> list[list[str]]:
+        """Stem; outputs of stages 1 and 2 (the last is never pruned); inner width of every block."""
+        counts = [len(getattr(self, f'layer{i}')) for i in (1, 2, 3)]
+        outputs = [[f'layer{i}.{j}.conv2' for j in range(counts[i - 1])] for i in (1, 2)]
+        inner = [[f'layer{i}.{j}.conv1'] for i, n in enumerate(counts, 1) for j in range(n)]
+        return [['conv1'], *outputs, *inner]
+
     def forward_features(self, x: Tensor) -> Tensor:
         x = self.act1(self.bn1(self.conv1(x)))
         if self.grad_checkpointing and not torch.jit.is_scripting():

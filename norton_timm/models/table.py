@@ -12,9 +12,9 @@ import timm
 import torch
 from torch import nn
 
-from norton_timm import weights
 from norton_timm.bases import base_name
 from norton_timm.complexity import count
+from norton_timm.weights import SHIPPED, find_file
 from norton_timm.models._compressed import published_accuracy, spec_of, tags
 
 _TITLES = {
@@ -116,9 +116,9 @@ def _recipe(name: str, base: str) -> tuple[int | None, str]:
 
 
 def _weights_source(name: str) -> str:
-    found = weights.find_file(name)
+    found = find_file(name)
     if found is not None:
-        return 'shipped' if found.parent == weights.SHIPPED else str(found)
+        return 'shipped' if found.parent == SHIPPED else str(found)
     cfg = timm.get_pretrained_cfg(name, allow_unregistered=False)
     for key, text in (('hf_hub_id', 'hub'), ('url', 'url'), ('file', 'file')):
         if getattr(cfg, key):

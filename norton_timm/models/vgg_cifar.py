@@ -123,6 +123,11 @@ class VGGCifar(CifarNet):
                 layers = []
         return segments + ([nn.Sequential(*layers)] if layers else [])
 
+    @torch.jit.ignore
+    def rate_layout(self) -> list[list[str]]:
+        """One entry per convolution, in order."""
+        return [[f'features.{name}'] for name, _ in self.features.named_children() if name.startswith('conv')]
+
     def forward_features(self, x: Tensor) -> Tensor:
         if self.grad_checkpointing and not torch.jit.is_scripting():
             return checkpoint_seq(self._segments(), x)

@@ -90,7 +90,7 @@ _PICTURE = st.one_of(
 
 def _picture(data: bytes, folder: Path) -> None:
     """Every reader of pictures; each may refuse, none may do anything else."""
-    from detection.data import read_rgb
+    from detection.decode import read_picture
     from detection.decode import decode_rgb
     from detection.doctor import _image
     from detection.video import ImageSource
@@ -101,7 +101,7 @@ def _picture(data: bytes, folder: Path) -> None:
     path.write_bytes(data)
     _image(folder, {'file_name': 'a.jpg', 'width': 32, 'height': 24})
     readers = (
-        lambda p: read_rgb(p).shape,
+        lambda p: read_picture(p, oriented=False).shape,
         lambda p: decode_rgb(data, 'x', oriented=True, most_pixels=10**6),
         lambda p: [f.image for f in ImageSource([p], 'x')],
         lambda p: read_images([p], (8, 8)),

@@ -17,7 +17,8 @@ from detection.annotations import load_coco
 from detection.checkpoint import load_checkpoint, load_detector
 from detection.config import config_from_dict
 from detection.config import load_config as detection_config
-from detection.data import CocoDataset, read_rgb
+from detection.data import CocoDataset
+from detection.decode import read_picture
 from detection.decode import decode_rgb
 from detection.doctor import check_data
 from detection.evaluator import CocoEvaluator
@@ -179,14 +180,14 @@ def test_a_pipe_is_no_picture(tmp_path: Path) -> None:
     (tmp_path / 'b.jpg').symlink_to('/dev/zero')
     for name in ('a.jpg', 'b.jpg'):
         with pytest.raises(ValueError, match='not a plain file'):
-            read_rgb(tmp_path / name)
+            read_picture(tmp_path / name, oriented=False)
 
 
 @pytest.mark.parametrize('data', [png_of(60_000, 60_000), png_of(30_000, 30_000, data=bytes(2**20))])
 def test_a_small_file_of_many_pixels_is_not_decoded(data: bytes, tmp_path: Path) -> None:
     (tmp_path / 'a.png').write_bytes(data)
     with pytest.raises(ValueError, match=r'pixels, expected at most|that are no'):
-        read_rgb(tmp_path / 'a.png')
+        read_picture(tmp_path / 'a.png', oriented=False)
     with pytest.raises(ValueError, match=r'pixels, expected at most|that are no'):
         decode_rgb(data, 'a picture', oriented=True, most_pixels=4096 * 4096)
 
@@ -207,7 +208,7 @@ def test_postscript_under_another_name_is_not_run(tmp_path: Path) -> None:
     Image.new('RGB', (32, 24)).save(stream, 'EPS')
     path.write_bytes(stream.getvalue())
     with pytest.raises(ValueError, match='no JPEG'):
-        read_rgb(path)
+        read_picture(path, oriented=False)
 
 
 def test_an_archive_of_one_huge_member_is_refused_before_it_is_unpacked(tmp_path: Path) -> None:
