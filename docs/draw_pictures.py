@@ -13,7 +13,8 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from norton_timm import cp_decompose, filter_distance, hosvd, select_filters
+from norton_timm import cp_decompose, filter_distance, select_filters
+from norton_timm.tensors import hosvd
 
 IMAGES = Path(__file__).parent / 'images'
 BLUE, ORANGE, GREEN = '#4c78d8', '#e8743b', '#2fa37c'

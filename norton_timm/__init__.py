@@ -1,26 +1,25 @@
 """NORTON and CORING: filter-wise compression of convolutional networks, for timm.
 
-``import norton_timm`` registers the compressed networks with timm.
+``import norton_timm`` registers the compressed networks with timm. What they do not need is imported when it is asked
+for.
 """
 
-from norton_timm.authors import convert_authors_checkpoint
-from norton_timm.budget import find_spec
-from norton_timm.checkpoint import load, save, save_folder
-from norton_timm.complexity import Complexity, count
-from norton_timm.compress import compress, reshape
-from norton_timm.cp import CPFactors, cp_decompose
-from norton_timm.deploy import deploy, deployment_report
-from norton_timm.forms import tune_forms
-from norton_timm.hosvd import hosvd
-from norton_timm.layers import CPDConv2d, set_form
-from norton_timm.report import CompressionReport
-from norton_timm.report_html import to_html, write_html
-from norton_timm.saliency import filter_distance, select_filters
-from norton_timm.spec import CompressionSpec
-from norton_timm.tradeoff import TradeOffPoint, trade_off
-from norton_timm.tradeoff_plot import plot_trade_off
+from __future__ import annotations
 
-from norton_timm import models  # isort: skip  (registers with timm; needs all of the above)
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from norton_timm import models
+from norton_timm.checkpoints import load, save, save_folder
+from norton_timm.compression import CompressionReport, CompressionSpec, compress, reshape, to_html, write_html
+from norton_timm.layers import CPDConv2d, set_form
+from norton_timm.models import convert_authors_checkpoint
+from norton_timm.profiling import Complexity, count
+from norton_timm.tensors import CPFactors, cp_decompose, filter_distance, hosvd, select_filters
+
+if TYPE_CHECKING:
+    from norton_timm.inference import deploy, deployment_report, tune_forms
+    from norton_timm.search import TradeOffPoint, find_spec, plot_trade_off, trade_off
 
 __version__ = '0.1.0'
 
@@ -53,3 +52,18 @@ __all__ = [
     'tune_forms',
     'write_html',
 ]
+
+_LAZY = {
+    **dict.fromkeys(('deploy', 'deployment_report', 'tune_forms'), 'norton_timm.inference'),
+    **dict.fromkeys(('TradeOffPoint', 'find_spec', 'plot_trade_off', 'trade_off'), 'norton_timm.search'),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, '__version__'])

@@ -31,7 +31,7 @@ def states(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
 
 
 if __name__ == '__main__':
-    from norton_timm.checkpoint import load
+    from norton_timm.checkpoints.file import load
 
     path, inputs, target, threads = sys.argv[1:]
     torch.set_num_threads(int(threads))

@@ -10,9 +10,9 @@ import torch
 import torchvision
 from torch import nn
 
-from norton_timm.groups import ChannelGraph
-from norton_timm.layers import CPDConv2d
-from norton_timm.shortcut import ChannelMap
+from norton_timm.graph.groups import ChannelGraph
+from norton_timm.layers.channel_map import ChannelMap
+from norton_timm.layers.cpd_conv import CPDConv2d
 
 QUICK = [
     'resnet18', 'seresnet50', 'regnety_008', 'densenet121', 'mobilenetv2_100', 'res2net50_26w_4s', 'ghostnet_100',

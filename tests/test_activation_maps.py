@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import norton_timm
-from norton_timm.activation_maps import compare_looks, look, match_channels, stage_names
+from norton_timm.studies.activation_maps import compare_looks, look, match_channels, stage_names
 
 pytest.importorskip('pytorch_grad_cam', reason='class-activation maps need the extra `visualize`')
 

@@ -10,12 +10,12 @@ import torch
 from families import build, images, relative_error
 from torch import nn
 
-from detection.benchmark import build as build_detector
-from norton_timm import deploy
-from norton_timm.align import align_channels
-from norton_timm.complexity import count
-from norton_timm.deploy import deployment_report
-from norton_timm.layers import CPDConv2d
+from detection.studies.networks import _build as build_detector
+from norton_timm.graph.widen import align_channels
+from norton_timm.inference import deploy
+from norton_timm.inference.deploy import deployment_report
+from norton_timm.layers.cpd_conv import CPDConv2d
+from norton_timm.profiling.complexity import count
 
 
 def give_statistics(model: nn.Module) -> nn.Module:

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from detection.analysis import ImageErrors, draw_errors, image_errors, mean_curves, write_report
-from detection.data import CocoDataset
-from detection.evaluator import CocoEvaluator
+from detection.data.coco import CocoDataset
+from detection.evaluation.analysis import ImageErrors, draw_errors, image_errors, mean_curves, write_report
+from detection.evaluation.coco_metrics import CocoEvaluator
 
 # id: category, x, y, width, height, crowd
 OBJECTS = {

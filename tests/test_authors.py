@@ -21,14 +21,11 @@ from authors_networks import (
 from torch import Tensor, nn
 
 import norton_timm.models  # noqa: F401
-from detection.weights import convert_detector_state_dict
-from norton_timm.authors import (
-    convert_authors_checkpoint,
-    rates_from_name,
-    read_checkpoint,
-)
-from norton_timm.layers import CPDConv2d
-from norton_timm.spec import parse_rates
+from detection.rcnn.restore import convert_detector_state_dict
+from norton_timm.checkpoints.keys import rates_from_name, read_checkpoint
+from norton_timm.compression.spec import parse_rates
+from norton_timm.layers.cpd_conv import CPDConv2d
+from norton_timm.models.authors import convert_authors_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 R078 = '[0.]+[0.1]*2+[0.4]*5+[0.75]*12'
@@ -230,8 +227,8 @@ def test_import_tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_import_tool_on_a_detector(tmp_path: Path) -> None:
-    from detection.checkpoint import load_detector
-    from detection.rcnn import build_detector
+    from detection.rcnn.build import build_detector
+    from detection.training.checkpoint import load_detector
 
     theirs = settle(ImageNetResNet50(parse_rates(R078), 1))
     state = {k: v for k, v in build_detector('box').state_dict().items() if not k.startswith('backbone.body.')}

@@ -12,19 +12,20 @@ import torch
 from families import build
 from torch import nn
 
-from norton_timm import sensitivity
-from norton_timm.budget import Budget, find_spec, rate_for
-from norton_timm.complexity import count
-from norton_timm.compress import compress
-from norton_timm.cost import CostModel
-from norton_timm.groups import ChannelGraph
-from norton_timm.layers import CPDConv2d
-from norton_timm.measure import MEGABYTE, latencies, peak_memory
+from norton_timm.compression.compress import compress
+from norton_timm.compression.plan import plan_pruning, plan_ranks
+from norton_timm.compression.spec import CompressionSpec
+from norton_timm.graph.groups import ChannelGraph
+from norton_timm.layers.cpd_conv import CPDConv2d
 from norton_timm.models.resnet_cifar import ResNetCifar
-from norton_timm.plan import plan_pruning, plan_ranks
-from norton_timm.sensitivity import layer_errors, weighted_nmse
-from norton_timm.spec import CompressionSpec
-from norton_timm.tradeoff import trade_off, trade_off_of
+from norton_timm.profiling.complexity import count
+from norton_timm.profiling.memory import MEGABYTE, peak_memory
+from norton_timm.profiling.timing import latencies
+from norton_timm.search import sensitivity
+from norton_timm.search.budget import Budget, find_spec, rate_for
+from norton_timm.search.cost import CostModel
+from norton_timm.search.sensitivity import layer_errors, weighted_nmse
+from norton_timm.search.trade_off import trade_off, trade_off_of
 
 SIZE = {'mobilenetv2_050': 64, 'regnety_002': 64, 'densenet40_cifar': 32, 'resnet20_cifar': 32}
 

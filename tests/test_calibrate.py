@@ -13,11 +13,12 @@ import torch
 from families import build, images, relative_error
 from torch import nn
 
-from norton_timm import CompressionSpec, CPDConv2d, compress
-from norton_timm.calibrate import reestimate_batch_norm, refit
-from norton_timm.dense import dense_model
-from norton_timm.image_data import ArrayData, Preprocessing
-from norton_timm.image_sources import read_archive
+from norton_timm import CompressionSpec, CPDConv2d
+from norton_timm.compression import compress
+from norton_timm.compression.repair import reestimate_batch_norm, refit
+from norton_timm.models.dense import dense_model
+from norton_timm.training.data import ArrayData, Preprocessing
+from norton_timm.training.sources import read_archive
 
 
 class Chain(nn.Module):

@@ -24,8 +24,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from norton_timm import CompressionSpec, CPDConv2d, compress, reshape
-from norton_timm.checkpoint import load, read_metadata, save, save_folder
+from norton_timm import CompressionSpec, CPDConv2d, reshape
+from norton_timm.checkpoints.file import load, read_metadata, save, save_folder
+from norton_timm.compression import compress
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = [*QUICK, *SLOW]
@@ -238,7 +239,9 @@ def test_save_refuses_what_load_could_not_build(small, tmp_path):
 def test_a_failed_write_leaves_the_old_file(small, tmp_path, monkeypatch):
     path = tmp_path / 'm.safetensors'
     path.write_bytes(b'old')
-    monkeypatch.setattr('norton_timm.checkpoint.save_file', lambda *a: (_ for _ in ()).throw(OSError('disk full')))
+    monkeypatch.setattr(
+        'norton_timm.checkpoints.file.save_file', lambda *a: (_ for _ in ()).throw(OSError('disk full'))
+    )
     with pytest.raises(OSError, match='disk full'):
         save(small[0], path)
     assert path.read_bytes() == b'old' and list(tmp_path.iterdir()) == [path]

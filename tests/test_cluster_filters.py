@@ -12,7 +12,7 @@ import pytest
 import torch
 from sklearn.metrics import adjusted_rand_score
 
-from norton_timm.clustering import LEVELS, compare, draw_filters, kmeans, representation
+from norton_timm.studies.clustering import LEVELS, compare_clusterings, draw_filters, kmeans, representation
 
 TOOL = Path(__file__).resolve().parents[1] / 'tools' / 'cluster_filters.py'
 
@@ -49,7 +49,7 @@ def test_well_separated_clusters_are_found(method: str) -> None:
 
 
 def test_comparison_is_reproducible() -> None:
-    one, two = (compare('normal', 2, seed=3, starts=3, satellites=20) for _ in range(2))
+    one, two = (compare_clusterings('normal', 2, seed=3, starts=3, satellites=20) for _ in range(2))
     assert one == two and set(one) == {'tensor', 'matrix'}
     assert all(0.2 < score <= 1 for score in one.values())
 

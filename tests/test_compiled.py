@@ -11,8 +11,8 @@ from families import relative_error
 from torch import nn
 from torch._dynamo.utils import counters
 
-from norton_timm import deploy, fuse
-from norton_timm.compiled import _with_products, compiled, compiled_ahead
+from norton_timm.inference import deploy, fuse
+from norton_timm.inference.compiled import _with_products, compiled, compiled_ahead
 
 pytestmark = [
     pytest.mark.skipif(not shutil.which('g++'), reason='torch.compile needs a C++ compiler'),
@@ -61,7 +61,7 @@ def test_matrix_products_compute_what_the_convolutions_do(fused):
     torch.manual_seed(0)
     for model in (Block().eval(), nn.Sequential(nn.Conv2d(8, 4, 1, 2), nn.ReLU()).eval()):
         x = torch.randn(2, 8, 5, 6)
-        network = fuse.fuse(model)[0] if fused else model
+        network = fuse.fuse_network(model)[0] if fused else model
         products = _with_products(network)
         assert not any(isinstance(m, nn.Conv2d) for m in products.modules())
         torch.testing.assert_close(products(x), model(x), rtol=1e-4, atol=1e-5)

@@ -17,8 +17,9 @@ from torch import nn
 from torchvision.models import detection
 
 import norton_timm
-from norton_timm import CompressionSpec, CPDConv2d, compress, count, reshape
-from norton_timm.groups import ChannelGraph
+from norton_timm import CompressionSpec, CPDConv2d, count, reshape
+from norton_timm.compression import compress
+from norton_timm.graph.groups import ChannelGraph
 
 R078 = CompressionSpec(rank=1, rates='[0.]+[0.1]*2+[0.4]*5+[0.75]*12')
 SIZES = (5_885_736, 899_619_808)  # parameters and MACs at 224 pixels

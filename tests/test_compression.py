@@ -13,17 +13,19 @@ from test_rcnn import SMALL, batch
 from torch import nn
 
 import norton_timm
-from norton_timm.complexity import count_params
-from detection.checkpoint import detector_from_config, load_detector, save_checkpoint
-from detection.compression import compress_detector, recipe_spec
-from detection.config import RunConfig, config_from_dict
-from detection.rcnn import TASKS, build_detector
-from norton_timm import CompressionSpec, CPDConv2d, compress
-from norton_timm.groups import ChannelGraph
-from norton_timm.low_rank import LowRankLinear
-from norton_timm.plan import plan_pruning
-from norton_timm.rebuild import surgery_of
-from norton_timm.settings import ConfigError
+from detection.rcnn.build import build_detector
+from detection.rcnn.compression import compress_detector, recipe_spec
+from detection.tasks import TASKS
+from detection.training.checkpoint import detector_from_config, load_detector, save_checkpoint
+from detection.training.config import RunConfig, config_from_dict
+from norton_timm import CompressionSpec, CPDConv2d
+from norton_timm.checkpoints.rebuild import surgery_of
+from norton_timm.compression import compress
+from norton_timm.compression.plan import plan_pruning
+from norton_timm.graph.groups import ChannelGraph
+from norton_timm.layers.low_rank import LowRankLinear
+from norton_timm.profiling.complexity import count_params
+from norton_timm.utils.config import ConfigError
 
 META = {'num_classes': 3, 'num_keypoints': 17}
 NAMES = {'class_names': ['__background__', 'cup', 'dog'], 'label_to_category': {1: 1, 2: 2}, 'skeleton': []}

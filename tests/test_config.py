@@ -8,8 +8,8 @@ import pytest
 import timm
 import yaml
 
-from detection.config import RunConfig, config_from_dict, load_config
-from norton_timm.settings import ConfigError
+from detection.training.config import RunConfig, config_from_dict, load_config
+from norton_timm.utils.config import ConfigError
 
 CONFIGS = sorted((Path(__file__).resolve().parents[1] / 'configs' / 'detection').glob('*.yaml'))
 

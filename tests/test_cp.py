@@ -10,10 +10,9 @@ import torch
 from tensorly.decomposition import parafac
 from torch import Tensor
 
-from norton_timm import cp_solvers
-from norton_timm.cp import CPFactors, cp_decompose, cp_reconstruct
-from norton_timm.cp_algebra import compress_input_mode
-from norton_timm.cp_als import als
+from norton_timm.tensors import cp_solvers
+from norton_timm.tensors.cp import CPFactors, cp_decompose, cp_reconstruct
+from norton_timm.tensors.cp_iterations import als, compress_input_mode
 
 
 def low_rank(
@@ -248,7 +247,7 @@ def test_half_precision_weights() -> None:
 def test_chunks_do_not_change_the_result(monkeypatch) -> None:
     weight = torch.randn(9, 8, 3, 3, dtype=torch.float64)
     whole = cp_decompose(weight, 2)
-    monkeypatch.setattr('norton_timm.cp._CHUNK', 2 * 8 * 9)
+    monkeypatch.setattr('norton_timm.tensors.cp._CHUNK', 2 * 8 * 9)
     for x, y in zip(whole, cp_decompose(weight, 2)):
         torch.testing.assert_close(x, y)
 

@@ -15,11 +15,12 @@ from pycocotools.coco import COCO
 from torch.utils.data import DataLoader
 from torchvision.models.detection import fasterrcnn_mobilenet_v3_large_320_fpn
 
-from detection.annotations import find_annotations, load_coco, mirror_indices
-from detection.data import CocoDataset, collate, find_data
-from detection.figures import KEYPOINT_NAMES
-from detection.sample import write_sample
-from detection.transforms import TASKS, build_transforms
+from detection.data.annotations import find_annotations, load_coco, mirror_indices
+from detection.data.coco import CocoDataset, collate, find_data
+from detection.data.figures import KEYPOINT_NAMES
+from detection.data.sample import write_sample
+from detection.data.transforms import build_transforms
+from detection.tasks import TASKS
 
 
 @pytest.fixture(scope='module')
@@ -243,7 +244,9 @@ def test_find_data_prefers_the_path_then_data_coco_then_the_sample(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sample: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr('detection.data.ensure_sample', lambda root: write_sample(root, train=1, val=1, size=(64, 64)))
+    monkeypatch.setattr(
+        'detection.data.coco.ensure_sample', lambda root: write_sample(root, train=1, val=1, size=(64, 64))
+    )
     assert find_data(sample).root == sample
     drawn = find_data(None)
     assert drawn.root == Path('data/sample') and 'sample' in drawn.name

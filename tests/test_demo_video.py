@@ -17,13 +17,13 @@ import numpy as np
 import pytest
 import torch
 
-from detection import demo
-from detection.checkpoint import detector_from_config, save_checkpoint
-from detection.config import config_from_dict
-from detection.draw import color_of
-from detection.sample import draw_frames
-from detection.video import open_source
-from detection.video_writer import VideoWriter
+from detection.data.sample import draw_frames
+from detection.demo import demo
+from detection.demo.video import open_source
+from detection.demo.video_writer import VideoWriter
+from detection.training.checkpoint import detector_from_config, save_checkpoint
+from detection.training.config import config_from_dict
+from detection.visual.draw import color_of
 
 TOOL = Path(__file__).parents[1] / 'tools' / 'demo_video.py'
 RANDOM = ['--random-weights', '--backbone', 'resnet18', '--imgsz', '64', '--device', 'cpu']

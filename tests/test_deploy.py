@@ -19,19 +19,19 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 
 import norton_timm
 from detection import build_detector
-from norton_timm import packed
-from norton_timm.deploy import relative_difference
-from norton_timm.export import exportable
-from norton_timm.export_check import compare
-from norton_timm.fixed import FIXED_FORMS
-from norton_timm.fold import NORMS, fold_batch_norm
-from norton_timm.layers import CPDConv2d, set_form
+from detection.rcnn import exportable
+from norton_timm.inference import onednn as packed
+from norton_timm.inference.deploy import relative_difference
+from norton_timm.inference.export_check import compare_outputs
+from norton_timm.inference.fold import FOLDED_NORMS, fold_batch_norm
+from norton_timm.inference.forms import FIXED_FORMS
+from norton_timm.layers.cpd_conv import CPDConv2d, set_form
 
 SPEC = norton_timm.CompressionSpec(rank=2, rates=0.25)
 
 
 def norms(model: nn.Module) -> int:
-    return sum(type(m) in NORMS for m in model.modules())
+    return sum(type(m) in FOLDED_NORMS for m in model.modules())
 
 
 def matter(norm: nn.Module) -> nn.Module:
@@ -289,13 +289,13 @@ def test_whole_detectors_keep_their_detections(task):
     options = {'num_classes': 2, 'min_size': 96, 'keypoint_layers': (32,), 'box_detections_per_img': 20}
     model = build_detector(task, 'norton_resnet18.r050', **options).eval()
     for module in model.modules():
-        if type(module) in NORMS:
+        if type(module) in FOLDED_NORMS:
             matter(module)
     x = [torch.rand(3, 96, 128, generator=torch.Generator().manual_seed(1))]
     deployed = norton_timm.deploy(model, x, autotune=False)
     report = norton_timm.deployment_report(deployed)
     assert norms(model) and not report.norms_left and report.forms
-    agreement = compare(exportable(model), exportable(deployed), [x[0][None]])
+    agreement = compare_outputs(exportable(model), exportable(deployed), [x[0][None]], exportable(model).agreement())
     assert agreement.detections == 20 and agreement.problem() is None
 
 

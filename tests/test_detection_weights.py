@@ -1,4 +1,4 @@
-"""detection/weights.py: whole detectors to start from, of our own runs and of torchvision's, and files that are not."""
+"""rcnn/restore.py: whole detectors to start from, of our own runs and of torchvision's, and files that are not."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import torchvision
 from torch import nn
 from torchvision.ops.misc import FrozenBatchNorm2d
 
-from detection.rcnn import build_detector
-from detection.weights import detector_content, detector_tensors, start_from
+from detection.rcnn.build import build_detector
+from detection.rcnn.restore import detector_content, detector_tensors, start_from
 
 SMALL = {'num_classes': 3, 'fpn_channels': 16, 'box_head': 32, 'min_size': 64}
 

@@ -1,4 +1,4 @@
-"""detector_parts.py: what exporters trace is equal to what torchvision computes."""
+"""rcnn/export.py: what exporters trace is equal to what torchvision computes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torchvision.models.detection import roi_heads
 from torchvision.ops import batched_nms
 from torchvision.ops import boxes as box_ops
 
-from norton_timm.detector_parts import nms_by_class, paste_masks, without_branches
+from detection.rcnn.export import nms_by_class, paste_masks, without_branches
 
 
 def boxes_in(width: float, height: float, count: int) -> torch.Tensor:

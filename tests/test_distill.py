@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import norton_timm.models  # noqa: F401
-from norton_timm.distill import Distillation, recorded, shared_features
-from norton_timm.train_config import DistillConfig
+from norton_timm.training.config import DistillConfig
+from norton_timm.training.distill import Distillation, recorded, shared_features
 
 
 class Fixed(nn.Module):

@@ -11,10 +11,10 @@ import cv2
 import numpy as np
 import pytest
 
-from detection.data import CocoDataset
-from detection.doctor import check_data
-from detection.sample import write_sample
-from detection.transforms import TASKS
+from detection.data.coco import CocoDataset
+from detection.data.doctor import check_data
+from detection.data.sample import write_sample
+from detection.tasks import TASKS
 
 Content = dict[str, Any]
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from detection.draw import color_of, draw_caption, draw_detections, grid, line_width, side_by_side
+from detection.visual.draw import color_of, draw_caption, draw_detections, grid, line_width, side_by_side
 
 NAMES = ['__background__', 'person', 'dog']
 

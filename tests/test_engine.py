@@ -9,15 +9,24 @@ from pathlib import Path
 import pytest
 import torch
 
-from detection.checkpoint import describe, detector_from_config, load_checkpoint, save_checkpoint, save_latest
-from detection.config import OptimConfig, RunConfig, config_from_dict, load_config
-from detection.data import CocoDataset, Draw
-from detection.engine import Trainer, evaluate, load_detector
-from detection.evaluator import IOU_TYPES
-from detection.loader import BatchStream, eval_loader, train_loader, training_sets
-from detection.optim import build_optimizer, learning_rate
-from detection.report import format_table
-from detection.sample import write_sample
+from detection.data.coco import CocoDataset, Draw
+from detection.data.loader import eval_loader
+from detection.data.sample import write_sample
+from detection.evaluation.coco_metrics import IOU_TYPES
+from detection.evaluation.loop import evaluate_detector
+from detection.training.checkpoint import (
+    describe_data,
+    detector_from_config,
+    load_checkpoint,
+    load_detector,
+    save_checkpoint,
+    save_latest,
+)
+from detection.training.config import OptimConfig, RunConfig, config_from_dict, load_config
+from detection.training.engine import DetectorTrainer
+from detection.training.loader import BatchStream, train_loader, training_sets
+from detection.training.optim import build_optimizer, learning_rate
+from detection.training.report import format_table
 
 CPU = torch.device('cpu')
 
@@ -48,11 +57,11 @@ def settings(task: str = 'box', data: dict | None = None, **optim) -> RunConfig:
     )
 
 
-def trainer(config: RunConfig, root: Path, output: Path) -> Trainer:
+def trainer(config: RunConfig, root: Path, output: Path) -> DetectorTrainer:
     train_set, val_set = training_sets(config, root)
     torch.manual_seed(config.seed)
-    model = detector_from_config(config, describe(train_set, config.task))
-    return Trainer(config, model, train_set, val_set, output, device=CPU, progress=False)
+    model = detector_from_config(config, describe_data(train_set, config.task))
+    return DetectorTrainer(config, model, train_set, val_set, output, device=CPU, progress=False)
 
 
 def rows(output: Path) -> list[dict]:
@@ -72,7 +81,7 @@ def test_each_task_trains_evaluates_and_comes_back_from_its_file(task: str, samp
     assert (meta['task'], meta['iteration'], meta['results']) == (task, 2, results)
     assert meta['class_names'] == run.train_set.class_names
     assert not model.training
-    again = evaluate(model, run.val_set, device=CPU, progress=False)
+    again = evaluate_detector(model, run.val_set, device=CPU, progress=False)
     for kind, figures in results.items():  # memory layouts differ, hence not to the last digit
         assert again[kind] == pytest.approx(figures, abs=1e-3)
 
@@ -262,10 +271,10 @@ def test_batches_take_each_image_once_and_can_start_anywhere(monkeypatch: pytest
     stream.set_epoch(0, start=4)
     assert list(stream) == epochs[0][4:]
 
-    monkeypatch.setattr('detection.loader.world_size', lambda: 2)
+    monkeypatch.setattr('detection.training.loader.world_size', lambda: 2)
     shares = []
     for r in (0, 1):
-        monkeypatch.setattr('detection.loader.rank', lambda r=r: r)
+        monkeypatch.setattr('detection.training.loader.rank', lambda r=r: r)
         shares.append(list(BatchStream(groups, 2, seed=5)))
     assert [a + b for a, b in zip(*shares)] == epochs[0]  # two processes do together what one does
 
@@ -306,10 +315,10 @@ def test_keypoints_are_paired_as_configured(sample: Path) -> None:
 
 def test_processes_share_the_evaluation_without_overlap(sample: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = CocoDataset(sample, 'train', 'box')
-    monkeypatch.setattr('detection.loader.world_size', lambda: 3)
+    monkeypatch.setattr('detection.training.loader.world_size', lambda: 3)
     seen = []
     for r in range(3):
-        monkeypatch.setattr('detection.loader.rank', lambda r=r: r)
+        monkeypatch.setattr('detection.training.loader.rank', lambda r=r: r)
         seen += [t['image_id'] for _, targets in eval_loader(dataset, 2, 0) for t in targets]
     assert sorted(seen) == dataset.image_ids
 
@@ -349,10 +358,10 @@ def test_repeated_images_come_as_often_as_their_factors_say(monkeypatch: pytest.
     whole = list(stream)
     stream.set_epoch(3, 4)
     assert list(stream) == whole[4:]
-    monkeypatch.setattr('detection.loader.world_size', lambda: 3)
+    monkeypatch.setattr('detection.training.loader.world_size', lambda: 3)
     parts = []
     for r in range(3):
-        monkeypatch.setattr('detection.loader.rank', lambda r=r: r)
+        monkeypatch.setattr('detection.training.loader.rank', lambda r=r: r)
         parts.append(list(stream))
     assert [len(p) for p in parts] == [0, 0, 0]  # started at batch 4 of 2
     assert len(stream) == 2

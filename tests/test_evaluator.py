@@ -19,11 +19,11 @@ from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from detection.annotations import load_coco
-from detection.data import CocoDataset
-from detection.evaluator import CocoEvaluator, metric_names
-from detection.sample import write_sample
-from detection.transforms import TASKS
+from detection.data.annotations import load_coco
+from detection.data.coco import CocoDataset
+from detection.data.sample import write_sample
+from detection.evaluation.coco_metrics import CocoEvaluator, metric_names
+from detection.tasks import TASKS
 
 BACKENDS = ['pycocotools', 'faster']
 

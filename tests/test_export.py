@@ -16,9 +16,16 @@ from PIL import Image
 from torch import nn
 
 import norton_timm
-from detection import build_detector
-from norton_timm import export
-from norton_timm.export_check import Agreement, compare, export_checked, find_images, read_images, size_mb
+from detection.rcnn import OneImage, build_detector
+from norton_timm.inference import export
+from norton_timm.inference.export_check import (
+    Agreement,
+    compare_outputs,
+    export_checked,
+    find_pictures,
+    read_images,
+    size_mb,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = {'onnx': 'onnxruntime', 'openvino': 'openvino', 'pt2': 'torch'}
@@ -56,7 +63,7 @@ def test_a_classifier_in_every_format_at_any_batch_size(small, tmp_path, file):
     assert path.is_file() and size_mb(path) > 0.1
     expected = {path, path.with_suffix('.bin')} if path.suffix == '.xml' else {path}
     assert set(tmp_path.iterdir()) == expected, 'nothing else stays behind'
-    torch.testing.assert_close(export.read(path)(x)[0], small(x), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(export.read_exported(path)(x)[0], small(x), rtol=1e-3, atol=1e-3)
 
 
 @torch.no_grad()
@@ -91,7 +98,7 @@ def test_a_file_that_computes_something_else_is_not_kept(small, tmp_path, file, 
             broken.conv1.weight.mul_(1.05)
         write(broken, example, target)
 
-    monkeypatch.setattr(export, 'write', wrong)
+    monkeypatch.setattr(export, 'write_exported', wrong)
     with pytest.raises(ValueError, match='no file was written'):
         export_checked(small, path, [x])
     assert list(tmp_path.iterdir()) == []
@@ -106,7 +113,7 @@ def test_int8_is_smaller_and_says_what_it_costs(small, tmp_path, file, package):
     agreement = export_checked(norton_timm.deploy(small, x[0], autotune=False), path, x, small, int8=True)
     assert size_mb(path) < size_mb(tmp_path / f'full{path.suffix}')
     assert agreement.images == 8 and 1e-4 < agreement.difference < 1
-    assert compare(small, export.read(path), x) == agreement
+    assert compare_outputs(small, export.read_exported(path), x) == agreement
 
 
 def test_what_cannot_be_done_is_said(small, tmp_path):
@@ -143,9 +150,9 @@ A, B = [0.0, 0, 10, 10], [50.0, 50, 90, 90]
     ],
 )
 def test_detections_compared_by_hand(found, same, box_px, score, problem):
-    model = export.OneImage(build_detector('box', 'resnet18', num_classes=3, min_size=64))
+    model = OneImage(build_detector('box', 'resnet18', num_classes=3, min_size=64))
     model.forward = lambda image: detections([A, B], [0.9, 0.8])
-    agreement = compare(model, lambda image: found, [torch.zeros(1, 3, 8, 8)])
+    agreement = compare_outputs(model, lambda image: found, [torch.zeros(1, 3, 8, 8)], model.agreement())
     assert (agreement.images, agreement.same, agreement.detections) == (1, same, 2)
     assert agreement.box_px == pytest.approx(box_px) and agreement.score == pytest.approx(score)
     assert agreement.problem() is None if problem is None else problem in agreement.problem()
@@ -156,22 +163,29 @@ def test_detections_compared_by_hand(found, same, box_px, score, problem):
     [('mask', (1, 1, 8, 8), 0.1, 'mask', 'masks'), ('keypoint', (1, 17, 3), 3.0, 'keypoint_px', 'keypoints')],
 )
 def test_masks_and_keypoints_compared_by_hand(task, values, change, field, limit):
-    model = export.OneImage(build_detector(task, 'resnet18', num_classes=2, min_size=64))
+    model = OneImage(build_detector(task, 'resnet18', num_classes=2, min_size=64))
     extra = torch.rand(values)
     model.forward = lambda image: [*detections([A], [0.9]), extra]
-    agreement = compare(model, lambda image: [*detections([A], [0.9]), extra + change], [torch.zeros(1, 3, 8, 8)])
+    agreement = compare_outputs(
+        model, lambda image: [*detections([A], [0.9]), extra + change], [torch.zeros(1, 3, 8, 8)], model.agreement()
+    )
     assert agreement.same == 1 and getattr(agreement, field) == pytest.approx(change, rel=1e-3)
     assert limit in agreement.problem()
-    agreement = compare(model, lambda image: [*detections([A], [0.9]), extra * float('nan')], [torch.zeros(1, 3, 8, 8)])
+    agreement = compare_outputs(
+        model,
+        lambda image: [*detections([A], [0.9]), extra * float('nan')],
+        [torch.zeros(1, 3, 8, 8)],
+        model.agreement(),
+    )
     assert limit in agreement.problem()
 
 
 def test_classifiers_compared_by_hand():
     logits = torch.tensor([[1.0, 4.0], [2.0, 0.0]])
-    agreement = compare(nn.Identity(), lambda x: [x + torch.tensor([0.0, 0.004])], [logits])
+    agreement = compare_outputs(nn.Identity(), lambda x: [x + torch.tensor([0.0, 0.004])], [logits])
     assert agreement == Agreement(2, 2, pytest.approx(0.001, rel=1e-3))
     for other in (lambda x: [x.flip(1)], lambda x: [x[:, :1]], lambda x: [x * float('nan')]):
-        assert 'another answer' in compare(nn.Identity(), other, [logits]).problem()
+        assert 'another answer' in compare_outputs(nn.Identity(), other, [logits]).problem()
     assert str(agreement) == '2 of 2 images get the same answer; outputs within 1.0e-03 of the largest'
 
 
@@ -182,7 +196,7 @@ def test_names_are_no_patterns(small, tmp_path):
 
 
 def test_pictures_are_read_as_they_are(pictures, tmp_path):
-    paths = find_images(pictures, 2)
+    paths = find_pictures(pictures, 2)
     assert [p.name for p in paths] == ['0.png', '1.png']
     image = read_images(paths[:1], (40, 48))[0]
     assert torch.equal((image * 255).round().byte(), torch.from_numpy(np.array(Image.open(paths[0]))).permute(2, 0, 1))
@@ -190,14 +204,14 @@ def test_pictures_are_read_as_they_are(pictures, tmp_path):
     with pytest.raises(ValueError, match=r'bad\.png'):
         read_images([pictures / 'bad.png'], (8, 8))
     with pytest.raises(ValueError, match='no pictures'):
-        find_images(tmp_path / 'empty', 2)
+        find_pictures(tmp_path / 'empty', 2)
 
 
 @torch.no_grad()
 def test_a_global_average_is_one_node(tmp_path):
     onnx = pytest.importorskip('onnx')
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
-    export.write(model.to(memory_format=torch.channels_last), torch.randn(1, 3, 9, 9), tmp_path / 'a.onnx')
+    export.write_exported(model.to(memory_format=torch.channels_last), torch.randn(1, 3, 9, 9), tmp_path / 'a.onnx')
     assert [n.op_type for n in onnx.load(tmp_path / 'a.onnx').graph.node] == ['Conv', 'AveragePool', 'Reshape']
     assert type(model[1]) is nn.AdaptiveAvgPool2d, 'the network that was given stays'
 
@@ -218,7 +232,7 @@ def test_the_tool(small, pictures, tmp_path):
     assert json.loads((tmp_path / 'net.json').read_text())['same'] == 3
     x = images('resnet20_cifar', 3)
     with torch.no_grad():
-        torch.testing.assert_close(export.read(tmp_path / 'net.pt2')(x)[0], small(x), rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(export.read_exported(tmp_path / 'net.pt2')(x)[0], small(x), rtol=1e-3, atol=1e-3)
 
 
 def test_the_tool_tunes_in_the_runtime(small, pictures, tmp_path):

@@ -11,10 +11,10 @@ from families import build, images
 from torch import nn
 
 import norton_timm
-from norton_timm import export, export_tune
-from norton_timm.deploy import deploy, deployment_report
-from norton_timm.export_tune import export_variants, fastest_variant
-from norton_timm.layers import CPDConv2d
+from norton_timm.inference import export, export_tune
+from norton_timm.inference.deploy import deploy, deployment_report
+from norton_timm.inference.export_tune import export_variants, fastest_variant
+from norton_timm.layers.cpd_conv import CPDConv2d
 
 
 @pytest.fixture(scope='module')
@@ -53,7 +53,7 @@ def test_what_is_fast_in_the_runtime_is_taken(small, monkeypatch):
         assert path.suffix == '.pt2'
         return lambda images: ran.append(path) or time.sleep(0.001 if path.stem == '1' else 0.02) or []  # type: ignore[func-returns-value]
 
-    monkeypatch.setattr(export, 'read', read)
+    monkeypatch.setattr(export, 'read_exported', read)
     assert fastest_variant(small, x, 'pt2') is variants[1]
     assert {path.stem for path in ran} == {'0', '1', '2'}
 

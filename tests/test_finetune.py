@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from image_sets import coloured
 from torch import Tensor, nn
 
-from norton_timm.distill import Distillation
-from norton_timm.finetune import Trainer, evaluate
-from norton_timm.image_data import ArrayData, Preprocessing
-from norton_timm.train_config import DistillConfig, OptimConfig
+from norton_timm.training.config import DistillConfig, OptimConfig
+from norton_timm.training.data import ArrayData, Preprocessing
+from norton_timm.training.distill import Distillation
+from norton_timm.training.loop import Trainer, evaluate
 
 CPU = torch.device('cpu')
 OPTIM = OptimConfig(lr=0.02, epochs=3, warmup=1, batch_size=16)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from norton_timm.fixed import FIXED_FORMS, fixed
-from norton_timm.layers import CPDConv2d, set_form
+from norton_timm.inference.forms import FIXED_FORMS, fixed
+from norton_timm.layers.cpd_conv import CPDConv2d, set_form
 
 
 @torch.no_grad()

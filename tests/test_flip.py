@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import box_iou
 
-from detection.flip import FlipDetector, mirror_output
-from detection.rcnn import build_detector
+from detection.evaluation.loop import FlipDetector, mirror_output
+from detection.rcnn.build import build_detector
 
 
 class Fixed(nn.Module):

@@ -10,12 +10,12 @@ import torch
 from families import build, images, relative_error
 from torch import nn
 
-from norton_timm import fuse
-from norton_timm.complexity import count
-from norton_timm.fold import fold_batch_norm
-from norton_timm.packed import FusedConv2d, FusedLinear, GlobalAverage, available
+from norton_timm.inference import fuse
+from norton_timm.inference.fold import fold_batch_norm
+from norton_timm.inference.onednn import FusedConv2d, FusedLinear, GlobalAverage, onednn_available
+from norton_timm.profiling.complexity import count
 
-pytestmark = pytest.mark.skipif(not available(), reason='this PyTorch has no oneDNN')
+pytestmark = pytest.mark.skipif(not onednn_available(), reason='this PyTorch has no oneDNN')
 
 
 def fused_convs(model: nn.Module) -> dict[str, FusedConv2d]:
@@ -84,7 +84,7 @@ def test_what_is_taken_over(join, a, b):
     model, x = Block(join).eval(), torch.randn(2, 8, 9, 7)
     kept = x.clone()
     expected = model(x)
-    result, count = fuse.fuse(model)
+    result, count = fuse.fuse_network(model)
     assert count == sum(bool(taken) for taken in (a, b))
     assert not fused_convs(model), 'the original is not touched'
     nodes = {str(n.target): n for n in result.graph.nodes if n.op == 'call_module'}
@@ -106,7 +106,7 @@ def test_what_is_taken_over(join, a, b):
 def test_families_keep_their_outputs(name):
     model, x = build(name), images(name)
     fold_batch_norm(model, x)
-    result, count = fuse.fuse(model)
+    result, count = fuse.fuse_network(model)
     assert relative_error(result(x), model(x)) < 1e-5
     assert count >= {'resnet18': 17, 'resnet20_cifar': 16, 'densenet121': 50, 'seresnet50': 16}.get(name, 1)
     again = pickle.loads(pickle.dumps(result))
@@ -127,7 +127,7 @@ def test_parts_that_cannot_be_traced_stay():
             return self.lonely(y) if y.sum() > 0 else y
 
     model, x = Choosy().eval(), torch.randn(1, 3, 9, 9)
-    result, count = fuse.fuse(model)
+    result, count = fuse.fuse_network(model)
     assert count == 1 and type(result) is Choosy and type(result.lonely) is nn.Conv2d
     torch.testing.assert_close(result(x), model(x))
 
@@ -136,7 +136,7 @@ def test_parts_that_cannot_be_traced_stay():
 def test_it_exports_as_plain_operations():
     model, x = build('resnet20_cifar'), images('resnet20_cifar')
     fold_batch_norm(model, x)
-    result, _ = fuse.fuse(model)
+    result, _ = fuse.fuse_network(model)
     program = torch.export.export(result, (x,), dynamic_shapes=({0: torch.export.Dim('batch')},))
     assert not any('mkldnn' in str(n.target) for n in program.graph.nodes)
     more = torch.cat([x, x, x])
@@ -150,7 +150,7 @@ def straight() -> tuple[fuse.FusedNetwork, torch.Tensor]:
         nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 6, 1), nn.ReLU(),
         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4),
     )  # fmt: skip
-    network, _ = fuse.fuse(model.eval())
+    network, _ = fuse.fuse_network(model.eval())
     x = torch.randn(2, 3, 9, 9).contiguous(memory_format=torch.channels_last)
     with torch.no_grad():
         network(x)
@@ -200,7 +200,7 @@ def test_a_network_runs_without_its_modules_until_something_changes():
 @torch.no_grad()
 def test_a_part_that_is_replaced_is_noticed():
     model = nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU()), nn.Conv2d(4, 2, 1)).eval()
-    network, _ = fuse.fuse(model)
+    network, _ = fuse.fuse_network(model)
     x = torch.randn(1, 3, 5, 5)
     network(x)
     network.set_submodule('0', nn.ModuleDict({'0': nn.Conv2d(3, 4, 1)}))
@@ -233,7 +233,7 @@ def test_code_that_depends_on_an_argument_left_out_is_not_traced():
             return y if mask is None else y * mask
 
     model, x = Masked().eval(), torch.randn(1, 3, 5, 5)
-    result, count = fuse.fuse(model)
+    result, count = fuse.fuse_network(model)
     assert count == 1
     torch.testing.assert_close(result(x), model(x))
     torch.testing.assert_close(result(x, 2), model(x, 2))
@@ -314,7 +314,7 @@ def two_shortcuts(x, a, b, c):
 def test_chains_of_convolutions_take_shortcuts_in(join, plain, overwrites):
     torch.manual_seed(0)
     model, x = Chain(join).eval(), torch.randn(2, 3, 9, 9)
-    network, _ = fuse.fuse(model)
+    network, _ = fuse.fuse_network(model)
     for _ in range(2):
         torch.testing.assert_close(network(x), model(x), rtol=1e-4, atol=1e-5)
     additions = [n for n in network.graph.nodes if n.op == 'call_function']
@@ -326,7 +326,7 @@ def test_chains_of_convolutions_take_shortcuts_in(join, plain, overwrites):
 def test_channels_stay_last_between_matrix_products():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 6, 1), nn.ReLU(), nn.Conv2d(6, 4, 1), nn.Conv2d(4, 4, 3))
-    network, _ = fuse.fuse(model.eval())
+    network, _ = fuse.fuse_network(model.eval())
     x = torch.randn(2, 3, 9, 9)
     network(x)
     code = fuse._programs[network].run.__self__.code
@@ -346,11 +346,11 @@ def test_linear_layers_take_over_activations_once():
             return self.b(self.act(self.a(x)) + x)  # the layer that is called twice stays as it is
 
     model, x = Head().eval(), torch.randn(4, 8)
-    result, count = fuse.fuse(model)
+    result, count = fuse.fuse_network(model)
     assert count == 0 and type(result.a) is nn.Linear and type(result.b) is FusedLinear
     torch.testing.assert_close(result(x), model(x))
     model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
-    result, count = fuse.fuse(model)
+    result, count = fuse.fuse_network(model)
     assert count == 1 and len(list(result.graph.nodes)) == 4
     torch.testing.assert_close(result(x), model(x))
 
@@ -366,7 +366,7 @@ def test_a_linear_layer_of_what_cannot_be_traced_is_packed():
             return self.score(x.flatten(1) if x.sum() > 0 else x)
 
     model, x = Choosy().eval(), torch.randn(4, 8)
-    result, _ = fuse.fuse(model)
+    result, _ = fuse.fuse_network(model)
     assert type(result.score) is FusedLinear
     torch.testing.assert_close(result(x), model(x))
 
@@ -375,7 +375,7 @@ def test_a_linear_layer_of_what_cannot_be_traced_is_packed():
 @torch.no_grad()
 def test_a_global_mean_stays_one(size, replaced):
     model, x = nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(size)).eval(), torch.randn(2, 3, 9, 7)
-    network, _ = fuse.fuse(model)
+    network, _ = fuse.fuse_network(model)
     assert isinstance(network.get_submodule('1'), GlobalAverage) == replaced
     for each in (x, x, x[0], x[0], x.repeat(1, 1, 2, 3)):
         torch.testing.assert_close(network(each), model(each), rtol=1e-4, atol=1e-5)
@@ -384,7 +384,7 @@ def test_a_global_mean_stays_one(size, replaced):
 @torch.no_grad()
 def test_steps_of_a_batch_are_not_taken_for_one_image():
     model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 3)).eval()
-    network, _ = fuse.fuse(model)
+    network, _ = fuse.fuse_network(model)
     x = torch.randn(2, 3, 9, 7)
     network(input=x)  # packs the weights
     for each in (x[0], x[0], x, x[0]):
@@ -404,7 +404,7 @@ def test_calls_by_keyword_and_weights_that_hooks_compute_stay_as_they_are():
             return self.b(self.a(input=x))
 
     model, x = Odd().eval(), torch.randn(2, 3, 9, 9)
-    result, _ = fuse.fuse(model)
+    result, _ = fuse.fuse_network(model)
     assert type(result.a) is type(result.b) is nn.Linear and isinstance(result.conv, FusedConv2d)
     for _ in range(3):
         torch.testing.assert_close(result(x), model(x), rtol=1e-4, atol=1e-5)
@@ -421,6 +421,6 @@ def test_a_network_without_a_layer_to_pack_stays_as_it_is():
             return nn.functional.linear(x, self.fc.weight)
 
     model, x = Functional().eval(), torch.randn(2, 4)
-    result, count = fuse.fuse(model)
+    result, count = fuse.fuse_network(model)
     assert count == 0 and type(result) is Functional
     torch.testing.assert_close(result(x), model(x))

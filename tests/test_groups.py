@@ -15,9 +15,10 @@ from torch.nn import functional as F
 from torchvision.models import detection
 
 from norton_timm import CPDConv2d
-from norton_timm.groups import ChannelGraph
-from norton_timm.shortcut import ChannelMap
-from norton_timm.surgery import remove_channels, replace_module
+from norton_timm.graph.groups import ChannelGraph
+from norton_timm.graph.surgery import remove_channels
+from norton_timm.layers.channel_map import ChannelMap
+from norton_timm.utils.modules import replace_module
 
 
 def some_channels(graph: ChannelGraph, share: float = 0.3) -> set[int]:

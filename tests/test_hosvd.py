@@ -10,7 +10,7 @@ import tensorly
 import torch
 from tensorly.decomposition import tucker as tensorly_tucker
 
-from norton_timm.hosvd import hosvd, tucker, tucker_reconstruct
+from norton_timm.tensors.hosvd import hosvd, tucker, tucker_reconstruct
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64])

@@ -9,9 +9,9 @@ import torch
 from image_sets import coloured, write_folder
 from torch import Tensor
 
-from norton_timm import image_data
-from norton_timm.image_data import ArrayData, ClassificationData, Preprocessing, crop_and_flip
-from norton_timm.image_sources import open_data
+from norton_timm.training import data as image_data
+from norton_timm.training.data import ArrayData, ClassificationData, Preprocessing, crop_and_flip
+from norton_timm.training.sources import open_data
 
 CPU = torch.device('cpu')
 PREPROCESSING = Preprocessing((32, 32), (0.5, 0.4, 0.3), (0.25, 0.2, 0.1), crop_pct=0.9)

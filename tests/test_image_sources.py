@@ -11,8 +11,8 @@ import torch
 from image_sets import NAMES, add, coloured, png, write_archive, write_cifar10, write_folder
 from torchvision.datasets import CIFAR10
 
-from norton_timm.image_data import ArrayData, LoadedData, Preprocessing
-from norton_timm.image_sources import open_data, read_archive
+from norton_timm.training.data import ArrayData, LoadedData, Preprocessing
+from norton_timm.training.sources import open_data, read_archive
 
 CPU = torch.device('cpu')
 PREPROCESSING = Preprocessing((32, 32), (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))

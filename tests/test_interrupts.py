@@ -12,8 +12,10 @@ import torch
 from safetensors.torch import save_file
 
 import norton_timm
-from norton_timm import checkpoint, dense, pickles
-from norton_timm.interrupts import undisturbed
+from norton_timm.checkpoints import file as checkpoint
+from norton_timm.models import dense
+from norton_timm.utils import files as pickles
+from norton_timm.utils.processes import undisturbed
 
 
 @pytest.fixture(autouse=True)

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from norton_timm import CPDConv2d
-from norton_timm import kernel_benchmark as kernels
-from norton_timm.training_benchmark import RankMajorCPD, with_authors_block
+from norton_timm.studies import kernels
+from norton_timm.studies.steps import RankMajorCPD, with_authors_block
 
 TOOL = Path(__file__).resolve().parents[1] / 'tools' / 'benchmark.py'
 

@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 import pytest
 
-from detection.latency import LatencyRecorder, RateMeter, plot_histogram, summarize
+from detection.visual.latency import LatencyRecorder, RateMeter, plot_histogram, summarize
 
 
 def test_percentiles_of_a_known_series():

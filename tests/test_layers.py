@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from norton_timm import CPDConv2d, count, set_form, tune_forms
-from norton_timm.layers import FORMS, use_form
+from norton_timm.layers.cpd_conv import FORMS, use_form
 
 KERNELS = [(1, 1), (3, 3), (5, 5), (3, 1), (2, 3), (7, 7)]
 

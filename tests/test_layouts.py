@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 import norton_timm.models  # noqa: F401
-from norton_timm.compress import compress
-from norton_timm.layouts import exact_rates, layout_of, widths_of
-from norton_timm.shortcut import ChannelMap, padding_index
-from norton_timm.spec import CompressionSpec, parse_rates
+from norton_timm.compression.compress import compress
+from norton_timm.compression.rates import exact_rates, layout_of, widths_of
+from norton_timm.compression.spec import CompressionSpec, parse_rates
+from norton_timm.layers.channel_map import ChannelMap, padding_index
 
 ENTRIES = {
     'vgg16_bn_cifar': 13,

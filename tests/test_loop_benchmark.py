@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from detection.config import config_from_dict
-from detection.loop_benchmark import benchmark_loop, train_one_epoch
-from detection.sample import write_sample
+from detection.data.sample import write_sample
+from detection.studies.training import benchmark_loop, train_one_epoch
+from detection.training.config import config_from_dict
 
 CPU = torch.device('cpu')
 
@@ -54,7 +54,7 @@ def test_both_loops_are_timed_on_the_same_images(tmp_path: Path, monkeypatch: py
     def record(images: list[Tensor], name: str) -> None:
         seen[name] += [image.sum().item() for image in images]
 
-    from detection import loop_benchmark as module
+    from detection.studies import training as module
 
     monkeypatch.setattr(module.Trainer, '_losses', spy(module.Trainer._losses, lambda a: record(a[1], 'ours')))
     original = module.train_one_epoch

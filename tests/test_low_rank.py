@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 import norton_timm
-from norton_timm import CompressionSpec, compress, count, reshape
-from norton_timm.low_rank import LowRankLinear, factor_linears
+from norton_timm import CompressionSpec, count, reshape
+from norton_timm.compression import compress
+from norton_timm.layers.low_rank import LowRankLinear, factor_linears
 
 
 @pytest.mark.parametrize('rank', [1, 5, 12])

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from norton_timm.metrics import MetricsWriter, peak_memory
+from norton_timm.profiling.memory import process_peak
+from norton_timm.training.metrics import MetricsWriter
 
 
 def rows(folder: Path) -> list[int]:
@@ -72,7 +73,7 @@ def test_without_tensorboard_only_who_asks_for_it_is_told(
 
 
 def test_peak_memory_rises_with_what_is_held() -> None:
-    before = peak_memory(torch.device('cpu'))
+    before = process_peak(torch.device('cpu'))
     held = torch.ones(before // 4 + 32 * 2**20, dtype=torch.float32)  # more than was ever held, and 128 MiB
-    assert peak_memory(torch.device('cpu')) >= before + 100 * 2**20
+    assert process_peak(torch.device('cpu')) >= before + 100 * 2**20
     assert held[-1] == 1

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 import norton_timm.models  # noqa: F401
-from norton_timm.layers import CPDConv2d
-from norton_timm.shortcut import ChannelMap
+from norton_timm.layers.channel_map import ChannelMap
+from norton_timm.layers.cpd_conv import CPDConv2d
 
 MODULES = ('vgg_cifar', 'resnet_cifar', 'densenet_cifar', 'googlenet_cifar', 'mobilenetv2_cifar', 'compressed')
 ALL = timm.list_models(module=MODULES, include_tags=True)

@@ -18,13 +18,13 @@ import torch
 from PIL import Image
 from torch import nn
 
-from detection import benchmark
-from norton_timm import measure
-from norton_timm.complexity import count
-from norton_timm.forms_benchmark import benchmark_forms
-from norton_timm.measure import Turns, take_turns
-from norton_timm.models.table import control_side
-from norton_timm.network_benchmark import benchmark_classifier, plot_speedup, prepare, summaries
+from detection.studies import networks as benchmark
+from norton_timm.profiling import timing as measure
+from norton_timm.profiling.complexity import count
+from norton_timm.profiling.timing import Turns, take_turns
+from norton_timm.studies.forms import benchmark_forms
+from norton_timm.studies.networks import benchmark_classifier, plot_speedup, prepare, summaries
+from norton_timm.studies.zoo import control_side
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -141,33 +141,33 @@ def test_a_detector_stage_by_stage():
         (runtime, network) for runtime in ('eager', 'deployed') for network in ('dense', 'compr', 'dense')
     ]
     for row in rows:
-        assert list(row['stages']) == list(benchmark.STAGES)
-        assert min(row['stages'][s] for s in benchmark.STAGES[:-1]) > 0
+        assert list(row['stages']) == list(benchmark.DETECTOR_STAGES)
+        assert min(row['stages'][s] for s in benchmark.DETECTOR_STAGES[:-1]) > 0
         assert row['peak_mb'] > 0
     # which of them has most depends on the random proposals, whose head outweighs a backbone at this size
     assert min(row['gmacs'] for row in rows) > 0
 
 
 def test_heads_behind_the_boxes_get_work():
-    model = benchmark.build('keypoint', 'resnet18', 'backbone', (64, 96))
+    model = benchmark._build('keypoint', 'resnet18', 'backbone', (64, 96))
     with torch.no_grad():
         assert len(model([torch.rand(3, 64, 96)])[0]['keypoints']) == 10
 
 
 def test_a_slow_stage_is_found():
-    model = benchmark.build('box', 'resnet18', 'backbone', (96, 128))
+    model = benchmark._build('box', 'resnet18', 'backbone', (96, 128))
     rpn, post = model.rpn.forward, model.transform.postprocess
     model.rpn.forward = lambda *a, **k: (time.sleep(0.05), rpn(*a, **k))[1]
     model.transform.postprocess = lambda *a, **k: (time.sleep(0.03), post(*a, **k))[1]
     with torch.no_grad(), benchmark.timed_stages(model) as spent:
         model([torch.rand(3, 96, 128)])
-    assert spent['rpn'][0] >= 50 and set(spent) == set(benchmark.STAGES[:-1])
+    assert spent['rpn'][0] >= 50 and set(spent) == set(benchmark.DETECTOR_STAGES[:-1])
     with torch.no_grad():
         assert benchmark._stages(model, [torch.rand(3, 96, 128)])['postprocess'] >= 30
 
 
 def test_the_control_has_no_more_macs_than_asked():
-    model = benchmark.build('box', 'resnet18', 'backbone', (192, 256))
+    model = benchmark._build('box', 'resnet18', 'backbone', (192, 256))
     whole = count(model, [torch.rand(3, 192, 256)]).macs
     height, width = benchmark.control_size(model, whole - 1, (192, 256))
     assert height == 160 and width == round(160 * 256 / 192)

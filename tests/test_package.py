@@ -60,7 +60,7 @@ def test_sdist_has_no_tests_and_no_big_files(built: Path) -> None:
         sizes = {member.name.partition('/')[2]: member.size for member in archive if member.isfile()}
     assert not [name for name in sizes if name.startswith(('tests/', 'docs/', 'results/', '.'))]
     needed = 'README.md LICENSE CHANGELOG.md CITATION.cff tools/compress.py configs/detection/base.yaml'
-    for name in [*needed.split(), 'norton_timm/models/tags.yaml', 'detection/web/index.html']:
+    for name in [*needed.split(), 'norton_timm/models/tags.yaml', 'detection/demo/web/index.html']:
         assert name in sizes
     text = {name: size for name, size in sizes.items() if not name.endswith('.safetensors')}  # weights: test_pretrained
     assert max(text.values()) < 2e5 and sum(text.values()) < 4e6 and len(sizes) > len(text)
@@ -78,7 +78,7 @@ sys.path.insert(0, {str(place)!r})
 import norton_timm, timm, detection
 from importlib import resources
 from detection import build_detector
-from detection.compression import recipe_spec
+from detection.rcnn import recipe_spec
 assert norton_timm.__file__.startswith({str(place)!r}) and detection.__file__.startswith({str(place)!r})
 model = timm.create_model('norton_resnet56_cifar.r071')
 norton_timm.save(model, 'small.safetensors')

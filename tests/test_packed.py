@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from norton_timm import packed
-from norton_timm.packed import FusedConv2d, FusedLinear, GlobalAverage, available, packed_bytes
+from norton_timm.inference import onednn as packed
+from norton_timm.inference.onednn import FusedConv2d, FusedLinear, GlobalAverage, onednn_available, packed_bytes
 
-pytestmark = pytest.mark.skipif(not available(), reason='this PyTorch has no oneDNN')
+pytestmark = pytest.mark.skipif(not onednn_available(), reason='this PyTorch has no oneDNN')
 
 
 @torch.no_grad()

@@ -15,11 +15,11 @@ import torch
 from torch import nn
 
 import norton_timm
-from detection.latency import summarize
-from detection.pipeline import Channel, Report, real_time_repeats, run
-from detection.predictor import ModelFacts, Predictor
-from detection.rcnn import build_detector
-from detection.video import Frame, FrameSource, LiveSource
+from detection.demo.pipeline import Handover, Report, real_time_repeats, run_pipeline
+from detection.demo.predictor import ModelFacts, Predictor
+from detection.demo.video import Frame, FrameSource, LiveSource
+from detection.rcnn.build import build_detector
+from detection.visual.latency import summarize
 
 NAMES = ['__background__', 'thing']
 
@@ -167,12 +167,15 @@ def test_bad_options_are_named(options, message):
 
 def test_every_frame_arrives_once_and_in_order():
     source, seen = Still(20), []
-    report = run(source, [mean_predictor()], lambda image, frame: seen.append(frame.index), warmup=2)
+    report = run_pipeline(source, [mean_predictor()], lambda image, frame: seen.append(frame.index), warmup=2)
     assert seen == list(range(20)) and report.frames == 20
     assert source.closed and report.stopped is None
     assert {name: s.count for name, s in report.recorder.summary().items()} == {'read': 18, 'draw': 18, 'write': 18}
     seen.clear()
-    assert run(Still(20), [mean_predictor()], lambda image, frame: seen.append(frame.index), max_frames=7).frames == 7
+    assert (
+        run_pipeline(Still(20), [mean_predictor()], lambda image, frame: seen.append(frame.index), max_frames=7).frames
+        == 7
+    )
     assert seen == list(range(7))
 
 
@@ -200,7 +203,7 @@ def figures_beside_a_stop_watch():
         writes.append(1000 * (stamps[-1] - start))
 
     predictor = Predictor(model, ModelFacts('mean', 'box', NAMES), warmup=2)
-    report = run(Still(40, delay=0.012), [predictor], show, warmup=2)
+    report = run_pipeline(Still(40, delay=0.012), [predictor], show, warmup=2)
     own = {'fps': 37 / (stamps[-1] - stamps[2]), 'write': np.median(writes[2:]), 'network': np.mean(model.spent[-38:])}
     return json.loads(json.dumps(report.to_dict(), allow_nan=False)), own
 
@@ -226,13 +229,13 @@ def test_the_threads_overlap_almost_wholly_on_an_idle_machine():
 def test_two_models_see_the_same_frames_and_are_timed_apart():
     shapes = []
     slow, fast = mean_predictor(0.02, 'dense'), mean_predictor(0.005, 'norton')
-    report = run(Still(15), [slow, fast], lambda image, frame: shapes.append(image.shape), warmup=2)
+    report = run_pipeline(Still(15), [slow, fast], lambda image, frame: shapes.append(image.shape), warmup=2)
     assert shapes == [(48, 130, 3)] * 15
     assert report.speed_up() == pytest.approx(summarize(slow.total()).p50 / summarize(fast.total()).p50)
     assert 2.5 < report.to_dict()['speed_up'] < 4.2
     assert 'norton is' in str(report)
     with pytest.raises(ValueError, match='both models are called'):
-        run(Still(3), [mean_predictor(), mean_predictor()], lambda *_: None)
+        run_pipeline(Still(3), [mean_predictor(), mean_predictor()], lambda *_: None)
 
 
 @pytest.mark.parametrize('where', ['read', 'network', 'write'])
@@ -254,7 +257,7 @@ def test_an_error_in_any_thread_arrives_and_ends_all_of_them(where):
     model = Failing() if where == 'network' else Mean()
     before = threading.active_count()
     with pytest.raises(ValueError, match=f'broken {where}'):
-        run(source, [Predictor(model, ModelFacts('m', 'box', NAMES))], show)
+        run_pipeline(source, [Predictor(model, ModelFacts('m', 'box', NAMES))], show)
     assert threading.active_count() == before and source.closed
 
 
@@ -271,7 +274,7 @@ def test_ctrl_c_and_a_closed_window_end_the_run_and_release_the_source(live):
 
         source = LiveSource(lambda: Clock(200), 'camera') if live else Still(1000)
         before = threading.active_count() - live
-        report = run(source, [mean_predictor()], show)
+        report = run_pipeline(source, [mean_predictor()], show)
         assert report.stopped == expected and report.frames >= 3
         assert threading.active_count() == before
 
@@ -283,7 +286,7 @@ def test_live_frames_are_never_older_than_two_network_times_when_shown():
         ages.append(time.perf_counter() - frame.time)
         return len(ages) < 25
 
-    report = run(LiveSource(lambda: Clock(60), 'camera'), [mean_predictor(0.05)], show, warmup=2)
+    report = run_pipeline(LiveSource(lambda: Clock(60), 'camera'), [mean_predictor(0.05)], show, warmup=2)
     assert max(ages[2:]) < 0.1
     assert report.dropped > 25  # 60 FPS in, 20 FPS out
     assert report.to_dict()['dropped'] == report.dropped
@@ -301,7 +304,7 @@ def test_memory_stays_flat_over_2000_frames():
 
     tracemalloc.start()
     try:
-        run(Still(2000, size=(120, 160)), [mean_predictor()], show)
+        run_pipeline(Still(2000, size=(120, 160)), [mean_predictor()], show)
     finally:
         tracemalloc.stop()
     assert len(sizes) == 4
@@ -312,7 +315,7 @@ def test_random_weights_are_written_into_the_picture():
     def lower_edge(random: bool) -> np.ndarray:
         pictures = []
         predictor = Predictor(Mean(), ModelFacts('m', 'box', NAMES, random=random))
-        run(Still(2, size=(240, 320)), [predictor], lambda image, frame: pictures.append(image))
+        run_pipeline(Still(2, size=(240, 320)), [predictor], lambda image, frame: pictures.append(image))
         return pictures[-1][-2]
 
     assert (lower_edge(False) == 1).all()
@@ -320,7 +323,7 @@ def test_random_weights_are_written_into_the_picture():
 
 
 def test_a_run_shorter_than_the_warmup_still_reports():
-    report = run(Still(2), [mean_predictor(warmup=5)], lambda *_: None, warmup=5)
+    report = run_pipeline(Still(2), [mean_predictor(warmup=5)], lambda *_: None, warmup=5)
     assert isinstance(report, Report) and math.isnan(report.fps)
     figures = json.loads(json.dumps(report.to_dict(), allow_nan=False))
     assert figures['fps'] is None and figures['models']['mean']['total'] is None
@@ -328,7 +331,7 @@ def test_a_run_shorter_than_the_warmup_still_reports():
 
 
 def test_channel_hands_over_what_is_left_before_the_error():
-    channel: Channel[int] = Channel(3)
+    channel: Handover[int] = Handover(3)
     channel.put(1)
     channel.put(2)
     channel.close(ValueError('late'))

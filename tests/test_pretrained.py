@@ -10,9 +10,9 @@ import timm
 import torch
 
 import norton_timm
-from norton_timm.checkpoint import load, read_metadata
-from norton_timm.recovery import evaluate_file
-from norton_timm.weights import SHIPPED
+from norton_timm.checkpoints.file import load, read_metadata
+from norton_timm.checkpoints.pretrained import SHIPPED
+from norton_timm.training.run import evaluate_file
 
 FILES = sorted(SHIPPED.glob('*.safetensors'))
 TABLE = Path(__file__).parents[1] / 'results' / 'cifar10.csv'

@@ -10,9 +10,9 @@ import torch
 from torchvision.models import detection as tv
 from torchvision.ops import FrozenBatchNorm2d
 
-from detection.backbone import build_backbone, create_features
-from norton_timm.complexity import count_params
-from detection.rcnn import build_detector
+from detection.rcnn.backbone import build_backbone, create_features
+from detection.rcnn.build import build_detector
+from norton_timm.profiling.complexity import count_params
 
 SMALL = {
     'min_size': 64,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from norton_timm.models.table import to_markdown, zoo_names, zoo_rows
+from norton_timm.studies.zoo import to_markdown, zoo_names, zoo_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / 'README.md').read_text()

@@ -13,11 +13,11 @@ from image_sets import write_archive
 from safetensors.torch import load_file, save_file
 
 import norton_timm
-from norton_timm.calibrate import reestimate_batch_norm
-from norton_timm.checkpoint import load, read_metadata
-from norton_timm.finetune import Trainer, evaluate
-from norton_timm.recovery import Recovery, evaluate_file
-from norton_timm.train_config import load_config
+from norton_timm.checkpoints.file import load, read_metadata
+from norton_timm.compression.repair import reestimate_batch_norm
+from norton_timm.training.config import load_train_config
+from norton_timm.training.loop import Trainer, evaluate
+from norton_timm.training.run import Recovery, evaluate_file
 
 CPU = torch.device('cpu')
 NORTON = "method: norton\nrank: {'*': 2}\nrates: 0.2\n"
@@ -39,7 +39,7 @@ def config(inputs: dict[str, str], recipe: str | None = 'norton', *overrides: st
     folder = Path(inputs['weights']).parent
     values = {**inputs, 'recipe': recipe and str(folder / f'{recipe}.yaml')}
     plain = ['optim.epochs=2', 'optim.batch_size=16', 'optim.lr=0.02', 'data.calibration=16', *overrides]
-    return load_config(None, plain, values)
+    return load_train_config(None, plain, values)
 
 
 def run(given, folder: Path) -> dict:

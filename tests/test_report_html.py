@@ -10,12 +10,12 @@ import pytest
 from families import build, images
 
 from norton_timm import TradeOffPoint
-from norton_timm.complexity import Complexity
-from norton_timm.compress import compress
-from norton_timm.report import CompressionReport, LayerReport
-from norton_timm.report_html import to_html, write_html
-from norton_timm.spec import CompressionSpec
-from norton_timm.tradeoff_plot import plot_trade_off
+from norton_timm.compression.compress import compress
+from norton_timm.compression.report import CompressionReport, LayerReport
+from norton_timm.compression.report_html import to_html, write_html
+from norton_timm.compression.spec import CompressionSpec
+from norton_timm.profiling.complexity import Complexity
+from norton_timm.search.trade_off import plot_trade_off
 
 VOID = {'meta', 'rect', 'br', 'link', 'img'}
 

@@ -17,9 +17,9 @@ from safetensors.torch import save_file
 from tensorly.decomposition import parafac
 
 import norton_timm
-from norton_timm import reproduce
 from norton_timm.models import spec_of
-from norton_timm.reproduce_plot import plot_studies
+from norton_timm.studies import reproduce
+from norton_timm.studies.reproduce_plot import plot_studies
 
 ROOT = Path(__file__).resolve().parents[1]
 NAME = 'coring_resnet56_cifar.r072'

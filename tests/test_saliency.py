@@ -12,17 +12,10 @@ import torch
 from scipy.linalg import subspace_angles
 from torch import Tensor
 
-from norton_timm.cp import CPFactors, cp_decompose, cp_reconstruct
-from norton_timm.hosvd import HOSVDFactors, hosvd
-from norton_timm.saliency import (
-    CRITERIA,
-    SCORES,
-    STRATEGIES,
-    filter_distance,
-    filter_scores,
-    select_filters,
-    select_top,
-)
+from norton_timm.tensors.cp import CPFactors, cp_decompose, cp_reconstruct
+from norton_timm.tensors.distances import CRITERIA, SCORES, filter_distance, filter_scores
+from norton_timm.tensors.hosvd import HOSVDFactors, hosvd
+from norton_timm.tensors.selection import STRATEGIES, select_filters, select_top
 
 VALUES = [c for c in CRITERIA if c not in ('pabs', 'csa')]
 
@@ -173,8 +166,8 @@ def test_zero_and_constant_filters_have_finite_distances(criterion: str) -> None
 def test_chunks_do_not_change_distances(monkeypatch) -> None:
     factors = cp_decompose(torch.randn(21, 8, 3, 3, dtype=torch.float64), 2)
     whole = {c: filter_distance(factors, c) for c in CRITERIA}
-    for module in ('principal_angles', 'value_distances'):
-        monkeypatch.setattr(f'norton_timm.{module}._CHUNK', 300)
+    for module in ('principal_angles', 'distances'):
+        monkeypatch.setattr(f'norton_timm.tensors.{module}._CHUNK', 300)
     for criterion, expected in whole.items():
         torch.testing.assert_close(filter_distance(factors, criterion), expected, rtol=1e-10, atol=1e-12)
 

@@ -13,7 +13,7 @@ import pytest
 from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
 
-from detection import figures, sample
+from detection.data import figures, sample
 
 
 @pytest.fixture(scope='module')

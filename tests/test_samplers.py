@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from detection.data import CocoDataset
-from detection.sample import write_sample
-from detection.samplers import CopyPaste, RepeatFactorSampler, aspect_groups, paste, repeat_factors
-from detection.transforms import build_transforms, tight_boxes
+from detection.data.coco import CocoDataset
+from detection.data.sample import write_sample
+from detection.data.samplers import CopyPaste, RepeatFactorSampler, aspect_groups, paste, repeat_factors
+from detection.data.transforms import build_transforms, tight_boxes
 
 
 def test_aspect_groups_part_wide_from_tall_images(tiny_coco: Path) -> None:

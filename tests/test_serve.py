@@ -22,17 +22,17 @@ import pytest
 import torch
 from torch import nn
 
-from detection.latency import RateMeter
-from detection.predictor import ModelFacts, Predictor
-from detection.studio import Choice, Studio
-from detection.video import DrawnSource, Frame, FrameSource
+from detection.demo.predictor import ModelFacts, Predictor
+from detection.demo.studio import ModelChoice, Studio
+from detection.demo.video import DrawnSource, Frame, FrameSource
+from detection.visual.latency import RateMeter
 
 pytest.importorskip('starlette', reason='the web page needs the extra `web`')
 pytest.importorskip('uvicorn', reason='the web page needs the extra `web`')
 websockets = pytest.importorskip('websockets', reason='the web page needs the extra `web`')
 from websockets.sync.client import connect  # noqa: E402
 
-from detection.serve import is_loopback  # noqa: E402
+from detection.demo.serve import is_loopback  # noqa: E402
 
 TOOL = Path(__file__).parents[1] / 'tools' / 'demo_video.py'
 
@@ -45,8 +45,8 @@ class Fixed(nn.Module):
                  'scores': torch.tensor([0.7])}]  # fmt: skip
 
 
-def choice(name: str = 'fixed', task: str = 'box') -> Choice:
-    return Choice(task, name, lambda: Predictor(Fixed(), ModelFacts(name, task, ['', 'thing'])))
+def choice(name: str = 'fixed', task: str = 'box') -> ModelChoice:
+    return ModelChoice(task, name, lambda: Predictor(Fixed(), ModelFacts(name, task, ['', 'thing'])))
 
 
 def free_port() -> int:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from norton_timm import CompressionSpec
-from norton_timm.spec import format_rates, parse_rates
+from norton_timm.compression.spec import format_rates, parse_rates
 
 rates = st.floats(0, 0.99).map(lambda r: round(r, 3))
 

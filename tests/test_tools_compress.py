@@ -20,11 +20,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 from norton_timm import CompressionSpec, CPDConv2d, count
-from norton_timm.calibration_images import calibration_images
-from norton_timm.checkpoint import load, read_metadata
-from norton_timm.dense import dense_model
-from norton_timm.latency import compare_latency
+from norton_timm.checkpoints.file import load, read_metadata
 from norton_timm.models import spec_of, tags
+from norton_timm.models.dense import dense_model
+from norton_timm.profiling.timing import compare_latency
+from norton_timm.training.sources import calibration_images
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = ROOT / 'configs' / 'recipes'

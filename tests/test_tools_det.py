@@ -19,8 +19,8 @@ import cv2
 import pytest
 import torch
 
-from detection.checkpoint import load_checkpoint
-from detection.sample import write_sample
+from detection.data.sample import write_sample
+from detection.training.checkpoint import load_checkpoint
 
 TOOLS = Path(__file__).resolve().parents[1] / 'tools'
 TINY = ['--workers', '0', '--device', 'cpu', '--set', 'model.min_size=64', '--set', 'model.max_size=96',

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from detection.draw import color_of, draw_detections
-from detection.tracking import TRACKERS, Tracker
+from detection.demo.tracking import TRACKERS, Tracker
+from detection.visual.draw import color_of, draw_detections
 
 
 def _frame(*corners: tuple[float, float], scores: list[float] | None = None) -> dict[str, torch.Tensor]:

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from detection.annotations import mirror_indices
-from detection.figures import KEYPOINT_NAMES
-from detection.transforms import DetectionTransform, RandomResize, SafeCrop, build_transforms, tight_boxes
+from detection.data.annotations import mirror_indices
+from detection.data.figures import KEYPOINT_NAMES
+from detection.data.transforms import DetectionTransform, RandomResize, SafeCrop, build_transforms, tight_boxes
 
 FLIP = mirror_indices(KEYPOINT_NAMES)
 

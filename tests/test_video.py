@@ -16,9 +16,9 @@ import cv2
 import numpy as np
 import pytest
 
-from detection import video_writer
-from detection.video import DrawnSource, FileSource, ImageSource, LiveSource, exact_rate, fit, open_source
-from detection.video_writer import VideoWriteError, VideoWriter
+from detection.demo import video_writer
+from detection.demo.video import DrawnSource, FileSource, ImageSource, LiveSource, exact_rate, fit_image, open_source
+from detection.demo.video_writer import VideoWriteError, VideoWriter
 
 NTSC = Fraction(30000, 1001)
 COLORS = {'red': (220, 30, 30), 'green': (30, 200, 40), 'blue': (40, 50, 220), 'skin': (230, 180, 150)}
@@ -88,7 +88,7 @@ def test_pictures_of_other_sizes_are_fitted_to_the_first(tmp_path):
     second = list(open_source(str(tmp_path)))[1].image
     assert second.shape == (20, 40, 3)
     assert (second[:, 10:30] == 100).all() and (second[:, :10] == 0).all() and (second[:, 30:] == 0).all()
-    assert fit(second, (40, 20)) is second
+    assert fit_image(second, (40, 20)) is second
 
 
 def test_odd_sizes_are_padded_and_no_sound_track_is_written(tmp_path):
@@ -226,7 +226,7 @@ FULL_DISK = """
 import resource, sys
 from fractions import Fraction
 import numpy as np
-from detection.video_writer import VideoWriter, VideoWriteError
+from detection.demo import VideoWriter, VideoWriteError
 resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
 rng = np.random.default_rng(0)
 try:

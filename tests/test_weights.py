@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 import norton_timm.models  # noqa: F401
-from norton_timm import weights
-from norton_timm.checkpoint import save
+from norton_timm.checkpoints import pretrained as weights
+from norton_timm.checkpoints.file import save
 
 NAME = 'norton_resnet56_cifar.r027'
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from norton_timm.whole_layer import METHODS, WholeLayerConv2d
+from norton_timm.layers.whole_layer import WHOLE_LAYER_METHODS, WholeLayerConv2d
 
 SETTINGS = [
     {'kernel_size': 3, 'padding': 1},
@@ -17,7 +17,7 @@ SETTINGS = [
 
 
 @pytest.mark.parametrize('settings', SETTINGS)
-@pytest.mark.parametrize('method', METHODS)
+@pytest.mark.parametrize('method', WHOLE_LAYER_METHODS)
 def test_chain_computes_what_its_kernel_does(method: str, settings: dict) -> None:
     conv = nn.Conv2d(6, 8, dtype=torch.float64, **settings)
     layer = WholeLayerConv2d.from_conv(conv, method, 3, n_iter=5)
@@ -29,7 +29,7 @@ def test_chain_computes_what_its_kernel_does(method: str, settings: dict) -> Non
     assert layer(x).shape == conv(x).shape
 
 
-@pytest.mark.parametrize('method', METHODS)
+@pytest.mark.parametrize('method', WHOLE_LAYER_METHODS)
 def test_weights_of_the_right_rank_are_recovered(method: str) -> None:
     conv = nn.Conv2d(5, 6, 3, padding=1, stride=2, dtype=torch.float64)
     o, i = torch.randn(6, 2, dtype=torch.float64), torch.randn(5, 2, dtype=torch.float64)
@@ -44,13 +44,13 @@ def test_full_tucker_is_exact_and_error_falls_with_rank() -> None:
     conv = nn.Conv2d(6, 8, 3, dtype=torch.float64)
     x = torch.randn(2, 6, 9, 9, dtype=torch.float64)
     torch.testing.assert_close(WholeLayerConv2d.from_conv(conv, 'tucker2', (8, 6))(x), conv(x))
-    for method in METHODS:
+    for method in WHOLE_LAYER_METHODS:
         kernels = [WholeLayerConv2d.from_conv(conv, method, r).kernel() for r in (1, 3, 6)]
         errors = [(k - conv.weight).square().sum().item() for k in kernels]
         assert errors[0] > errors[1] > errors[2]
 
 
-@pytest.mark.parametrize('method', METHODS)
+@pytest.mark.parametrize('method', WHOLE_LAYER_METHODS)
 def test_state_of_the_layer_is_carried_over(method: str) -> None:
     conv = nn.Conv2d(4, 4, 3).eval()
     conv.weight.requires_grad_(False)

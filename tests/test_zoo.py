@@ -14,10 +14,10 @@ import timm
 import torch
 
 import norton_timm.models
-from norton_timm.complexity import count
-from norton_timm.layers import CPDConv2d
+from norton_timm.layers.cpd_conv import CPDConv2d
 from norton_timm.models import published_accuracy, spec_of, tags
-from norton_timm.models.table import to_markdown, zoo_names, zoo_rows
+from norton_timm.profiling.complexity import count
+from norton_timm.studies.zoo import to_markdown, zoo_names, zoo_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -217,4 +217,4 @@ def test_a_tag_is_built_without_a_decomposition() -> None:
         return time.perf_counter() - start
 
     assert min(seconds('norton_resnet50.r078') / seconds('resnet50') for _ in range(3)) < 6
-    assert norton_timm.models.compressed.default_cfgs['norton_resnet50'].tags
+    assert norton_timm.models.entrypoints.default_cfgs['norton_resnet50'].tags

@@ -8,8 +8,7 @@ from pathlib import Path
 from _cli import Parser
 from _network_benchmarks import positive
 
-from norton_timm import kernel_benchmark as kernels
-from norton_timm.training_benchmark import benchmark_training
+from norton_timm.studies import benchmark_training, kernels
 
 
 def add(commands: argparse._SubParsersAction[Parser]) -> None:
@@ -40,7 +39,7 @@ def _kernels(args: argparse.Namespace) -> dict[str, object]:
     for name in dict.fromkeys(args.only):
         results[name] = calls[name]()
         print(f'\n{name}' + (f" (TensorLy's parafac on {note})" if name in ('cpd', 'r078') else ''))
-        print(kernels.format_table(results[name]), flush=True)
+        print(kernels.format_rows(results[name]), flush=True)
     goals = [dict(zip(('goal', 'measured', 'limit', 'met'), g)) for g in kernels.goals(results)]
-    print('\n' + kernels.format_table(goals))
+    print('\n' + kernels.format_rows(goals))
     return {'parafac_sample': note, **results, 'goals': goals}

@@ -8,7 +8,7 @@ from pathlib import Path
 from _cli import Parser
 from _network_benchmarks import positive
 
-from norton_timm.kernel_benchmark import format_table
+from norton_timm.studies import format_rows
 
 
 def add(commands: argparse._SubParsersAction[Parser]) -> None:
@@ -24,15 +24,15 @@ def add(commands: argparse._SubParsersAction[Parser]) -> None:
 
 
 def _detection_loop(args: argparse.Namespace) -> dict[str, object]:
-    from detection.config import load_config
     from detection.data import find_data
-    from detection.loop_benchmark import benchmark_loop
-    from norton_timm.distributed import choose_device
+    from detection.studies import benchmark_loop
+    from detection.training import load_config
+    from norton_timm.utils import choose_device
 
     config = load_config(args.config, args.set, {'data.images': args.images})
     source = find_data(args.data or config.data.root)
     results = benchmark_loop(config, source.root, device=choose_device(config.device), rounds=args.rounds)
-    print(format_table(results['rounds']))
+    print(format_rows(results['rounds']))
     print(f"images a second, medians: {results['ours']:.3f} ours, {results['reference']:.3f} torchvision's reference "
           f'loop; ratio {results["ratio"]:.3f}')  # fmt: skip
     return results

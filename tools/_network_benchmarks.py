@@ -10,10 +10,9 @@ from typing import Any
 from _cli import Parser
 from _processes import rows_of_processes
 
-from norton_timm import forms_benchmark
-from norton_timm import network_benchmark as networks
-from norton_timm.export_check import read_images
-from norton_timm.kernel_benchmark import format_table
+from norton_timm.inference import read_images
+from norton_timm.studies import format_rows, networks
+from norton_timm.studies import forms as forms_benchmark
 
 COLUMNS = (
     'model', 'network', 'runtime', 'batch', 'gmacs', 'ms', 'p95_ms', 'images_per_s', 'peak_mb', 'speedup',
@@ -64,7 +63,7 @@ def _add_processes(parser: Parser) -> None:
 
 
 def _classification(args: argparse.Namespace) -> dict[str, Any]:
-    from norton_timm.models.table import zoo_names
+    from norton_timm.studies import zoo_names
 
     names = [name for name in zoo_names(args.models) if name.startswith(('norton_', 'coring_'))]
     if not names:
@@ -72,12 +71,12 @@ def _classification(args: argparse.Namespace) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     if args.processes > 1:
         rows = rows_of_processes(args.processes, ['speedup', 'speedup_p10'])
-        print(f'medians of {args.processes} processes\n{format_table([{k: row[k] for k in COLUMNS} for row in rows])}')
+        print(f'medians of {args.processes} processes\n{format_rows([{k: row[k] for k in COLUMNS} for row in rows])}')
         return _finish(args, rows)
     cache: dict[Any, Any] = {}
     for name in names:
         found = networks.benchmark_classifier(name, args.batches, args.runtimes, args.seconds, cache)
-        print(format_table([{k: row[k] for k in COLUMNS} for row in found]), flush=True)
+        print(format_rows([{k: row[k] for k in COLUMNS} for row in found]), flush=True)
         rows += found
     return _finish(args, rows)
 
@@ -93,7 +92,7 @@ def _forms(args: argparse.Namespace) -> dict[str, Any]:
         rows = rows_of_processes(args.processes, ['over_slowest', 'over_fastest'])
     for name in args.models if not rows else []:
         row = forms_benchmark.benchmark_forms(name, args.rank, batch=args.batch, seconds=args.seconds)
-        print(format_table([{k: v for k, v in row.items() if k != 'layers'}]), flush=True)
+        print(format_rows([{k: v for k, v in row.items() if k != 'layers'}]), flush=True)
         rows.append(row)
     slowest, fastest = (max(row[f'over_{end}'] for row in rows) for end in ('slowest', 'fastest'))
     print(f'at most {slowest:.3f} of the slowest fixed form and {fastest:.3f} of the fastest')
@@ -101,16 +100,16 @@ def _forms(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _detection(args: argparse.Namespace) -> dict[str, Any]:
-    from detection.benchmark import STAGES, benchmark_detector
+    from detection.studies import DETECTOR_STAGES, benchmark_detector
 
     size = (args.size[0], args.size[1])
     image = read_images([args.image], size)[0] if args.image is not None else None
     rows = benchmark_detector(args.task, args.backbone, args.recipe, size, args.runtimes, args.seconds, image)
     columns = [c for c in COLUMNS if c not in ('model', 'batch')]
-    print(format_table([{k: row[k] for k in columns} for row in rows]))
+    print(format_rows([{k: row[k] for k in columns} for row in rows]))
     staged = [{**{k: row[k] for k in ('network', 'runtime')}, **row['stages']} for row in rows if row['stages']]
     if staged:
-        print(f'\nms of {", ".join(STAGES)}\n{format_table(staged)}')
+        print(f'\nms of {", ".join(DETECTOR_STAGES)}\n{format_rows(staged)}')
     return _finish(args, rows)
 
 

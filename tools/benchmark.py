@@ -20,8 +20,8 @@ import _network_benchmarks
 import torch
 from _cli import Parser, run
 
-from norton_timm.files import write_text
-from norton_timm.network_benchmark import allocator, cpu_name
+from norton_timm.studies import allocator, cpu_name
+from norton_timm.utils import write_text
 
 
 def main() -> None:

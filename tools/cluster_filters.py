@@ -14,7 +14,7 @@ from pathlib import Path
 from _cli import Parser, run
 from tqdm import tqdm
 
-from norton_timm.clustering import LEVELS, METHODS, compare
+from norton_timm.studies import LEVELS, REPRESENTATIONS, compare_clusterings
 
 
 def main() -> None:
@@ -35,10 +35,10 @@ def main() -> None:
 
     results = {}
     for level in tqdm(list(dict.fromkeys(args.levels)), unit='level'):
-        results[level] = compare(level, args.datasets, args.seed, starts=args.starts)
-    print(f'{"level":10}' + ''.join(f'{method:>8}' for method in METHODS))
+        results[level] = compare_clusterings(level, args.datasets, args.seed, starts=args.starts)
+    print(f'{"level":10}' + ''.join(f'{method:>8}' for method in REPRESENTATIONS))
     for level, scores in results.items():
-        print(f'{level:10}' + ''.join(f'{scores[method]:8.3f}' for method in METHODS))
+        print(f'{level:10}' + ''.join(f'{scores[method]:8.3f}' for method in REPRESENTATIONS))
     if args.output is not None:
         part = args.output.with_name(args.output.name + '.part')
         settings = {'datasets': args.datasets, 'starts': args.starts, 'seed': args.seed}

@@ -41,21 +41,19 @@ def main() -> None:
     parser.add_argument('--report', type=Path, help='per-layer figures to write, .json or .html')
     args = parser.parse_args()
 
-    from norton_timm import compress, find_spec, save, to_html, tune_forms
-    from norton_timm.calibration_images import calibration_images
-    from norton_timm.checkpoint import check_output
-    from norton_timm.complexity import default_input
-    from norton_timm.dense import dense_model, make_spec, set_normalisation
-    from norton_timm.files import write_text
-    from norton_timm.latency import compare_latency
-    from norton_timm.measure import channels_last, ready_to_run
+    from norton_timm import find_spec, save, to_html, tune_forms
+    from norton_timm.compression import compress
+    from norton_timm.models import dense_model, read_recipe, set_normalisation
+    from norton_timm.profiling import channels_last, compare_latency, default_input, ready_to_run
+    from norton_timm.training import calibration_images
+    from norton_timm.utils import check_output, write_text
 
     check_output(args.output, '.safetensors')
     page = args.report is not None and check_output(args.report, '.json', '.html').suffix == '.html'
     fields, budget = ({k: getattr(args, k) for k in n if getattr(args, k) is not None} for n in (FIELDS, BUDGETS))
     if budget and (args.spec or set(fields) - {'method'}):
         raise ValueError(f'got a budget ({", ".join(budget)}) and a recipe, expected one of them')
-    spec = None if budget else make_spec(args.spec, **fields)
+    spec = None if budget else read_recipe(args.spec, **fields)
     dense = dense_model(args.model, args.pretrained, args.checkpoint, num_classes=args.num_classes)
     set_normalisation(dense, args.mean, args.std)
     image = default_input(dense, args.input_size)

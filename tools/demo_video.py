@@ -10,13 +10,9 @@ from pathlib import Path
 from _cli import FAILURE, INTERRUPTED, TERMINATED, Parser, fail, run
 from tqdm import tqdm
 
-from detection import demo, pipeline
-from norton_timm.distributed import choose_device
-from detection.predictor import Predictor
-from detection.transforms import TASKS
-from detection.tracking import TRACKERS
-from detection.video import open_source
-from detection.video_writer import CODECS, VideoWriteError
+from detection.demo import CODECS, TRACKERS, Predictor, VideoWriteError, demo, open_source, pipeline
+from detection.tasks import TASKS
+from norton_timm.utils import choose_device
 
 
 def parser() -> Parser:
@@ -51,7 +47,7 @@ def main() -> None:
     options = {name: getattr(args, name) for name in demo.OPTIONS}
     options['device'] = choose_device(args.device or 'auto')
     if args.serve is not None:
-        from detection.serve import serve  # needs the extra `web`
+        from detection.demo import serve  # needs the extra `web`
 
         return serve(demo.make_studio(args, options), args.host, args.serve, lambda line: print(line, flush=True))
     try:
@@ -63,7 +59,7 @@ def main() -> None:
                 demo.Output(source, args.output, window=demo.wants_window(args), codec=args.codec) as output,
             ):
                 output.progress = bar.update
-                report = pipeline.run(source, predictors, output, warmup=args.warmup, max_frames=args.frames)
+                report = pipeline.run_pipeline(source, predictors, output, warmup=args.warmup, max_frames=args.frames)
     except (ConnectionError, VideoWriteError) as error:
         fail(error, FAILURE)
     print(report)

@@ -25,10 +25,8 @@ def main() -> None:
     parser.add_argument('--output', type=Path, help='file to write, .json')
     args = parser.parse_args()
 
-    from norton_timm.checkpoint import check_output
-    from norton_timm.distributed import choose_device, is_main, process_group
-    from norton_timm.files import write_text
-    from norton_timm.recovery import evaluate_file
+    from norton_timm.training import evaluate_file
+    from norton_timm.utils import check_output, choose_device, is_main, process_group, write_text
 
     if args.output is not None:
         check_output(args.output, '.json')

@@ -22,15 +22,10 @@ def main() -> None:
     parser.add_argument('--device', default='auto', help='auto, cpu, cuda, cuda:1, ...')
     args = parser.parse_args()
 
-    from detection.analysis import write_report
-    from detection.checkpoint import load_detector
-    from norton_timm.files import write_text
     from detection.data import CocoDataset, find_data
-    from detection.engine import evaluate
-    from detection.evaluator import CocoEvaluator
-    from detection.flip import FlipDetector
-    from detection.report import format_table
-    from norton_timm.distributed import choose_device, is_main, process_group
+    from detection.evaluation import CocoEvaluator, FlipDetector, evaluate_detector, write_report
+    from detection.training import format_table, load_detector
+    from norton_timm.utils import choose_device, is_main, process_group, write_text
 
     if args.batch_size < 1 or args.workers < 0:
         raise ValueError('--batch-size must be 1 or more and --workers 0 or more')
@@ -45,7 +40,7 @@ def main() -> None:
     network = FlipDetector(model, dataset.flip_indices) if args.flip else model
     with process_group(device):
         evaluator = CocoEvaluator(dataset.coco, meta['task'], meta['label_to_category'])
-        results = evaluate(network.to(device), dataset, device=device, batch_size=args.batch_size,
+        results = evaluate_detector(network.to(device), dataset, device=device, batch_size=args.batch_size,
                            workers=args.workers, evaluator=evaluator)  # fmt: skip
         if not is_main():
             return

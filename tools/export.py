@@ -33,11 +33,8 @@ def main() -> None:
     if args.count < 1 or (args.size is not None and min(args.size) < 1):
         parser.error('--count and --size must be 1 or more')
 
-    from norton_timm import deploy
-    from norton_timm.export import CHANNEL_MULTIPLES, format_of
-    from norton_timm.export_check import export_checked, size_mb
-    from norton_timm.export_tune import fastest_variant
-    from norton_timm.files import write_text
+    from norton_timm.inference import CHANNEL_MULTIPLES, deploy, export_checked, fastest_variant, format_of, size_mb
+    from norton_timm.utils import write_text
 
     kind = format_of(args.output)
     for path in filter(None, (args.output, args.json)):
@@ -60,7 +57,7 @@ def main() -> None:
     else:
         source = deploy(model, example, channel_multiple=CHANNEL_MULTIPLES[kind])
     if detector:
-        from detection.detector_export import exportable
+        from detection.rcnn import exportable
 
         source, model = exportable(source), exportable(model)
     agreement = export_checked(source, args.output, images, model, args.int8)
@@ -73,17 +70,18 @@ def main() -> None:
 
 def _load(args) -> tuple[torch.nn.Module, list[torch.Tensor]]:
     """The network, and batches of images as it takes them; single ones for a detector."""
-    from norton_timm import dense, load
-    from norton_timm.calibration_images import calibration_images
-    from norton_timm.export_check import find_images, read_images
+    from norton_timm import load
+    from norton_timm.inference import find_pictures, read_images
+    from norton_timm.models import dense
+    from norton_timm.training import calibration_images
 
     if args.weights is not None and args.weights.suffix == '.pt':
-        from detection.checkpoint import load_detector
+        from detection.training import load_detector
 
         size = tuple(args.size or (800, 1066))
         model = load_detector(args.weights)[0]
         model.transform.min_size, model.transform.max_size = (min(size),), max(size)
-        return model, [image[None] for image in read_images(find_images(args.images, args.count), size)]
+        return model, [image[None] for image in read_images(find_pictures(args.images, args.count), size)]
     if args.weights is not None:
         model = load(args.weights).eval()
     else:

@@ -16,10 +16,9 @@ def detector_checkpoint(path: Path) -> dict[str, Any]:
     """What eval_det.py reads: the tensors, a configuration that builds their detector, and COCO's classes."""
     from torchvision.models import detection as tv
 
-    from detection.checkpoint import detector_from_config
-    from detection.config import load_config
-    from detection.draw import COCO_SKELETON
-    from detection.weights import convert_detector_state_dict
+    from detection.rcnn import convert_detector_state_dict
+    from detection.training import detector_from_config, load_config
+    from detection.visual import COCO_SKELETON
 
     state, backbone = convert_detector_state_dict(path)
     cfg = backbone.pretrained_cfg
@@ -51,11 +50,12 @@ def main() -> None:
     args = parser.parse_args()
 
     from norton_timm import count
-    from norton_timm.authors import convert_authors_checkpoint
-    from norton_timm.checkpoint import check_output, save
+    from norton_timm.checkpoints import save
+    from norton_timm.models import convert_authors_checkpoint
+    from norton_timm.utils import check_output
 
     if args.output.suffix == '.pt':
-        from detection.checkpoint import save_checkpoint
+        from detection.training import save_checkpoint
 
         check_output(args.output, '.pt')
         content = detector_checkpoint(args.checkpoint)

@@ -27,9 +27,8 @@ def main() -> None:
 
     from tqdm import tqdm
 
-    from norton_timm.checkpoint import check_output
-    from norton_timm.files import write_text
-    from norton_timm.models.table import COLUMNS, to_csv, to_markdown, zoo_names, zoo_rows
+    from norton_timm.studies import COLUMNS, to_csv, to_markdown, zoo_names, zoo_rows
+    from norton_timm.utils import check_output, write_text
 
     for option in ('batch_size', 'threads'):
         if getattr(args, option) is not None and getattr(args, option) < 1:

@@ -39,22 +39,21 @@ def main() -> None:
         parser.error(f'got --no-tuning and --epochs {args.epochs}, expected one of them')
     output = args.output or Path('results') / ('cifar10.csv' if args.model else 'cifar10_repair.csv')
 
-    from norton_timm.distributed import choose_device, is_main, process_group
-    from norton_timm.reproduce import read_rows, reproduce, run_study, write_row
-    from norton_timm.reproduce_plot import plot_studies
-    from norton_timm.train_config import load_config
+    from norton_timm.studies import plot_studies, read_rows, reproduce_tag, run_study, write_row
+    from norton_timm.training import load_train_config
+    from norton_timm.utils import choose_device, is_main, process_group
 
     device = choose_device(args.device)
     if args.study:
         values = {'data.source': args.data, 'weights': str(args.dense)}
         for row in run_study(
-            args.study, args.dense, args.data, output, device, load_config(args.config, args.set, values)
+            args.study, args.dense, args.data, output, device, load_train_config(args.config, args.set, values)
         ):
             what = ' '.join(f'{key} {row[key]}' for key in ('rank', 'criterion') if row[key])
             print(f'{row["model"]} {what}: {row["top1_compressed"] or "-"} -> {row["top1_repaired"]} %', flush=True)
     elif args.model:
         with process_group(device):
-            row = reproduce(
+            row = reproduce_tag(
                 args.model, args.dense, args.data, args.runs, device, control=args.control, config=args.config,
                 overrides=args.set, epochs=0 if args.no_tuning else args.epochs,
             )  # fmt: skip

@@ -30,14 +30,13 @@ def main() -> None:
     parser.add_argument('--set', nargs='+', default=[], metavar='KEY=VALUE', help='change any key, e.g. optim.lr=0.01')
     args = parser.parse_args()
 
-    from norton_timm.distributed import choose_device, is_main, make_deterministic, process_group
-    from norton_timm.recovery import MODEL, Recovery
-    from norton_timm.train_config import load_config
+    from norton_timm.training import MODEL, Recovery, load_train_config
+    from norton_timm.utils import choose_device, is_main, make_deterministic, process_group
 
     values = {'model': args.model, 'data.source': args.data, 'weights': args.weights, 'recipe': args.recipe,
               'optim.epochs': args.epochs, 'device': args.device, 'pretrained': args.pretrained or None,
               'seed': args.seed, 'deterministic': args.deterministic or None}  # fmt: skip
-    config = load_config(args.config, args.set, values)
+    config = load_train_config(args.config, args.set, values)
     device = choose_device(config.device)
     if config.deterministic:
         make_deterministic()

@@ -35,14 +35,18 @@ def main() -> None:
     parser.add_argument('--set', action='append', default=[], metavar='KEY=VALUE', help='e.g. optim.lr=0.01')
     args = parser.parse_args()
 
-    from detection.checkpoint import describe, detector_from_config
-    from detection.config import load_config
-    from detection.data import find_data
-    from detection.doctor import check_data
-    from detection.engine import Trainer
-    from detection.loader import training_sets
-    from detection.report import describe_run, format_table, save_predictions
-    from norton_timm.distributed import choose_device, is_main, make_deterministic, process_group
+    from detection.data import check_data, find_data
+    from detection.training import (
+        DetectorTrainer,
+        describe_data,
+        describe_run,
+        detector_from_config,
+        format_table,
+        load_config,
+        save_predictions,
+        training_sets,
+    )
+    from norton_timm.utils import choose_device, is_main, make_deterministic, process_group
 
     if args.task is None and args.config is None:
         raise ValueError('--task is missing, expected box, mask or keypoint')
@@ -68,9 +72,9 @@ def main() -> None:
         raise FileNotFoundError(f'--resume: no {latest}')
     train_set, val_set = training_sets(config, source.root)
     torch.manual_seed(config.seed)
-    model = detector_from_config(config, describe(train_set, config.task))
+    model = detector_from_config(config, describe_data(train_set, config.task))
     with process_group(device):
-        trainer = Trainer(config, model, train_set, val_set, output, device=device)
+        trainer = DetectorTrainer(config, model, train_set, val_set, output, device=device)
         if args.resume and latest.is_file():
             trainer.resume(latest)
         if is_main():

@@ -27,10 +27,9 @@ def main() -> None:
     args = parser.parse_args()
 
     from norton_timm import load
-    from norton_timm.activation_maps import compare_looks
-    from norton_timm.activation_plot import plot_comparison
-    from norton_timm.checkpoint import check_output
-    from norton_timm.dense import dense_model
+    from norton_timm.models import dense_model
+    from norton_timm.studies import compare_looks, plot_comparison
+    from norton_timm.utils import check_output
 
     check_output(args.output, '.png')
     if args.size is not None and args.size < 8:

@@ -1,19 +1,28 @@
-"""Entrypoints of ours; importing this registers them with timm."""
+"""Entrypoints of ours; importing this registers them with timm: the CIFAR families, and every compressed network by
+tag.
+"""
 
 from norton_timm.models import densenet_cifar, googlenet_cifar, mobilenetv2_cifar, resnet_cifar, vgg_cifar
 
-from norton_timm.models import compressed  # isort: skip  (its configurations are made from the ones above)
-from norton_timm.models._compressed import published_accuracy, spec_of, tags, uniform_rates
+from norton_timm.models import entrypoints  # isort: skip  (its configurations are made from the ones above)
+from norton_timm.models.authors import convert_authors_checkpoint
+from norton_timm.models.compressed import published_accuracy, spec_of, tags
+from norton_timm.models.dense import dense_model, read_recipe, set_normalisation
+from norton_timm.models.googlenet_cifar import googlenet_cifar
+from norton_timm.models.mobilenetv2_cifar import mobilenetv2_cifar
 
 __all__ = [
-    'compressed',
+    'convert_authors_checkpoint',
+    'dense_model',
     'densenet_cifar',
+    'entrypoints',
     'googlenet_cifar',
     'mobilenetv2_cifar',
     'published_accuracy',
+    'read_recipe',
     'resnet_cifar',
+    'set_normalisation',
     'spec_of',
     'tags',
-    'uniform_rates',
     'vgg_cifar',
 ]

@@ -10,8 +10,8 @@ from timm.models import generate_default_cfgs, register_model
 from timm.models._manipulate import checkpoint_seq
 from torch import Tensor, nn
 
-from norton_timm.models._build import build
-from norton_timm.models._cifar import CifarNet, cifar_cfg
+from norton_timm.models.builder import build_network
+from norton_timm.models.cifar import CifarNet, cifar_cfg
 
 FEATURE_CFG: dict[str, Any] = dict(out_indices=(0, 1, 2, 3))
 
@@ -129,4 +129,4 @@ default_cfgs = generate_default_cfgs({'densenet40_cifar': cifar_cfg()})
 @register_model
 def densenet40_cifar(pretrained: bool = False, **kwargs: Any) -> DenseNetCifar:
     """DenseNet-40 with growth rate 12."""
-    return build(DenseNetCifar, 'densenet40_cifar', pretrained, feature_cfg=dict(FEATURE_CFG), **kwargs)
+    return build_network(DenseNetCifar, 'densenet40_cifar', pretrained, feature_cfg=dict(FEATURE_CFG), **kwargs)

@@ -12,8 +12,8 @@ from timm.models import generate_default_cfgs, register_model
 from timm.models._manipulate import checkpoint_seq
 from torch import Tensor, nn
 
-from norton_timm.models._build import build
-from norton_timm.models._cifar import CifarNet, cifar_cfg
+from norton_timm.models.builder import build_network
+from norton_timm.models.cifar import CifarNet, cifar_cfg
 
 FEATURE_CFG: dict[str, Any] = dict(out_indices=(0, 1, 2, 3))
 
@@ -117,4 +117,4 @@ default_cfgs = generate_default_cfgs({'googlenet_cifar': cifar_cfg(first_conv='p
 @register_model
 def googlenet_cifar(pretrained: bool = False, **kwargs: Any) -> GoogLeNetCifar:
     """GoogLeNet for 32-pixel images."""
-    return build(GoogLeNetCifar, 'googlenet_cifar', pretrained, feature_cfg=dict(FEATURE_CFG), **kwargs)
+    return build_network(GoogLeNetCifar, 'googlenet_cifar', pretrained, feature_cfg=dict(FEATURE_CFG), **kwargs)

@@ -10,13 +10,21 @@ from timm.models import generate_default_cfgs, register_model
 from timm.models._manipulate import checkpoint_seq
 from torch import Tensor, nn
 
-from norton_timm.models._build import build
-from norton_timm.models._cifar import CifarNet, cifar_cfg
+from norton_timm.models.builder import build_network
+from norton_timm.models.cifar import CifarNet, cifar_cfg
 
 FEATURE_CFG: dict[str, Any] = dict(flatten_sequential=True)
 
 # expansion, output channels, blocks, stride of the first block
-STAGES = ((1, 16, 1, 1), (6, 24, 2, 1), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
+INVERTED_RESIDUALS = (
+    (1, 16, 1, 1),
+    (6, 24, 2, 1),
+    (6, 32, 3, 2),
+    (6, 64, 4, 2),
+    (6, 96, 3, 1),
+    (6, 160, 3, 2),
+    (6, 320, 1, 1),
+)
 
 
 def _conv(in_chs: int, out_chs: int, kernel_size: int, stride: int = 1, groups: int = 1, act: bool = True, **dd: Any):
@@ -66,7 +74,7 @@ class MobileNetV2Cifar(CifarNet):
         layers: list[nn.Module] = [nn.Sequential(*_conv(in_chans, 32, 3, **dd))]
         self.feature_info = []
         chs, reduction = 32, 1
-        for stage, (expansion, width, blocks, stride) in enumerate(STAGES):
+        for stage, (expansion, width, blocks, stride) in enumerate(INVERTED_RESIDUALS):
             reduction *= stride
             for i in range(blocks):
                 layers.append(InvertedResidual(chs, width, stride if i == 0 else 1, expansion, **dd))
@@ -83,7 +91,7 @@ class MobileNetV2Cifar(CifarNet):
         """Stem (never pruned); per stage the outputs of its blocks."""
         entries: list[list[str]] = [[]]
         first = 1
-        for _, _, blocks, _ in STAGES:
+        for _, _, blocks, _ in INVERTED_RESIDUALS:
             entries.append([self._projection(i) for i in range(first, first + blocks)])
             first += blocks
         return entries
@@ -92,7 +100,7 @@ class MobileNetV2Cifar(CifarNet):
     def follow_rates(self, widths: dict[str, int], rates: Sequence[float]) -> None:
         """Set the widths of the expansions: each is a multiple of its block's input."""
         index, chs = 1, self.features[0][0].out_channels
-        for expansion, _, blocks, _ in STAGES:
+        for expansion, _, blocks, _ in INVERTED_RESIDUALS:
             for _ in range(blocks):
                 if expansion != 1:
                     widths[f'features.{index}.conv.0'] = chs * expansion
@@ -121,4 +129,4 @@ default_cfgs = generate_default_cfgs(
 @register_model
 def mobilenetv2_cifar(pretrained: bool = False, **kwargs: Any) -> MobileNetV2Cifar:
     """MobileNetV2 for 32-pixel images."""
-    return build(MobileNetV2Cifar, 'mobilenetv2_cifar', pretrained, feature_cfg=dict(FEATURE_CFG), **kwargs)
+    return build_network(MobileNetV2Cifar, 'mobilenetv2_cifar', pretrained, feature_cfg=dict(FEATURE_CFG), **kwargs)

@@ -12,9 +12,9 @@ from timm.models import generate_default_cfgs, register_model
 from timm.models._manipulate import checkpoint_seq
 from torch import Tensor, nn
 
-from norton_timm.models._build import build
-from norton_timm.models._cifar import CifarNet, cifar_cfg
-from norton_timm.shortcut import ChannelMap
+from norton_timm.layers import ChannelMap
+from norton_timm.models.builder import build_network
+from norton_timm.models.cifar import CifarNet, cifar_cfg
 
 FEATURE_CFG: dict[str, Any] = dict(out_indices=(0, 1, 2, 3))
 
@@ -107,7 +107,7 @@ default_cfgs = generate_default_cfgs({f'resnet{depth}_cifar': cifar_cfg() for de
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> ResNetCifar:
-    return build(ResNetCifar, variant, pretrained, feature_cfg=dict(FEATURE_CFG), **kwargs)
+    return build_network(ResNetCifar, variant, pretrained, feature_cfg=dict(FEATURE_CFG), **kwargs)
 
 
 @register_model

@@ -14,14 +14,14 @@ from timm.models import generate_default_cfgs, register_model
 from timm.models._manipulate import checkpoint_seq
 from torch import Tensor, nn
 
-from norton_timm.models._build import build
-from norton_timm.models._cifar import CifarNet, cifar_cfg
+from norton_timm.models.builder import build_network
+from norton_timm.models.cifar import CifarNet, cifar_cfg
 
 FEATURE_CFG: dict[str, Any] = dict(flatten_sequential=True)
 HIDDEN = 512  # width of the head's first linear layer
 
 # widths of the convolutions, 0 for 2x2 max pooling
-LAYOUTS = {
+VGG_WIDTHS = {
     16: (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512),
     19: (64, 64, 0, 128, 128, 0, 256, 256, 256, 256, 0, 512, 512, 512, 512, 0, 512, 512, 512, 512),
 }
@@ -49,13 +49,13 @@ class VGGCifar(CifarNet):
         dtype=None,
     ):
         super().__init__(num_classes, in_chans, drop_rate)
-        if depth not in LAYOUTS:
-            raise ValueError(f'depth is {depth}, expected one of {sorted(LAYOUTS)}')
+        if depth not in VGG_WIDTHS:
+            raise ValueError(f'depth is {depth}, expected one of {sorted(VGG_WIDTHS)}')
         dd = dict(device=device, dtype=dtype)
         layers: OrderedDict[str, nn.Module] = OrderedDict()
         self.feature_info = []
         chs, reduction = in_chans, 1
-        layout = LAYOUTS[depth]
+        layout = VGG_WIDTHS[depth]
         for i, width in enumerate(layout):
             if width:
                 layers[f'conv{i}'] = nn.Conv2d(chs, width, 3, padding=1, **dd)
@@ -148,7 +148,7 @@ default_cfgs = generate_default_cfgs({f'vgg{depth}_bn_cifar': cifar_cfg(**_CFG) 
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> VGGCifar:
-    return build(VGGCifar, variant, pretrained, feature_cfg=dict(FEATURE_CFG), **kwargs)
+    return build_network(VGGCifar, variant, pretrained, feature_cfg=dict(FEATURE_CFG), **kwargs)
 
 
 @register_model

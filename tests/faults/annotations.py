@@ -139,10 +139,10 @@ def _use(data: bytes, folder: Path) -> None:
     """All that is done with a data set; the first refusal is passed on at the end."""
     import os
 
-    from detection.data import CocoDataset, collate
-    from detection.doctor import check_data
-    from detection.evaluator import CocoEvaluator
-    from detection.transforms import build_transforms
+    from detection.data.coco import CocoDataset, collate
+    from detection.data.doctor import check_data
+    from detection.data.transforms import build_transforms
+    from detection.evaluation.coco_metrics import CocoEvaluator
 
     (folder / 'annotations').mkdir()
     (folder / 'images').mkdir()
@@ -187,9 +187,6 @@ def _found(target: dict[str, Any], task: str) -> dict[str, Any]:
 
 
 def _import() -> None:
-    import detection.doctor
-    import detection.evaluator
-    import detection.transforms  # noqa: F401
 
     content(), pictures()
 

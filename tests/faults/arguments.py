@@ -219,9 +219,6 @@ def use(line: tuple[str, list[str]], folder: Path) -> None:
 
 def _import() -> None:
     sys.path.insert(0, str(ROOT / 'tools'))
-    import norton_timm.export
-    import norton_timm.recovery
-    import norton_timm.reproduce  # noqa: F401
 
 
 def surface() -> Any:

@@ -22,7 +22,8 @@ def saved() -> bytes:
     import timm
     import torch
 
-    from norton_timm import CompressionSpec, compress, save
+    from norton_timm import CompressionSpec, save
+    from norton_timm.compression import compress
 
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
@@ -48,7 +49,7 @@ def with_recipe(change: Any) -> bytes:
     """The small network with another recipe, whose checksum holds: its author can compute it as well."""
     from safetensors.torch import save
 
-    from norton_timm.checkpoint import _digest
+    from norton_timm.checkpoints.file import _digest
 
     tensors = _tensors()
     recipe = json.loads(header_of(saved())[0]['__metadata__']['norton_timm'])
@@ -104,8 +105,8 @@ _LYING = (
 
 
 def _safetensors(data: bytes, folder: Path) -> None:
-    from norton_timm.checkpoint import is_saved, load, read_metadata
-    from norton_timm.weights import preprocessing_in
+    from norton_timm.checkpoints.file import is_saved, load, read_metadata
+    from norton_timm.checkpoints.pretrained import preprocessing_in
 
     path = folder / 'a.safetensors'
     path.write_bytes(data)
@@ -114,10 +115,11 @@ def _safetensors(data: bytes, folder: Path) -> None:
 
 
 def _pickle(data: bytes, folder: Path) -> None:
-    from detection.checkpoint import load_checkpoint
-    from detection.weights import detector_content
-    from norton_timm.authors import convert_authors_checkpoint, network_tensors, read_checkpoint
-    from norton_timm.checkpoint import is_saved
+    from detection.rcnn.restore import detector_content
+    from detection.training.checkpoint import load_checkpoint
+    from norton_timm.checkpoints.file import is_saved
+    from norton_timm.checkpoints.keys import network_tensors, read_checkpoint
+    from norton_timm.models.authors import convert_authors_checkpoint
 
     path = folder / 'a.pt'
     path.write_bytes(data)
@@ -131,9 +133,9 @@ def detector() -> bytes:
     """A checkpoint of `train_det.py`, of the smallest detector there is."""
     import torch
 
-    from detection.checkpoint import detector_from_config
-    from detection.config import config_from_dict
-    from norton_timm.rebuild import surgery_of
+    from detection.training.checkpoint import detector_from_config
+    from detection.training.config import config_from_dict
+    from norton_timm.checkpoints.rebuild import surgery_of
 
     torch.manual_seed(0)
     model = {'backbone': 'resnet10t', 'fpn_channels': 8, 'box_head': 8, 'min_size': [32], 'max_size': 48}
@@ -171,7 +173,7 @@ def detector() -> bytes:
 def _detector(edits: list[tuple[int, str, Any]], folder: Path) -> None:
     import torch
 
-    from detection.checkpoint import load_detector
+    from detection.training.checkpoint import load_detector
 
     content = torch.load(io.BytesIO(detector()), weights_only=True)
     tensors = content.pop('model')
@@ -183,7 +185,7 @@ def _detector(edits: list[tuple[int, str, Any]], folder: Path) -> None:
 
 
 def _import() -> None:
-    import norton_timm.authors  # noqa: F401
+    import norton_timm.models.authors  # noqa: F401
 
     saved(), pickles(), detector()
 

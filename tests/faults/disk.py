@@ -127,7 +127,7 @@ def _judge(code: int, tool: processes.Tool, row: Row) -> None:
 
 def run(times: int, seed: int = 0, only: tuple[str, ...] = ('',)) -> dict[str, Row]:
     """All of these faults, so many times each."""
-    from detection.checkpoint import load_checkpoint
+    from detection.training.checkpoint import load_checkpoint
     from norton_timm import load
 
     from .scenarios import digest

@@ -90,12 +90,11 @@ _PICTURE = st.one_of(
 
 def _picture(data: bytes, folder: Path) -> None:
     """Every reader of pictures; each may refuse, none may do anything else."""
-    from detection.decode import read_picture
-    from detection.decode import decode_rgb
-    from detection.doctor import _image
-    from detection.video import ImageSource
-    from norton_timm.export_check import read_images
-    from norton_timm.image_sources import _decode
+    from detection.data.decode import decode_rgb, read_picture
+    from detection.data.doctor import _image
+    from detection.demo.video import ImageSource
+    from norton_timm.inference.export_check import read_images
+    from norton_timm.training.sources import _decode
 
     path = folder / 'a.jpg'
     path.write_bytes(data)
@@ -159,7 +158,7 @@ def add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
 
 
 def _archive(data: bytes, folder: Path) -> None:
-    from norton_timm.image_sources import read_archive
+    from norton_timm.training.sources import read_archive
 
     path = folder / 'cifar10.tar'
     path.write_bytes(data)
@@ -174,7 +173,7 @@ def videos() -> tuple[bytes, ...]:
 
     import cv2
 
-    from detection.video_writer import VideoWriter
+    from detection.demo.video_writer import VideoWriter
 
     pixels = np.random.default_rng(0).integers(0, 255, (4, 32, 48, 3), np.uint8)
     found = []
@@ -206,7 +205,7 @@ PLAYLISTS = (
 
 
 def _video(data: bytes, folder: Path) -> None:
-    from detection.video import open_source
+    from detection.demo.video import open_source
 
     path = folder / 'a.mp4'
     path.write_bytes(data)
@@ -218,7 +217,7 @@ def _video(data: bytes, folder: Path) -> None:
 
 
 def _import() -> None:
-    import norton_timm.export_check  # noqa: F401
+    import norton_timm.inference.export_check  # noqa: F401
 
     pictures(), archives()
 

@@ -60,7 +60,7 @@ def prepare(place: Path) -> None:
     from PIL import Image
     from safetensors.torch import save_file
 
-    from detection.sample import write_sample
+    from detection.data.sample import write_sample
 
     from .pictures import add, png_file
 
@@ -93,7 +93,7 @@ def _train_det(place: Path) -> Callable[[Path], list[object]]:
 
 
 def _trained(folder: Path) -> Any:
-    from detection.checkpoint import load_checkpoint
+    from detection.training.checkpoint import load_checkpoint
 
     content = load_checkpoint(folder / 'run' / 'checkpoint.pt')
     rows = [json.loads(line) for line in (folder / 'run' / 'metrics.jsonl').read_text().splitlines()]
@@ -120,14 +120,14 @@ def digest(tensors: dict[str, Any]) -> str:
 
 
 def _det_steps(folder: Path) -> int:
-    from detection.checkpoint import load_checkpoint
+    from detection.training.checkpoint import load_checkpoint
 
     path = folder / 'run' / 'checkpoint.pt'
     return load_checkpoint(path)['iteration'] if path.exists() else -1
 
 
 def _cls_steps(folder: Path) -> int:
-    from norton_timm.pickles import load_plain
+    from norton_timm.utils.files import load_plain
 
     path = folder / 'run' / 'checkpoint.pt'
     if not path.exists():
@@ -218,9 +218,9 @@ def scenarios(place: Path) -> list[Scenario]:
 
 def check_files(folder: Path) -> list[str]:
     """What is wrong with files that claim to be complete: those under names that a user would open."""
-    from detection.video_writer import check_playable
+    from detection.demo.video_writer import check_playable
     from norton_timm import load
-    from norton_timm.pickles import load_plain
+    from norton_timm.utils.files import load_plain
 
     problems = []
     for path in sorted(p for p in folder.rglob('*') if p.is_file() and not p.name.startswith('.')):
@@ -242,7 +242,7 @@ def check_files(folder: Path) -> list[str]:
             elif path.suffix == '.jsonl':
                 [json.loads(line) for line in path.read_text().splitlines()[:-1]]  # the last one may be cut
             elif path.suffix in ('.jpg', '.png'):
-                from norton_timm.pictures import read_rgb
+                from norton_timm.utils.images import read_rgb
 
                 read_rgb(path, path)
         except (ValueError, OSError, AssertionError, KeyError) as error:

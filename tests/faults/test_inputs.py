@@ -13,23 +13,21 @@ import pytest
 import torch
 from PIL import Image
 
-from detection.annotations import load_coco
-from detection.checkpoint import load_checkpoint, load_detector
-from detection.config import config_from_dict
-from detection.config import load_config as detection_config
-from detection.data import CocoDataset
-from detection.decode import read_picture
-from detection.decode import decode_rgb
-from detection.doctor import check_data
-from detection.evaluator import CocoEvaluator
-from detection.serve import read_settings
+from detection.data.annotations import load_coco
+from detection.data.coco import CocoDataset
+from detection.data.decode import decode_rgb, read_picture
+from detection.data.doctor import check_data
+from detection.demo.serve import read_settings
+from detection.evaluation.coco_metrics import CocoEvaluator
+from detection.training.checkpoint import load_checkpoint, load_detector
+from detection.training.config import config_from_dict
+from detection.training.config import load_config as detection_config
 from norton_timm import CompressionSpec
-from norton_timm.authors import read_checkpoint
-from norton_timm.finite import not_finite
-from norton_timm.image_sources import read_archive
-from norton_timm.plain_yaml import read_plain
-from norton_timm.settings import ConfigError
-from norton_timm.train_config import load_config
+from norton_timm.checkpoints.keys import read_checkpoint
+from norton_timm.training.config import load_train_config
+from norton_timm.training.sources import read_archive
+from norton_timm.utils.config import ConfigError, read_plain
+from norton_timm.utils.modules import not_finite
 
 from .annotations import content
 from .checkpoints import detector
@@ -44,7 +42,7 @@ from .texts import LAUGHS
 def test_yaml_that_grows_or_holds_itself_is_refused(text: str, tmp_path: Path) -> None:
     path = tmp_path / 'run.yaml'
     path.write_text(text)
-    for read in (detection_config, load_config, CompressionSpec.from_yaml):
+    for read in (detection_config, load_train_config, CompressionSpec.from_yaml):
         with pytest.raises(ValueError, match='not valid YAML'):
             read(path)
 
@@ -57,7 +55,7 @@ def test_yaml_with_a_few_aliases_is_fine() -> None:
     'override', ['seed=1e30', 'optim.lr=.inf', 'x.' * 1500 + 'a=1', f'seed={10**400}', 'data.workers=100000']
 )
 def test_numbers_that_no_run_can_have(override: str) -> None:
-    for read in (detection_config, load_config):
+    for read in (detection_config, load_train_config):
         with pytest.raises(ConfigError) as error:
             read(None, [override])
         assert len(str(error.value)) < 400

@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import nn
 
-from detection.checkpoint import load_detector
-from detection.data import CocoDataset, collate
-from detection.evaluation import evaluate
-from norton_timm.files import remove_partial
-from norton_timm.finetune import evaluate as evaluate_classifier
-from norton_timm.image_data import ArrayData, Preprocessing
-from norton_timm.interrupts import HeldSignals
+from detection.data.coco import CocoDataset, collate
+from detection.evaluation.loop import evaluate_detector
+from detection.training.checkpoint import load_detector
+from norton_timm.training.data import ArrayData, Preprocessing
+from norton_timm.training.loop import evaluate as evaluate_classifier
+from norton_timm.utils.files import remove_partial
+from norton_timm.utils.processes import HeldSignals
 
 from .checkpoints import detector
 from .test_inputs import coco
@@ -37,7 +37,7 @@ def dataset(tmp_path: Path) -> CocoDataset:
 
 
 def test_an_intact_detector_is_read_and_evaluated(trained: nn.Module, dataset: CocoDataset) -> None:
-    results = evaluate(trained, dataset, device=CPU, label_to_category={1: 1}, progress=False)
+    results = evaluate_detector(trained, dataset, device=CPU, label_to_category={1: 1}, progress=False)
     assert 0 <= results['bbox']['AP'] <= 1
 
 
@@ -46,14 +46,14 @@ def test_weights_that_are_no_numbers_are_named(number: float, trained: nn.Module
     name, parameter = list(trained.named_parameters())[7]
     parameter.data.view(-1)[0] = number
     with pytest.raises(FloatingPointError, match=name.replace('.', r'\.')):
-        evaluate(trained, dataset, device=CPU, label_to_category={1: 1}, progress=False)
+        evaluate_detector(trained, dataset, device=CPU, label_to_category={1: 1}, progress=False)
 
 
 def test_activations_that_overflow_are_named(trained: nn.Module, dataset: CocoDataset) -> None:
     for parameter in trained.rpn.head.parameters():
         parameter.data.fill_(1e38)
     with pytest.raises(FloatingPointError, match=r'the output of rpn\.head .* the weights diverged'):
-        evaluate(trained, dataset, device=CPU, label_to_category={1: 1}, progress=False)
+        evaluate_detector(trained, dataset, device=CPU, label_to_category={1: 1}, progress=False)
 
 
 @pytest.mark.parametrize('number', [float('nan'), float('inf')])
@@ -81,7 +81,7 @@ def test_images_of_crowds_only_and_classes_without_examples(trained: nn.Module, 
     trained.train()
     losses = trained(images, targets)
     assert all(bool(loss.isfinite()) for loss in losses.values())
-    assert evaluate(trained, dataset, device=CPU, progress=False)['bbox']['AP'] == -1  # as pycocotools says it
+    assert evaluate_detector(trained, dataset, device=CPU, progress=False)['bbox']['AP'] == -1  # as pycocotools says it
 
 
 @pytest.fixture

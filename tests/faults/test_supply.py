@@ -21,7 +21,7 @@ print(heard)
 """
 
 
-@pytest.mark.parametrize('module', ['norton_timm', 'detection.engine', 'detection.demo', 'detection.serve'])
+@pytest.mark.parametrize('module', ['norton_timm', 'detection.training', 'detection.demo'])
 def test_an_import_opens_no_connection(module: str) -> None:
     env = {k: v for k, v in os.environ.items() if k not in ('NO_ALBUMENTATIONS_UPDATE', 'HF_HUB_OFFLINE')}
     done = subprocess.run(

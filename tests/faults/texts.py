@@ -85,7 +85,7 @@ RATES = st.one_of(st.lists(_TERM, max_size=8).map('+'.join), st.text(max_size=30
 
 def _rates(text: str, folder: Path) -> None:
     from norton_timm import CompressionSpec
-    from norton_timm.spec import format_rates, parse_rates
+    from norton_timm.compression.spec import format_rates, parse_rates
 
     rates = parse_rates(text)
     assert all(0 <= rate < 1 for rate in rates)
@@ -156,7 +156,8 @@ def _tiny():
 def _spec(text: str, folder: Path) -> None:
     import torch
 
-    from norton_timm import CompressionSpec, compress
+    from norton_timm import CompressionSpec
+    from norton_timm.compression import compress
 
     path = folder / 'spec.yaml'
     path.write_bytes(text.encode('utf-8', 'surrogatepass'))
@@ -170,14 +171,14 @@ def _spec(text: str, folder: Path) -> None:
 def _config(kind: str):
     def use(value: tuple[str, list[str]], folder: Path) -> None:
         if kind == 'detection':
-            from detection.config import load_config
+            pass
         else:
-            from norton_timm.train_config import load_config  # type: ignore[assignment]
+            from norton_timm.training.config import load_train_config  # type: ignore[assignment]
 
         text, overrides = value
         path = folder / 'run.yaml'
         path.write_bytes(text.encode('utf-8', 'surrogatepass'))
-        config = load_config(path, overrides)
+        config = load_train_config(path, overrides)
         yaml.safe_load(config.to_yaml())
 
     return use
@@ -185,10 +186,10 @@ def _config(kind: str):
 
 def _default(kind: str) -> dict[str, Any]:
     if kind == 'detection':
-        from detection.config import RunConfig
+        from detection.training.config import RunConfig
 
         return RunConfig().to_dict()
-    from norton_timm.train_config import TrainConfig
+    from norton_timm.training.config import TrainConfig
 
     return TrainConfig().to_dict()
 
@@ -221,11 +222,11 @@ class _Predictor:
 
 
 def _page(text: str, folder: Path) -> None:
-    from detection.serve import read_settings
-    from detection.studio import Choice, Studio
-    from detection.video import DrawnSource
+    from detection.demo.serve import read_settings
+    from detection.demo.studio import ModelChoice, Studio
+    from detection.demo.video import DrawnSource
 
-    studio = Studio(lambda: DrawnSource(1), [Choice('box', 'a', _Predictor), Choice('mask', 'b', _Predictor)])  # type: ignore[arg-type]
+    studio = Studio(lambda: DrawnSource(1), [ModelChoice('box', 'a', _Predictor), ModelChoice('mask', 'b', _Predictor)])  # type: ignore[arg-type]
     try:
         studio.choose(read_settings(text))
         json.dumps(studio.facts(), allow_nan=False)
@@ -244,7 +245,7 @@ _PAGE = st.one_of(
 
 
 def _import() -> None:
-    import norton_timm.train_config  # noqa: F401
+    import norton_timm.training.config  # noqa: F401
 
 
 SURFACES = [

@@ -1,0 +1,32 @@
+"""Data sets in COCO's format: annotations read and checked, pictures decoded, augmentation, samplers, the sample set
+drawn by code, and the doctor that says what is wrong with a folder.
+"""
+
+from detection.data.annotations import check_outline, class_map
+from detection.data.coco import CocoDataset, Draw, collate, find_data, to_tensor
+from detection.data.decode import decode_rgb, read_picture
+from detection.data.doctor import check_data
+from detection.data.loader import eval_loader
+from detection.data.sample import draw_frames
+from detection.data.samplers import CopyPaste, RepeatFactorSampler, aspect_groups, repeat_factors
+from detection.data.transforms import build_transforms
+
+__all__ = [
+    'CocoDataset',
+    'CopyPaste',
+    'Draw',
+    'RepeatFactorSampler',
+    'aspect_groups',
+    'build_transforms',
+    'check_data',
+    'check_outline',
+    'class_map',
+    'collate',
+    'decode_rgb',
+    'draw_frames',
+    'eval_loader',
+    'find_data',
+    'read_picture',
+    'repeat_factors',
+    'to_tensor',
+]

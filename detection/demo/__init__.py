@@ -1,0 +1,11 @@
+"""The video demo: sources of frames, the predictor, tracking, the pipeline of threads, written video, and the web
+page.
+"""
+
+from detection.demo.predictor import Predictor
+from detection.demo.serve import serve
+from detection.demo.tracking import TRACKERS
+from detection.demo.video import open_source
+from detection.demo.video_writer import CODECS, VideoWriteError
+
+__all__ = ['CODECS', 'TRACKERS', 'Predictor', 'VideoWriteError', 'open_source', 'serve']

@@ -1,0 +1,7 @@
+"""How well a detector does: COCO's figures, the one evaluation loop, and where the errors are."""
+
+from detection.evaluation.analysis import write_report
+from detection.evaluation.coco_metrics import IOU_TYPES, CocoEvaluator, Metrics
+from detection.evaluation.loop import FlipDetector, autocast, evaluate_detector
+
+__all__ = ['IOU_TYPES', 'CocoEvaluator', 'FlipDetector', 'Metrics', 'autocast', 'evaluate_detector', 'write_report']

@@ -1,0 +1,21 @@
+"""torchvision's R-CNNs on compressed backbones: how they are built, compressed, restored from files of any origin,
+and shown to exporters.
+"""
+
+from detection.rcnn.backbone import NORMS, create_features
+from detection.rcnn.build import RCNN_OPTIONS, build_detector
+from detection.rcnn.compression import RECIPES
+from detection.rcnn.export import OneImage, exportable
+from detection.rcnn.restore import convert_detector_state_dict, restore
+
+__all__ = [
+    'NORMS',
+    'RCNN_OPTIONS',
+    'RECIPES',
+    'OneImage',
+    'build_detector',
+    'convert_detector_state_dict',
+    'create_features',
+    'exportable',
+    'restore',
+]

@@ -1,0 +1,253 @@
+"""Faster, Mask and Keypoint R-CNN of torchvision on any timm backbone."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from torchvision.models.detection import FasterRCNN, KeypointRCNN, MaskRCNN
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
+from torchvision.models.detection.keypoint_rcnn import KeypointRCNNHeads, KeypointRCNNPredictor
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+
+from detection.rcnn.backbone import build_backbone, normalisation, set_training
+from detection.rcnn.compression import RECIPES, compress_detector, read_spec, recipe_spec
+from detection.rcnn.restore import detector_content, restore, start_from, state_of
+from detection.tasks import TASKS
+from norton_timm.checkpoints import dense_name
+from norton_timm.compression import CompressionSpec
+
+log = logging.getLogger(__name__)
+
+DEFAULT_CLASSES = {'box': 91, 'mask': 91, 'keypoint': 2}
+# torchvision's: keypoint detectors are trained at several scales and tested at the last
+DEFAULT_MIN_SIZE: dict[str, tuple[int, ...]] = {
+    'box': (800,),
+    'mask': (800,),
+    'keypoint': (640, 672, 704, 736, 768, 800),
+}
+ROI_SIZE = 7
+# torchvision hands names it does not know to its image transform, which ignores them: so they are checked here
+RCNN_OPTIONS = tuple(
+    name
+    for name in inspect.signature(FasterRCNN.__init__).parameters
+    if name.startswith(('rpn_', 'box_', 'bbox_')) and not name.endswith(('_generator', '_head', '_pool', '_predictor'))
+)
+
+
+class _KeypointPredictor(KeypointRCNNPredictor):
+    """Heatmaps in the plain memory layout: torchvision's loss calls `.view`, which fails on channels_last maps."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).contiguous()
+
+
+def build_detector(
+    task: str,
+    backbone: str | nn.Module = 'norton_resnet50.r078',
+    num_classes: int | None = None,
+    *,
+    recipe: str = 'backbone',
+    compress: CompressionSpec | str | Path | None = None,
+    pretrained: bool = False,
+    weights: str | Path | None = None,
+    norm: str | None = None,
+    frozen_stages: int = 0,
+    min_size: int | Sequence[int] | None = None,
+    max_size: int = 1333,
+    num_keypoints: int = 17,
+    fpn_channels: int = 256,
+    box_head: int = 1024,
+    mask_layers: Sequence[int] = (256, 256, 256, 256),
+    keypoint_layers: Sequence[int] = (512,) * 8,
+    anchor_sizes: Sequence[int] = (32, 64, 128, 256, 512),
+    **rcnn: object,
+) -> GeneralizedRCNN:
+    """A torchvision R-CNN with FPN (He et al., 2017, arXiv:1703.06870) on a timm backbone.
+
+    The result has torchvision's inputs, losses and outputs: images are float RGB `(3, H, W)` in 0..1, of any size;
+    boxes are xyxy in pixels of the image given.
+
+    Args:
+        task: `'box'` (Faster R-CNN), `'mask'` (Mask R-CNN) or `'keypoint'` (Keypoint R-CNN).
+        backbone: a timm name (see `detection.rcnn.create_features`) or a `features_only` module.
+        num_classes: with background; by default COCO's 91, or 2 for keypoints (background, person).
+        recipe: what is compressed; `'backbone'` leaves FPN, RPN and heads dense, `'full'` makes them narrow as well,
+            `'light'` narrower still.
+        compress: a spec, or a YAML file with one, by which the given network is compressed on the fly: its backbone,
+            or with `scope: detector` all of it.
+        pretrained: backbone weights that timm knows for this name; else the start is random.
+        weights: a file to start from instead: weights of the backbone as timm reads them, a network of
+            `norton_timm.save` (with its compression), or a checkpoint of train_det.py, heads included; where that has
+            other classes, the last layers start anew.
+        norm: `'train'`, `'frozen'` or `'sync'` batch norm in the backbone; by default frozen if there are backbone
+            weights, as in torchvision, else trained.
+        frozen_stages: 0 to 4, pyramid levels of the backbone (with all layers before) whose weights stay.
+        min_size: length in pixels to which the shorter side of an image is resized; several = one at random in
+            training, the last in evaluation.
+        max_size: bound in pixels on the longer side after that.
+        num_keypoints: keypoints of a person.
+        fpn_channels: width of the FPN.
+        box_head: width of the two fully connected layers of the box head.
+        mask_layers: widths of the convolutions of the mask head.
+        keypoint_layers: widths of the convolutions of the keypoint head.
+        anchor_sizes: in pixels of the resized image, one for each of the five pyramid levels.
+        **rcnn: further arguments of torchvision's classes, see `RCNN_OPTIONS`, e.g. `box_score_thresh`.
+
+    Raises:
+        ValueError: an argument is not one of the choices; the message lists them.
+    """
+    if task not in TASKS:
+        raise ValueError(f'task is {task!r}, expected one of {", ".join(TASKS)}')
+    if recipe not in RECIPES:
+        raise ValueError(f'recipe is {recipe!r}, expected one of {", ".join(RECIPES)}')
+    unknown = [name for name in rcnn if name not in RCNN_OPTIONS]
+    if unknown:
+        raise ValueError(f'unknown arguments {", ".join(unknown)}, expected some of {", ".join(RCNN_OPTIONS)}')
+    if num_classes is None:
+        num_classes = DEFAULT_CLASSES[task]
+    if num_classes < 2:
+        raise ValueError(f'num_classes is {num_classes}, expected 2 or more (the background is one)')
+    if len(anchor_sizes) != 5:
+        raise ValueError(f'anchor_sizes has {len(anchor_sizes)} entries, expected 5 (one for each pyramid level)')
+    if norm is None:
+        norm = 'frozen' if pretrained or weights is not None else 'train'
+    if norm == 'frozen' and isinstance(backbone, str) and not pretrained and weights is None:
+        raise ValueError("norm='frozen' needs backbone weights: frozen statistics of a random network are meaningless")
+
+    content = None if weights is None else detector_content(weights)
+    options: dict[str, Any] = {
+        'fpn_channels': fpn_channels,
+        'box_head': box_head,
+        'mask_layers': mask_layers,
+        'keypoint_layers': keypoint_layers,
+        'common': {
+            'min_size': DEFAULT_MIN_SIZE[task] if min_size is None else min_size,
+            'max_size': max_size,
+            'rpn_anchor_generator': AnchorGenerator(tuple((s,) for s in anchor_sizes), ((0.5, 1.0, 2.0),) * 5),
+            **rcnn,
+        },
+    }
+    if content is None:
+        fpn = build_backbone(backbone, pretrained=pretrained, weights=weights, out_channels=fpn_channels)
+        model = _assemble(task, fpn, num_classes, num_keypoints, **options)
+        made: Mapping[str, Any] = {}
+    else:
+        made = _check_start(content, task, backbone, recipe, weights)
+        model = _start(content, str(backbone), num_classes, num_keypoints, weights, task, options)
+    if compress is not None and str(compress) != str(made.get('compress')):
+        model = compress_detector(model, read_spec(compress), fresh=not pretrained and weights is None)
+    spec = recipe_spec(task, recipe)
+    if spec is not None and recipe != made.get('recipe'):
+        model = compress_detector(model, spec, fresh=content is None)
+    set_training(model.backbone, norm, frozen_stages)
+    return model
+
+
+def _assemble(
+    task: str,
+    fpn: nn.Module,
+    num_classes: int,
+    num_keypoints: int,
+    fpn_channels: int,
+    box_head: int,
+    mask_layers: Sequence[int],
+    keypoint_layers: Sequence[int],
+    common: Mapping[str, Any],
+) -> GeneralizedRCNN:
+    """A dense R-CNN around a backbone with FPN; arguments as in `build_detector`."""
+    mean, std = normalisation(fpn.body)
+    common = {
+        'image_mean': mean,
+        'image_std': std,
+        'box_head': TwoMLPHead(fpn_channels * ROI_SIZE**2, box_head),
+        'box_predictor': FastRCNNPredictor(box_head, num_classes),
+        **common,
+    }
+    if task == 'box':
+        return FasterRCNN(fpn, **common)
+    if task == 'mask':
+        return MaskRCNN(
+            fpn,
+            mask_head=MaskRCNNHeads(fpn_channels, tuple(mask_layers), 1),
+            mask_predictor=MaskRCNNPredictor(mask_layers[-1], mask_layers[-1], num_classes),
+            **common,
+        )
+    return KeypointRCNN(
+        fpn,
+        keypoint_head=KeypointRCNNHeads(fpn_channels, tuple(keypoint_layers)),
+        keypoint_predictor=_KeypointPredictor(keypoint_layers[-1], num_keypoints),
+        **common,
+    )
+
+
+def _check_start(
+    content: Mapping[str, Any], task: str, backbone: str | nn.Module, recipe: str, path: object
+) -> Mapping[str, Any]:
+    """The model section of a checkpoint's configuration, where a run may start from it; empty for torchvision's."""
+    if not isinstance(backbone, str):
+        raise ValueError('weights go with a backbone given by name; load the weights of a module first')
+    config = content.get('config')
+    if config is None:
+        return {}
+    made = config['model']
+    if made.get('recipe', 'backbone') not in ('backbone', recipe):
+        raise ValueError(f'{path} was compressed by recipe {made["recipe"]!r} already, got recipe {recipe!r}')
+    if content.get('surgery') is not None and dense_name(made['backbone']) != dense_name(backbone):
+        raise ValueError(f'{path} has another backbone: {made["backbone"]}, got {backbone}')
+    if config['task'] != task and made.get('recipe', 'backbone') != 'backbone':
+        raise ValueError(f'{path} is a detector for task {config["task"]}, expected {task}')
+    return made
+
+
+def _start(
+    content: Mapping[str, Any],
+    backbone: str,
+    num_classes: int,
+    num_keypoints: int,
+    path: object,
+    task: str,
+    options: Mapping[str, Any],
+) -> GeneralizedRCNN:
+    """A detector with the weights, and the compression, of another run."""
+    fpn_channels = options['fpn_channels']
+    if content.get('surgery') is None or content['config']['task'] != task:
+        fpn = build_backbone(backbone, out_channels=fpn_channels)
+        model = _assemble(task, fpn, num_classes, num_keypoints, **options)
+        start_from(model, state_of(content), str(path))
+        return model
+    meta = content['meta']
+    fpn = build_backbone(dense_name(backbone), out_channels=fpn_channels)
+    model = _assemble(task, fpn, meta['num_classes'], meta['num_keypoints'] or num_keypoints, **options)
+    try:
+        restore(model, content)
+    except ValueError as error:
+        raise ValueError(f'{path} does not fit the detector that was asked for: {error}') from None
+    _renew_last_layers(model, num_classes, num_keypoints)
+    return model
+
+
+def _renew_last_layers(model: GeneralizedRCNN, num_classes: int, num_keypoints: int) -> None:
+    """Give a detector that was trained on other classes or keypoints fresh layers for those, in place."""
+    heads, renewed = model.roi_heads, []
+    box = heads.box_predictor
+    if box.cls_score.out_features != num_classes:
+        heads.box_predictor = FastRCNNPredictor(box.cls_score.in_features, num_classes)
+        renewed.append('box_predictor')
+        if heads.mask_predictor is not None:
+            old = heads.mask_predictor.mask_fcn_logits
+            heads.mask_predictor.mask_fcn_logits = nn.Conv2d(old.in_channels, num_classes, 1)
+            renewed.append('mask_predictor')
+    if heads.keypoint_predictor is not None:
+        old = heads.keypoint_predictor.kps_score_lowres
+        if old.out_channels != num_keypoints:
+            heads.keypoint_predictor = _KeypointPredictor(old.in_channels, num_keypoints)
+            renewed.append('keypoint_predictor')
+    if renewed:
+        log.warning('classes differ from those of the weights: %s starts anew', ', '.join(renewed))

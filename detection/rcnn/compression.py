@@ -1,0 +1,101 @@
+"""Compression of whole detectors: the recipes that ship with the package, and how a spec is applied to an R-CNN."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
+
+from norton_timm.compression import CompressionSpec, compress, reshape
+from norton_timm.graph import Metadata
+from norton_timm.layers import CPDConv2d
+
+log = logging.getLogger(__name__)
+
+RECIPES = ('backbone', 'full', 'light')
+_FOLDER = Path(__file__).parent / 'recipes'
+_SIDE = 64  # pixels; channels do not depend on the size, and an image of 800 would take a hundred times as long
+# what makes every part of a detector run, and run briefly, whatever its weights
+_BRIEF: dict[str, Any] = {
+    'transform.min_size': (_SIDE,),
+    'transform.max_size': _SIDE,
+    'rpn._post_nms_top_n': {'training': 8, 'testing': 8},
+    'roi_heads.score_thresh': -1.0,
+    'roi_heads.detections_per_img': 4,
+}
+
+
+def recipe_spec(task: str, recipe: str) -> CompressionSpec | None:
+    """What `recipe` does to FPN, RPN and heads of a task's detector; None for `'backbone'`, which leaves them dense."""
+    return None if recipe == 'backbone' else CompressionSpec.from_yaml(_FOLDER / f'{task}.{recipe}.yaml')
+
+
+def read_spec(source: CompressionSpec | str | os.PathLike[str]) -> CompressionSpec:
+    """A spec for a detector from a YAML file; one without a scope was written for the backbone alone."""
+    spec = source if isinstance(source, CompressionSpec) else CompressionSpec.from_yaml(Path(source))
+    return spec if spec.scope else dataclasses.replace(spec, scope='backbone')
+
+
+def compress_detector(model: GeneralizedRCNN, spec: CompressionSpec, fresh: bool = False) -> GeneralizedRCNN:
+    """An R-CNN with FPN, compressed.
+
+    Args:
+        model: as `build_detector` makes it; it may be changed.
+        spec: `scope` says whether names are those of the backbone or of the whole detector.
+        fresh: the layers that the spec means hold random weights: they are drawn anew or cut at will, and keep the
+            variance of what they give.
+
+    Raises:
+        ValueError: the spec does not fit the detector.
+    """
+    device = next(model.parameters()).device
+    images, batch = [torch.rand(3, _SIDE, _SIDE, device=device)], torch.rand(1, 3, _SIDE, _SIDE, device=device)
+    facts = Metadata(model.backbone.body, batch)
+    settings = _set(model, _BRIEF)
+    try:
+        if fresh:
+            before = _fan_in(model)
+            model = reshape(model, spec, images)  # type: ignore[assignment]
+            _keep_variance(model, before)
+        else:
+            model, report = compress(model, spec, images)  # type: ignore[assignment]
+            log.info('compressed:\n%s', report)
+    finally:
+        _set(model, settings)
+    facts.refresh(model.backbone.body, batch)
+    model.backbone.out_channels = model.backbone.fpn.layer_blocks[0][0].out_channels
+    return model
+
+
+def _set(model: nn.Module, values: dict[str, Any]) -> dict[str, Any]:
+    """Set attributes by dotted name; returns what they were."""
+    before = {}
+    for path, value in values.items():
+        owner, _, key = path.rpartition('.')
+        module = model.get_submodule(owner)
+        before[path] = getattr(module, key)
+        setattr(module, key, value)
+    return before
+
+
+def _fan_in(model: GeneralizedRCNN) -> dict[str, int]:
+    """Inputs of every layer behind the backbone that has no normalisation to set its scale."""
+    layers = {n: m for n, m in model.named_modules() if not n.startswith('backbone.body.')}
+    fan_in = {n: m.in_features for n, m in layers.items() if type(m) is nn.Linear}
+    return {**fan_in, **{n: m.in_channels for n, m in layers.items() if isinstance(m, (nn.Conv2d, CPDConv2d))}}
+
+
+@torch.no_grad()
+def _keep_variance(model: GeneralizedRCNN, before: dict[str, int]) -> None:
+    """Weights were drawn for more inputs than are left: scale them up, as a fresh draw would be."""
+    for name, fan_in in _fan_in(model).items():
+        if name in before:
+            layer = model.get_submodule(name)
+            weight = layer.pointwise if isinstance(layer, CPDConv2d) else layer.weight
+            weight.mul_((before[name] / fan_in) ** 0.5)

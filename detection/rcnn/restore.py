@@ -1,0 +1,172 @@
+"""Detectors and backbones whose compression comes from a file: our checkpoints, and `norton_timm.save`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.layers import freeze_batch_norm_2d
+from torch import Tensor, nn
+from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
+
+import norton_timm
+from norton_timm.checkpoints import (
+    convert_state_dict,
+    network_tensors,
+    read_checkpoint,
+    repeat_surgery,
+    surgery_of,
+)
+from norton_timm.graph import Metadata
+from norton_timm.models import convert_authors_checkpoint
+from norton_timm.utils import load_plain
+
+
+def restore(model: GeneralizedRCNN, content: Mapping[str, Any]) -> None:
+    """Give a detector the compression and the weights of a checkpoint (averaged ones if it has them), in place.
+
+    Args:
+        model: the dense detector; one of the checkpoint's own shapes where that tells of no compression.
+        content: the checkpoint.
+
+    Raises:
+        ValueError: they do not fit together.
+    """
+    state = state_of(content)
+    # a frozen batch norm is stored without its counter of batches; in evaluation both kinds are the same
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and f'{name}.running_mean' in state:
+            state.setdefault(f'{name}.num_batches_tracked', torch.tensor(0))
+    if content.get('surgery') is not None:
+        backbone, batch = model.backbone, torch.rand(1, 3, 64, 64)
+        facts = Metadata(backbone.body, batch)
+        repeat_surgery(model, content['surgery'], state)
+        facts.refresh(backbone.body, batch)
+        backbone.out_channels = backbone.fpn.layer_blocks[0][0].out_channels
+        return
+    problem = model.load_state_dict(state, strict=False)
+    if problem.missing_keys or problem.unexpected_keys:
+        raise ValueError(f'tensors {[*problem.missing_keys, *problem.unexpected_keys][:3]} ... are not in both')
+
+
+def load_compressed(body: nn.Module, name: str, path: str | Path) -> None:
+    """Give a dense backbone the compression and the weights of a network that `norton_timm.save` wrote, in place.
+
+    Args:
+        body: timm's `features_only` model.
+        name: timm's name of it.
+        path: the file, of the same architecture; its classifier is left out.
+
+    Raises:
+        ValueError: another architecture, or a damaged file.
+    """
+    network = norton_timm.load(path)
+    made = network.norton_base['architecture']
+    if made != name:
+        raise ValueError(f'{path} holds a compressed {made}, expected {name}')
+    places = {n: _place(n, body) for n, _ in network.named_modules()}
+    surgery = surgery_of(network)
+    for part in ('layers', 'low_rank', 'maps'):
+        if part in surgery:
+            surgery[part] = {places[n]: facts for n, facts in surgery[part].items() if places[n] is not None}
+    surgery['buffers'] = {key: shape for n, shape in surgery.get('buffers', {}).items() if (key := _key(n, places))}
+    tensors = {key: tensor for n, tensor in network.state_dict().items() if (key := _key(n, places))}
+    batch = torch.rand(1, 3, 64, 64)
+    facts = Metadata(body, batch)
+    repeat_surgery(body, surgery, tensors)
+    facts.refresh(body, batch)
+
+
+def _place(name: str, body: nn.Module) -> str | None:
+    """Where timm's feature wrappers put a network's module: as it was, stages flattened, or one level down."""
+    modules = dict(body.named_modules())
+    return next((n for n in (name, name.replace('.', '_', 1), f'model.{name}') if n in modules), None)
+
+
+def _key(tensor: str, places: Mapping[str, str | None]) -> str | None:
+    owner, _, leaf = tensor.rpartition('.')
+    place = places[owner]
+    return None if place is None else f'{place}.{leaf}'.lstrip('.')
+
+
+log = logging.getLogger(__name__)
+
+BODY = 'backbone.body.'
+
+
+def detector_content(path: str | Path) -> dict[str, Any] | None:
+    """A checkpoint of train_det.py or of torchvision's reference training; None where the file is something else.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f'no file with backbone weights at {path}')
+    try:
+        content = load_plain(Path(path))
+    except ValueError:
+        return None  # not torch's format, or what timm reads in its own way
+    if not isinstance(content, dict):
+        return None
+    content = content if isinstance(content.get('model'), dict) else {'model': content}
+    return content if any(str(name).startswith(BODY) for name in content['model']) else None
+
+
+def convert_detector_state_dict(path: str | Path) -> tuple[dict[str, Tensor], nn.Module]:
+    """A detector trained by torchvision's reference script: its tensors with our names and order, and its backbone.
+
+    Returns:
+        The state dict of the whole detector, the backbone still under `backbone.body.`, and the backbone as
+        `norton_timm.convert_authors_checkpoint` returns it.
+
+    Raises:
+        ValueError: The file cannot be read safely, holds no detector, or its backbone does not fit.
+    """
+    tensors = network_tensors(read_checkpoint(Path(path)))
+    if not any(name.startswith(BODY) for name in tensors):
+        raise ValueError(f'{path} holds no detector: expected tensors under {BODY}')
+    backbone = convert_authors_checkpoint(path)
+    body = {name.removeprefix(BODY): t for name, t in tensors.items() if name.startswith(BODY)}
+    rest = {name: t for name, t in tensors.items() if not name.startswith(BODY)}
+    return {**{BODY + name: t for name, t in convert_state_dict(body, backbone).items()}, **rest}, backbone
+
+
+def state_of(content: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The weights of a checkpoint to go on with: averaged ones if it has them."""
+    return dict(content['ema'] if content.get('ema') is not None else content['model'])
+
+
+def detector_tensors(path: str | Path) -> dict[str, Tensor] | None:
+    """The weights in a file of a whole detector, averaged ones if it has them; None where it is something else."""
+    content = detector_content(path)
+    return None if content is None else state_of(content)
+
+
+def start_from(model: GeneralizedRCNN, tensors: Mapping[str, Tensor], path: str | Path, freeze: bool = False) -> None:
+    """Load a detector's weights, in place; layers of other classes or keypoints keep their random start.
+
+    Args:
+        model: the detector.
+        tensors: the weights, as `detector_tensors` gives them.
+        path: their file, for messages.
+        freeze: make the backbone's batch norms constant afterwards.
+
+    Raises:
+        ValueError: the backbones differ.
+    """
+    own = model.state_dict()
+    fits = {name: t for name, t in tensors.items() if name in own and own[name].shape == t.shape}
+    # a frozen batch norm is stored without its counter of batches
+    left = [name for name in own if name not in fits and not name.endswith('num_batches_tracked')]
+    other = [name for name in (*left, *(n for n in tensors if n not in own)) if name.startswith(BODY)]
+    if other:
+        raise ValueError(f'{path} has another backbone: {other[0]} does not fit')
+    model.load_state_dict(fits, strict=False)
+    if left:
+        log.info('%s: %d tensors keep their random start: %s', path, len(left), ', '.join(left[:6]))
+    if freeze:
+        body: nn.Module = model.backbone.body
+        model.backbone.body = freeze_batch_norm_2d(body)

@@ -1,0 +1,27 @@
+"""Detectors trained: configuration, optimiser, the one loop, checkpoints, and the report of a run."""
+
+from detection.training.checkpoint import describe_data, detector_from_config, load_detector, save_checkpoint
+from detection.training.config import DataConfig, ModelConfig, OptimConfig, RunConfig, load_config
+from detection.training.engine import DetectorTrainer
+from detection.training.loader import train_loader, training_sets
+from detection.training.optim import build_optimizer
+from detection.training.report import describe_run, format_table, save_predictions
+
+__all__ = [
+    'DataConfig',
+    'DetectorTrainer',
+    'ModelConfig',
+    'OptimConfig',
+    'RunConfig',
+    'build_optimizer',
+    'describe_data',
+    'describe_run',
+    'detector_from_config',
+    'format_table',
+    'load_config',
+    'load_detector',
+    'save_checkpoint',
+    'save_predictions',
+    'train_loader',
+    'training_sets',
+]

@@ -1,0 +1,170 @@
+"""Checkpoints of detectors: written whole or not at all, read without unpickling code."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+from pathlib import Path
+from typing import Any, Protocol
+
+from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
+
+from detection.rcnn import build_detector, restore
+from detection.training.config import RunConfig, config_from_dict
+from norton_timm.checkpoints import dense_name
+from norton_timm.utils import load_plain, replacing, write_plain
+
+_KEYS = ('model', 'config', 'meta')
+_MOST_CLASSES = 10_000  # of a file that nobody vouches for: larger networks would be built before it is refused
+
+
+class Described(Protocol):
+    """What a data set says of its classes, as `detection.data.CocoDataset` does."""
+
+    num_classes: int
+    class_names: list[str]
+    label_to_category: dict[int, int]
+    num_keypoints: int
+    skeleton: Any
+
+
+def describe_data(dataset: Described, task: str) -> dict[str, Any]:
+    """The part of a checkpoint that says what labels and keypoints mean; plain types only."""
+    return {
+        'task': task,
+        'num_classes': dataset.num_classes,
+        'class_names': list(dataset.class_names),
+        'label_to_category': {int(k): int(v) for k, v in dataset.label_to_category.items()},
+        'num_keypoints': int(dataset.num_keypoints),
+        'keypoint_names': list(getattr(dataset, 'keypoint_names', ())),
+        'skeleton': [[int(a), int(b)] for a, b in dataset.skeleton],
+    }
+
+
+def detector_from_config(config: RunConfig, meta: dict[str, Any]) -> GeneralizedRCNN:
+    """The detector that a configuration and a data set (`describe`) ask for, with the weights that it starts from.
+
+    Raises:
+        ValueError: `model.weights` does not fit, or the configuration asks for what cannot be built.
+    """
+    options = {f.name: getattr(config.model, f.name) for f in dataclasses.fields(config.model)}
+    rcnn = options.pop('rcnn')
+    if meta['num_keypoints']:
+        options['num_keypoints'] = meta['num_keypoints']
+    try:
+        return build_detector(config.task, num_classes=meta['num_classes'], **options, **rcnn)
+    except RuntimeError as error:
+        if not config.model.weights:
+            raise
+        reason = ' '.join(str(error).split())[:200]
+        raise ValueError(f'{config.model.weights} does not fit {config.model.backbone}: {reason} ...') from error
+
+
+def save_checkpoint(path: str | Path, content: dict[str, Any]) -> Path:
+    """Write a dict of tensors and plain types; under the final name there is only ever a whole file."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        write_plain(temporary, content)
+    return path
+
+
+def save_latest(folder: str | Path, content: dict[str, Any], keep: int = 1) -> Path:
+    """Write `checkpoint.pt`; with `keep` above 1 the newest `keep` also stay as `checkpoint_ITERATION.pt`.
+
+    At every moment `checkpoint.pt` is a whole checkpoint, the newest or the one before. It is a second name of the
+    newest numbered file, and a copy of it only where the file system knows no hard links.
+    """
+    latest = Path(folder) / 'checkpoint.pt'
+    if keep == 1:
+        return save_checkpoint(latest, content)
+    numbered = save_checkpoint(latest.with_name(f'checkpoint_{content["iteration"]:08d}.pt'), content)
+    with replacing(latest) as temporary:
+        temporary.unlink()
+        try:
+            os.link(numbered, temporary)
+        except OSError:
+            shutil.copyfile(numbered, temporary)
+    # by time, not by number: an earlier run in this folder may have got further
+    written = sorted(latest.parent.glob('checkpoint_*.pt'), key=lambda p: (p.stat().st_mtime_ns, p.name))
+    for path in written[:-keep]:
+        path.unlink()
+    return latest
+
+
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read what the training loop wrote, on the CPU.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not such a checkpoint.
+    """
+    content = load_plain(Path(path))
+    missing = [key for key in _KEYS if not isinstance(content, dict) or key not in content]
+    if missing:
+        raise ValueError(f'{path} is not a checkpoint of train_det.py: it lacks {", ".join(missing)}')
+    return content
+
+
+def load_detector(path: str | Path) -> tuple[GeneralizedRCNN, dict[str, Any]]:
+    """Rebuild a trained detector, with averaged weights if the run kept them, in evaluation mode.
+
+    Returns:
+        The detector and a dict with `task`, `class_names`, `label_to_category`, `num_classes`, `num_keypoints`,
+        `keypoint_names`, `skeleton`, `iteration`, `results` and `config` (a `RunConfig`).
+    """
+    content = load_checkpoint(path)
+    try:
+        model, config = _rebuilt(content)
+    # what a file says of itself may be anything, and then fails wherever it is first used
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
+        told = ' '.join(str(error).split())[:300]
+        raise ValueError(f'{path} does not fit its own configuration: {told}') from None
+    facts = {'config': config, 'iteration': content.get('iteration'), 'results': content.get('results')}
+    meta = {**content['meta'], **facts}
+    return model, meta
+
+
+def _rebuilt(content: dict[str, Any]) -> tuple[GeneralizedRCNN, RunConfig]:
+    # files that the run was started from may be gone by now, and are not needed
+    tree = dict(content['config'])
+    tree['data'] = {**tree['data'], 'root': None}
+    tree['model'] = {**tree['model'], 'weights': None, 'pretrained': False, 'norm': None, 'compress': None}
+    config, meta = config_from_dict(tree), content['meta']
+    _check_meta(meta, config.task)
+    dense = config
+    if content.get('surgery') is not None:  # it says what was cut, so that the dense detector is what to begin with
+        options = dataclasses.replace(config.model, backbone=dense_name(config.model.backbone), recipe='backbone')
+        dense = dataclasses.replace(config, model=options)
+    model = detector_from_config(dense, meta)
+    restore(model, content)
+    return model.eval(), config
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_meta(meta: Any, task: str) -> None:
+    """What a checkpoint says of classes and keypoints; ValueError names what is wrong."""
+    known = isinstance(meta, dict)
+    said: Any = meta if known else {}
+    several = (list, tuple)
+    names, labels = (said.get(k) for k in ('class_names', 'label_to_category'))
+    points, edges, count = (said.get(k) for k in ('keypoint_names', 'skeleton', 'num_keypoints'))
+    good = {
+        'task': known and meta.get('task') == task,
+        'num_classes': known and _is_int(meta.get('num_classes')) and 1 <= meta['num_classes'] <= _MOST_CLASSES,
+        'class_names': isinstance(names, several) and all(isinstance(n, str) for n in names),
+        'label_to_category': isinstance(labels, dict) and all(_is_int(k) and _is_int(v) for k, v in labels.items()),
+        'num_keypoints': _is_int(count) and 0 <= count <= _MOST_CLASSES,
+        'keypoint_names': points is None or (isinstance(points, several) and all(isinstance(n, str) for n in points)),
+        'skeleton': isinstance(edges, several) and all(
+            isinstance(e, several) and len(e) == 2 and all(_is_int(k) and 0 <= k < count for k in e)
+            for e in edges
+        ),
+    }  # fmt: skip
+    wrong = [key for key, fits in good.items() if not fits]
+    if wrong:
+        raise ValueError(f'what it says of its {wrong[0]} makes no sense')

@@ -1,0 +1,247 @@
+"""The dense network that a file names, built without weights."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import torchvision
+from timm.layers import BlurPool2d
+from timm.models import is_model, model_entrypoint
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+
+from norton_timm.layers import ChannelMap, CPDConv2d, conv_padding
+from norton_timm.utils import replace_module
+
+TORCHVISION = 'torchvision/'
+
+
+@contextmanager
+def _weightless() -> Iterator[None]:
+    """Parameters that this thread registers go to the meta device; the random generator is left as it was."""
+    thread = threading.get_ident()
+
+    def drop(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+        if parameter is None or parameter.is_meta or threading.get_ident() != thread:
+            return None
+        return nn.Parameter(parameter.detach().to('meta'), requires_grad=parameter.requires_grad)
+
+    handle = register_module_parameter_registration_hook(drop)  # type: ignore[arg-type]
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        handle.remove()
+
+
+def base_name(architecture: str) -> str:
+    """The name without a tag; the dense network where it is one of our compressed ones."""
+    if architecture.startswith(TORCHVISION):
+        return architecture
+    name = architecture.partition('.')[0]
+    base = re.sub('^(norton|coring)_', '', name)
+    return base if is_model(base) else name
+
+
+def dense_name(name: str) -> str:
+    """Timm's name of the dense network that a compressed one was made from; others as they are."""
+    dense = base_name(name)
+    return dense if dense != name.partition('.')[0] else name
+
+
+def build_base(architecture: str, kwargs: Mapping[str, Any]) -> nn.Module:
+    """The dense network with its parameters on the meta device; buffers are real.
+
+    Raises:
+        ValueError: no registered architecture, or arguments that it does not take.
+    """
+    kwargs = {k: tuple(v) if isinstance(v, list) else v for k, v in kwargs.items()}
+    if architecture.startswith(TORCHVISION):
+        name = architecture[len(TORCHVISION) :]
+        if name not in torchvision.models.list_models():
+            raise ValueError(f'got architecture {architecture[:80]!r}, which torchvision does not have')
+        make = torchvision.models.get_model_builder(name)
+        # without an explicit None, some builders fetch weights
+        kwargs.update({k: None for k in inspect.signature(make).parameters if k.startswith('weights')})
+    else:
+        if not re.fullmatch(r'[A-Za-z0-9_]+', architecture) or not is_model(architecture):
+            raise ValueError(f'got architecture {architecture[:80]!r}, expected the plain name of a timm model')
+        make, kwargs['pretrained'] = model_entrypoint(architecture), False
+    try:
+        with _weightless():
+            return make(**kwargs).eval()
+    except (TypeError, ValueError, RuntimeError, AssertionError, KeyError, IndexError, AttributeError) as error:
+        raise ValueError(f'cannot build {architecture} with {kwargs}: {" ".join(str(error).split())[:200]}') from None
+
+
+class Owned(NamedTuple):
+    """One parameter or buffer of a network and every (module, attribute) that holds it."""
+
+    tensor: Tensor
+    places: list[tuple[nn.Module, str]]
+    persistent: bool
+
+
+def owned_tensors(model: nn.Module) -> dict[str, Owned]:
+    """Parameters and buffers by dotted name; one that several modules share appears once, under its first name."""
+    found: dict[int, Owned] = {}
+    names: dict[int, str] = {}
+    for prefix, module in model.named_modules():
+        for key, tensor in [*module._parameters.items(), *module._buffers.items()]:
+            if tensor is None:
+                continue
+            if id(tensor) not in found:
+                found[id(tensor)] = Owned(tensor, [], key not in module._non_persistent_buffers_set)
+                names[id(tensor)] = f'{prefix}.{key}' if prefix else key
+            found[id(tensor)].places.append((module, key))
+    return {names[key]: owned for key, owned in found.items()}
+
+
+def _some(names: list[str]) -> str:
+    return ', '.join(names[:3]) + (f' and {len(names) - 3} more' if len(names) > 3 else '')
+
+
+def _two(values: tuple[int, ...]) -> tuple[int, int]:
+    return values[0], values[1]
+
+
+def decompose_shapes(model: nn.Module, ranks: Mapping[str, int]) -> None:
+    """Replace the named convolutions by CPDConv2d without weights (on the meta device), in place.
+
+    Raises:
+        ValueError: a name that is no plain convolution.
+    """
+    for name, rank in ranks.items():
+        try:
+            conv = model.get_submodule(name)
+        except AttributeError:
+            raise ValueError(f'got a decomposed layer {name[:80]!r} that the network does not have') from None
+        if type(conv) is not nn.Conv2d:
+            raise ValueError(f'got a decomposed layer {name!r}, expected a Conv2d there, not {type(conv).__name__}')
+        layer = CPDConv2d(
+            conv.in_channels, conv.out_channels, _two(conv.kernel_size), rank, _two(conv.stride), conv_padding(conv),
+            _two(conv.dilation), conv.groups, conv.bias is not None, device='meta',
+        )  # fmt: skip
+        replace_module(model, name, layer.train(conv.training))
+
+
+def fit_tensors(model: nn.Module, tensors: Mapping[str, Tensor], maps: Mapping[str, int]) -> None:
+    """Put saved tensors in the place of a larger network's own, in place, and make every width follow.
+
+    Args:
+        model: the network before pruning, decomposed where the saved one is; weights may be on the meta device.
+        tensors: every persistent tensor by name, and those other buffers whose shape changed.
+        maps: input channels of every :class:`ChannelMap`.
+
+    Raises:
+        ValueError: a tensor is missing, unexpected, or larger than the network's own.
+    """
+    owned = owned_tensors(model)
+    missing = [name for name, o in owned.items() if o.persistent and name not in tensors]
+    extra = [name for name in tensors if name not in owned]
+    if missing or extra:
+        told = ([f'without {_some(missing)}'] if missing else []) + ([f'with {_some(extra)}'] if extra else [])
+        raise ValueError(f'got tensors {" and ".join(told)}, expected those of the network')
+    for name, tensor in tensors.items():
+        _check(name, owned[name].tensor, tensor)
+    for name, tensor in tensors.items():
+        old = owned[name].tensor
+        new = nn.Parameter(tensor, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else tensor
+        for module, key in owned[name].places:
+            if isinstance(new, nn.Parameter):
+                module._parameters[key] = new
+            else:
+                module._buffers[key] = new
+    for name, module in model.named_modules():
+        _fit_widths(name, module, maps)
+
+
+def _check(name: str, old: Tensor, new: Tensor) -> None:
+    """Surgery only ever shrinks the first two dimensions, and keeps the kind of number."""
+    got, most = tuple(new.shape), tuple(old.shape)
+    fits = len(got) == len(most) and got[2:] == most[2:] and all(1 <= g <= m for g, m in zip(got, most))
+    if not fits:
+        raise ValueError(f'got {name} of shape {got}, expected at most {most}')
+    if new.is_floating_point() != old.is_floating_point() or new.is_complex():
+        raise ValueError(f'got {name} of type {new.dtype}, expected {old.dtype}')
+
+
+def _fit_conv(name: str, conv: nn.modules.conv._ConvNd) -> None:
+    shape = conv.weight.shape
+    out, fan_in = (shape[1], shape[0]) if conv.transposed else (shape[0], shape[1])
+    if conv.groups > 1 and conv.groups == conv.in_channels and not conv.transposed:  # depthwise
+        multiplier = conv.out_channels // conv.in_channels
+        conv.in_channels = conv.groups = out // multiplier
+        wrong = fan_in != 1 or out % multiplier
+    elif conv.transposed:
+        conv.in_channels, out = fan_in, out * conv.groups
+        wrong = fan_in % conv.groups
+    else:
+        conv.in_channels = fan_in * conv.groups
+        wrong = out % conv.groups
+    if wrong:
+        raise ValueError(f'got {name}.weight of shape {tuple(shape)}, which its groups do not divide')
+    conv.out_channels = out
+
+
+def _fit_widths(name: str, module: nn.Module, maps: Mapping[str, int]) -> None:
+    """Whole-number attributes that repeat a shape."""
+    if isinstance(module, CPDConv2d):
+        out, rank = module.horizontal.shape[:2]
+        rows = out * rank
+        depthwise = module.groups > 1 and module.groups == module.in_channels
+        if depthwise:
+            multiplier = module.out_channels // module.in_channels
+            module.groups = out // multiplier
+        if rank != module.rank or module.pointwise.shape[0] != rows or module.vertical.shape[0] != rows:
+            raise ValueError(f'got factors of {name} that do not fit rank {module.rank} and {out} filters')
+        module.in_channels, module.out_channels = module.pointwise.shape[1] * module.groups, out
+        if out % module.groups:
+            raise ValueError(f'got {name} with {out} filters, expected a multiple of its {module.groups} groups')
+    elif isinstance(module, ChannelMap):
+        channels = maps.get(name, module.in_channels)
+        if not 1 <= channels <= module.in_channels:
+            raise ValueError(f'got {name} with {channels} input channels, expected 1 to {module.in_channels}')
+        module.set_index(module.index, channels)
+    elif isinstance(module, nn.Linear):
+        module.out_features, module.in_features = module.weight.shape
+    elif isinstance(module, BlurPool2d):
+        module.channels = module.filt.shape[0]  # type: ignore[assignment,union-attr]
+    elif isinstance(module, nn.PReLU):
+        module.num_parameters = len(module.weight)
+    elif isinstance(module, nn.modules.conv._ConvNd):
+        _fit_conv(name, module)
+    else:
+        per_channel = getattr(module, 'running_mean', None)
+        if isinstance(per_channel, Tensor) and per_channel.dim() == 1 and hasattr(module, 'num_features'):
+            module.num_features = len(per_channel)  # type: ignore[assignment]
+
+
+def first_channels(old: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The leading part of a constant buffer (a blur kernel, the same for every channel)."""
+    return old[tuple(slice(n) for n in shape)].clone()
+
+
+def runs_through(model: nn.Module, example_input: Tensor) -> None:
+    """One forward pass on shapes alone, which computes and allocates nothing.
+
+    Raises:
+        ValueError: the widths of two layers disagree.
+    """
+    state = {name: o.tensor.detach().to('meta') for name, o in owned_tensors(model).items()}
+    modes = {m: m.training for m in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            torch.func.functional_call(model, state, (example_input.to('meta'),))
+    except (RuntimeError, TypeError, ValueError, AssertionError, IndexError) as error:
+        raise ValueError(f'layers do not fit together: {" ".join(str(error).split())[:200]}') from None
+    finally:
+        for module, training in modes.items():
+            module.training = training

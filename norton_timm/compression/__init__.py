@@ -1,0 +1,35 @@
+"""From a network and a recipe to a compressed network and a report: the recipe, the plan made of it, the choice of
+channels, the pipeline, and the repair with images without labels.
+"""
+
+from norton_timm.compression.choose import filters_of, layer_distance, merge_layers, removed_classes
+from norton_timm.compression.compress import compress, reshape
+from norton_timm.compression.plan import plan_pruning, plan_ranks
+from norton_timm.compression.rates import exact_rates, layout_of, widths_of
+from norton_timm.compression.repair import reestimate_batch_norm, without_labels
+from norton_timm.compression.report import CompressionReport
+from norton_timm.compression.report_html import to_html, write_html
+from norton_timm.compression.spec import METHODS, CompressionSpec, format_rates, parse_rates
+
+__all__ = [
+    'METHODS',
+    'CompressionReport',
+    'CompressionSpec',
+    'compress',
+    'exact_rates',
+    'filters_of',
+    'format_rates',
+    'layer_distance',
+    'layout_of',
+    'merge_layers',
+    'parse_rates',
+    'plan_pruning',
+    'plan_ranks',
+    'reestimate_batch_norm',
+    'removed_classes',
+    'reshape',
+    'to_html',
+    'widths_of',
+    'without_labels',
+    'write_html',
+]

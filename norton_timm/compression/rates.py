@@ -1,0 +1,118 @@
+"""How a published list of pruning rates maps on the layers of a network.
+
+The authors number their rates per architecture (stem, stages, inner widths). Coupled layers share an entry. A network
+tells its own order by a method `rate_layout()`; timm's ResNets, which have none, are known here. Where a layer's width
+follows from what it receives, a method `follow_rates(widths, rates)` sets it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from timm.models.resnet import BasicBlock as TimmBasicBlock
+from timm.models.resnet import Bottleneck, ResNet
+from torch import nn
+
+from norton_timm.graph import is_feature_extractor
+
+Layout = list[list[str]]
+
+
+def layout_of(model: nn.Module) -> Layout | None:
+    """For entry k of an authors' list of rates, the names of the layers whose output channels it sets.
+
+    An entry without layers is one that the authors' lists have and that prunes nothing. Layers in no entry keep all
+    their channels, but for the ones that `widths_of` derives.
+
+    Returns:
+        One list of module names per entry, or None for a network of which no list is known.
+    """
+    own = getattr(model, 'rate_layout', None)
+    if own is not None:
+        return own()
+    return _resnet(model) if isinstance(model, ResNet) or _is_resnet_body(model) else None
+
+
+def widths_of(model: nn.Module, rates: Sequence[float]) -> dict[str, int]:
+    """Output channels that a list of rates gives each layer of the dense `model`: `int(full * (1 - rate))`.
+
+    In DenseNet a transition keeps that share of the channels that reach it (also when its own rate is 0), in
+    MobileNetV2 an expansion stays a multiple of what enters its block; both follow the pruning before them.
+
+    Args:
+        model: The uncompressed network.
+        rates: One rate in [0, 1) per entry of `layout_of(model)`; missing ones at the end are 0.
+
+    Returns:
+        Module name -> output channels, for every layer that an entry or one of those two rules sets.
+
+    Raises:
+        ValueError: No layout is known for the network, or there are more rates than entries.
+    """
+    layout = layout_of(model)
+    if layout is None:
+        raise ValueError(f'a list of rates was given, but no layout of {type(model).__name__} is known: give one rate')
+    if len(rates) > len(layout):
+        raise ValueError(f'{len(rates)} rates given, expected at most {len(layout)} for {type(model).__name__}')
+    modules = dict(model.named_modules())
+    widths: dict[str, int] = {}
+    for names, rate in zip(layout, [*rates, *[0.0] * (len(layout) - len(rates))]):
+        for name in names:
+            widths[name] = int(_out_channels(modules[name]) * (1 - rate))
+    follow = getattr(model, 'follow_rates', None)
+    if follow is not None:
+        follow(widths, rates)
+    return widths
+
+
+def exact_rates(model: nn.Module, rates: Sequence[float]) -> dict[str, float]:
+    """`widths_of` as one rate per layer name, each such that `int(full * (1 - rate))` is the width."""
+    modules = dict(model.named_modules())
+    found: dict[str, float] = {}
+    for name, width in widths_of(model, rates).items():
+        full = _out_channels(modules[name])
+        found[name] = 0.0 if width == full else 1 - (width + 0.5) / full
+    return found
+
+
+def _out_channels(module: nn.Module) -> int:
+    return int(module.out_channels)  # type: ignore[arg-type]
+
+
+def _is_resnet_body(model: nn.Module) -> bool:
+    """True for a ResNet built with `features_only=True`, which has the same four stages."""
+    stages = [getattr(model, f'layer{i}', None) for i in (1, 2, 3, 4)]
+    return is_feature_extractor(model) and all(isinstance(stage, nn.Sequential) for stage in stages)
+
+
+def _is_plain(block: nn.Module) -> bool:
+    """True for a residual block without grouped convolutions, whose inner widths are free."""
+    return all(m.groups == 1 for m in block.modules() if isinstance(m, nn.Conv2d))
+
+
+def _resnet(model: nn.Module) -> Layout | None:
+    """Stem; outputs of stages 1 to 3 (the last is never pruned); inner width of every block.
+
+    Where the first block of a stage has no projection (ResNet-18 and 34: stage 1), its output channels are the
+    stem's, and the two share the first entry.
+    """
+    stages = [getattr(model, f'layer{i}') for i in (1, 2, 3, 4)]
+    blocks = [(f'layer{i}.{j}', b) for i, stage in enumerate(stages, 1) for j, b in enumerate(stage)]
+    if not all(isinstance(b, (Bottleneck, TimmBasicBlock)) and _is_plain(b) for _, b in blocks):
+        return None
+    stem = [n for n, m in model.named_modules() if re.match(r'conv1(\.|$)', n) and isinstance(m, nn.Conv2d)]
+    entries: Layout = [stem]
+    for i, stage in enumerate(stages[:3], 1):
+        last = 'conv3' if isinstance(stage[0], Bottleneck) else 'conv2'
+        names = [f'layer{i}.{j}.{last}' for j in range(len(stage))]
+        down = stage[0].downsample
+        if down is None:
+            entries[-1] = entries[-1] + names
+            continue
+        projection = next(n for n, m in down.named_modules() if isinstance(m, nn.Conv2d))
+        entries.append([*names, f'layer{i}.0.downsample.{projection}'])
+    for name, block in blocks:
+        inner = ('conv1', 'conv2') if isinstance(block, Bottleneck) else ('conv1',)
+        entries.append([f'{name}.{conv}' for conv in inner])
+    return entries

@@ -1,0 +1,143 @@
+"""Fold batch norms into the convolutions that feed them; the network computes the same with fewer layers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import MutableMapping
+from typing import Any
+
+import torch
+from timm import layers as timm_layers
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakTensorKeyDictionary
+from torchvision.ops.misc import FrozenBatchNorm2d
+
+from norton_timm.layers import CPDConv2d
+from norton_timm.utils import evaluating, replace_module, tensors_in, tied_modules
+
+# Matched by exact type: a subclass may use its weights in another way (weight standardisation does).
+FOLDABLE: tuple[type, ...] = (nn.Conv2d, nn.ConvTranspose2d, timm_layers.Conv2dSame, CPDConv2d)
+_ACTIVATING = (timm_layers.BatchNormAct2d, timm_layers.SyncBatchNormAct, timm_layers.FrozenBatchNormAct2d)
+FOLDED_NORMS: tuple[type, ...] = (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d, *_ACTIVATING)
+
+
+class _Readers(TorchDispatchMode):
+    """Runs a model once and notes who reads each convolution's output.
+
+    Attributes:
+        pairs: (layer, norm) -> calls in which the norm was the only reader of the layer's output.
+        calls: layer or norm -> its calls.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pairs: Counter[tuple[nn.Module, nn.Module]] = Counter()
+        self.calls: Counter[nn.Module] = Counter()
+        self._made: MutableMapping[Tensor, list[Any]] = WeakTensorKeyDictionary()  # [layer, norm, reads elsewhere]
+        self._entries: list[list[Any]] = []
+        self._in_norm = False
+
+    def made(self, layer: nn.Module, out: Tensor) -> None:
+        entry = [layer, None, 0]
+        self.calls[layer] += 1
+        self._made[out] = entry
+        self._entries.append(entry)
+
+    def enter(self, norm: nn.Module, x: Tensor) -> None:
+        self.calls[norm] += 1
+        entry = self._made.get(x)
+        if entry is not None:
+            if entry[1] is not None:
+                entry[2] += 1
+            entry[1] = norm
+        self._in_norm = True
+
+    def leave(self) -> None:
+        self._in_norm = False
+
+    def read(self, values: Any) -> None:
+        for tensor in tensors_in(values):
+            entry = self._made.get(tensor)
+            if entry is not None:
+                entry[2] += 1
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not self._in_norm:
+            self.read(args)
+            self.read(kwargs or {})
+        return func(*args, **(kwargs or {}))
+
+    def finish(self) -> None:
+        for layer, norm, elsewhere in self._entries:
+            if norm is not None and not elsewhere:
+                self.pairs[layer, norm] += 1
+
+
+def _foldable_pairs(model: nn.Module, example_input: Any) -> list[tuple[nn.Module, nn.Module]]:
+    """Layers and the norm that is the one reader of their output, at every call of both."""
+    readers, hooks = _Readers(), []
+    for module in model.modules():
+        if type(module) in FOLDABLE:
+            hooks.append(module.register_forward_hook(lambda m, _, out: readers.made(m, out)))
+        elif type(module) in FOLDED_NORMS:
+            hooks.append(module.register_forward_pre_hook(lambda m, args: readers.enter(m, args[0])))
+            hooks.append(module.register_forward_hook(lambda *_: readers.leave()))
+    try:
+        with evaluating(model), readers:
+            readers.read(model(example_input))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    readers.finish()
+    tied = tied_modules(model)
+    return [
+        (layer, norm)
+        for (layer, norm), count in readers.pairs.items()
+        if count == readers.calls[layer] == readers.calls[norm]
+        and layer not in tied
+        and isinstance(layer._parameters.get(_last_weight(layer)), nn.Parameter)  # pruning computes it in a hook
+        and getattr(norm, 'running_mean', None) is not None
+        and not (isinstance(layer, nn.ConvTranspose2d) and layer.groups > 1)
+    ]
+
+
+def _last_weight(layer: nn.Module) -> str:
+    return 'horizontal' if isinstance(layer, CPDConv2d) else 'weight'
+
+
+@torch.no_grad()
+def _absorb(layer: Any, norm: Any) -> None:
+    """Give the layer the scale and shift of the norm."""
+    old = getattr(layer, _last_weight(layer))
+    weight, bias = fuse_conv_bn_weights(
+        old.double(), None if layer.bias is None else layer.bias.double(),
+        norm.running_mean.double(), norm.running_var.double(), norm.eps,
+        None if norm.weight is None else norm.weight.double(), None if norm.bias is None else norm.bias.double(),
+        transpose=isinstance(layer, nn.ConvTranspose2d),
+    )  # fmt: skip
+    old.copy_(weight)
+    layer.bias = nn.Parameter(bias.to(old.dtype), old.requires_grad)
+
+
+def fold_batch_norm(model: nn.Module, example_input: Any) -> dict[str, str]:
+    """Fold, in place, every batch norm that is the only reader of one convolution's output.
+
+    A CPDConv2d takes the norm into its last factor and its bias. The activation of timm's ``BatchNormAct2d`` stays.
+    Norms that stand before a convolution, or whose input is read elsewhere too, are left.
+
+    Args:
+        model: a network in evaluation mode; one forward pass tells who reads what.
+        example_input: what its ``forward`` takes.
+
+    Returns:
+        Name of the layer by name of the norm that it absorbed.
+    """
+    names = {m: n for n, m in model.named_modules()}
+    folded = {}
+    for layer, norm in _foldable_pairs(model, example_input):
+        _absorb(layer, norm)
+        replace_module(model, names[norm], norm.act if isinstance(norm, _ACTIVATING) else nn.Identity())
+        folded[names[norm]] = names[layer]
+    return folded

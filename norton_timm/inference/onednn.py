@@ -1,0 +1,210 @@
+"""Convolutions and linear layers that oneDNN runs with what follows them, their weights packed once; CPUs only."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+TO_LAST, TO_FIRST = (0, 2, 3, 1), (0, 3, 1, 2)  # channels
+_SMALL = 100_000_000  # MACs up to which a call's overhead tells
+PackedCall = Callable[..., Tensor]
+
+
+def onednn_available() -> bool:
+    """Whether this build of PyTorch has oneDNN's fused convolutions."""
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, '_convolution_pointwise')
+
+
+class Fused(nn.Module):
+    """A layer that oneDNN runs with a ReLU behind it.
+
+    Runs plain operations where it is compiled, exported or differentiated, and off the CPU. From the first call on it
+    holds its weights twice, the second time packed as oneDNN reads them; copies and pickles do not. Weights that change
+    are packed again, but two ways to change them go unnoticed: in place through ``.data``, and in place if they were
+    made in inference mode, for then PyTorch counts no version.
+
+    Attributes:
+        relu: whether a ReLU ends it.
+    """
+
+    weight: Tensor
+    bias: Any  # a tensor or None
+    relu = False
+    _packed: tuple[Any, PackedCall, Tensor] | None = None
+
+    def packed(self) -> PackedCall | None:
+        """The call that computes it with packed weights: None before the first input and after a change of weights."""
+        if self._packed is None or self._packed[0] != self._version():
+            return None
+        return self._packed[1]
+
+    def _version(self) -> Any:
+        weight = self.weight
+        # the bias is not packed: a change of its values needs no notice
+        return weight.data_ptr(), None if weight.is_inference() else weight._version, id(self.bias)
+
+    def _keep(self, step: PackedCall) -> PackedCall:
+        # with the weight itself, lest another one should get its address
+        self._packed = self._version(), step, self.weight.detach()
+        return step
+
+    def _plain(self, *inputs: Tensor | None) -> bool:
+        own = (self.weight, self.bias)
+        return (
+            self.weight.dtype != torch.float32
+            or not all(fusable(x) for x in inputs if x is not None)
+            or (torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in own))
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k != '_packed'}
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + (', relu' if self.relu else '')
+
+
+class FusedConv2d(Fused, nn.Conv2d):
+    """``relu(conv(x) + other)`` where ``relu`` and ``other`` are optional; (N, I, H, W) -> (N, O, H', W').
+
+    Attributes:
+        in_place: ``other`` may be overwritten with the result.
+    """
+
+    in_place = False
+
+    @classmethod
+    def from_conv(cls, conv: nn.Conv2d) -> FusedConv2d:
+        """Take over the parameters of a convolution with zero padding in numbers."""
+        result = cls(
+            conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation,  # type: ignore[arg-type]
+            conv.groups, conv.bias is not None, device='meta',
+        )  # fmt: skip
+        result.weight, result.bias = conv.weight, conv.bias
+        return result.train(conv.training)
+
+    def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        if x.dim() != 4 or self._plain(x, other):
+            y = super().forward(x)
+            y = y if other is None else y + other
+            return y.relu() if self.relu else y
+        step = self.packed() or self._pack(x, other is not None)
+        return step(x) if other is None else step(x, other)
+
+    def _pack(self, x: Tensor, adds: bool) -> PackedCall:
+        weight = self.weight.detach()
+        pixels = x.shape[0] * x.shape[2] * x.shape[3]
+        if not adds and is_pointwise(self) and pixels * weight.numel() <= _SMALL:
+            return self._keep(PixelProduct(_product(weight.flatten(1).contiguous(), self.bias, self.relu, pixels)))
+        geometry = [list(self.padding), list(self.stride), list(self.dilation), self.groups]
+        packed = torch.ops.mkldnn._reorder_convolution_weight(weight, *geometry, tuple(x.shape))
+        return self._keep(_convolution(packed, self.bias, geometry, self.relu, adds, self.in_place))
+
+
+class FusedLinear(Fused, nn.Linear):
+    """``relu(linear(x))`` where ``relu`` is optional; (..., I) -> (..., O).
+
+    PyTorch's own product is MKL's, which on an AMD EPYC takes two to five times as long for more than one row.
+    """
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear) -> FusedLinear:
+        """Take over the parameters of a linear layer."""
+        result = cls(linear.in_features, linear.out_features, linear.bias is not None, device='meta')
+        result.weight, result.bias = linear.weight, linear.bias
+        return result.train(linear.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() < 2 or self._plain(x):
+            y = super().forward(x)
+            return y.relu() if self.relu else y
+        step = self.packed()
+        if step is None:
+            step = self._keep(_product(self.weight.detach(), self.bias, self.relu, math.prod(x.shape[:-1])))
+        return step(x)
+
+
+class GlobalAverage(nn.Module):
+    """Mean of each channel, (N, C, H, W) -> (N, C, 1, 1), in a third of the time of ``nn.AdaptiveAvgPool2d(1)``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.jit.is_tracing():  # the ONNX exporter of detectors takes no traced window
+            return F.adaptive_avg_pool2d(x, 1)
+        return F.avg_pool2d(x, x.shape[-2:])
+
+
+def fusable(x: Any) -> bool:
+    """Whether oneDNN's calls take this input now: float32 on the CPU, not empty, without autograd or a tracer."""
+    return (
+        isinstance(x, Tensor)
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and x.is_cpu
+        and x.dtype is torch.float32
+        and x.numel() > 0  # a head without boxes
+        and not (x.requires_grad and torch.is_grad_enabled())
+        and not torch._C._is_any_autocast_enabled()
+        and not torch._C._len_torch_dispatch_stack()  # who counts or traces operations does not know oneDNN's
+    )
+
+
+def is_pointwise(conv: nn.Conv2d, any_stride: bool = False) -> bool:
+    """Whether a convolution multiplies each pixel, or each of a grid of pixels, by one matrix and does nothing else."""
+    strides = any_stride or conv.stride == (1, 1)
+    return conv.kernel_size == (1, 1) and strides and conv.padding == (0, 0) and conv.groups == 1
+
+
+def packed_bytes(model: nn.Module) -> int:
+    """Bytes of the second copies of weights that fused layers hold in oneDNN's own layout."""
+    return sum(m.weight.nbytes for m in model.modules() if isinstance(m, Fused) and m._packed is not None)
+
+
+def _convolution(
+    weight: Tensor, bias: Tensor | None, geometry: list[Any], relu: bool, adds: bool, in_place: bool
+) -> PackedCall:
+    """A convolution of oneDNN with everything but the maps bound."""
+    act, unary = 'relu' if relu else 'none', 'relu' if relu else None
+    padding, stride, dilation, groups = geometry
+    # without the Python method that calls an overload: 66 times a pass of a ResNet-50
+    conv, in_place_conv = torch.ops.mkldnn._convolution_pointwise, torch.ops.mkldnn._convolution_pointwise_
+    plain, adding, inside = conv.default._op, conv.binary._op, in_place_conv.binary._op
+
+    def convolve(x: Tensor) -> Tensor:
+        return plain(x, weight, bias, padding, stride, dilation, groups, act, [], '')
+
+    def convolve_and_add(x: Tensor, other: Tensor) -> Tensor:
+        return adding(x, other, weight, bias, padding, stride, dilation, groups, 'add', 1.0, unary, [], '')
+
+    def convolve_into(x: Tensor, other: Tensor) -> Tensor:
+        return inside(other, x, weight, bias, padding, stride, dilation, groups, 'add', 1.0, unary, [], '')
+
+    return (convolve_into if in_place else convolve_and_add) if adds else convolve
+
+
+class PixelProduct:
+    """A 1x1 convolution as a matrix product, whose call costs half as much; (N, I, H, W) -> (N, O, H, W).
+
+    Attributes:
+        product: the same with channels last, (N, H, W, I) -> (N, H, W, O).
+    """
+
+    def __init__(self, product: PackedCall) -> None:
+        self.product = product
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.product(x.permute(TO_LAST)).permute(TO_FIRST)
+
+
+def _product(weight: Tensor, bias: Tensor | None, relu: bool, rows: int) -> PackedCall:
+    """A matrix product of oneDNN with everything but its input bound; ``weight`` (O, I), ``rows`` at a time."""
+    packed, act = torch.ops.mkldnn._reorder_linear_weight(weight, rows), 'relu' if relu else 'none'
+    product = torch.ops.mkldnn._linear_pointwise.default._op
+
+    def multiply(x: Tensor) -> Tensor:
+        return product(x, packed, bias, act, [], '')
+
+    return multiply

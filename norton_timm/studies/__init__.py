@@ -1,0 +1,50 @@
+"""What the papers and the README tell, measured: benchmarks of networks and kernels, the table of the zoo, the
+papers' experiments, clustering, activation maps.
+"""
+
+from norton_timm.studies.activation_maps import compare_looks
+from norton_timm.studies.activation_plot import plot_comparison
+from norton_timm.studies.clustering import LEVELS, REPRESENTATIONS, compare_clusterings
+from norton_timm.studies.kernels import format_rows
+from norton_timm.studies.networks import (
+    EXPORTED,
+    RUNTIMES_OF_DETECTORS,
+    Row,
+    allocator,
+    cpu_name,
+    multiple_for,
+    peak_mb,
+    summaries,
+)
+from norton_timm.studies.reproduce import read_rows, reproduce_tag, run_study, write_row
+from norton_timm.studies.reproduce_plot import plot_studies
+from norton_timm.studies.steps import benchmark_training
+from norton_timm.studies.zoo import COLUMNS, to_csv, to_markdown, zoo_names, zoo_rows
+
+__all__ = [
+    'COLUMNS',
+    'EXPORTED',
+    'LEVELS',
+    'REPRESENTATIONS',
+    'RUNTIMES_OF_DETECTORS',
+    'Row',
+    'allocator',
+    'benchmark_training',
+    'compare_clusterings',
+    'compare_looks',
+    'cpu_name',
+    'format_rows',
+    'multiple_for',
+    'peak_mb',
+    'plot_comparison',
+    'plot_studies',
+    'read_rows',
+    'reproduce_tag',
+    'run_study',
+    'summaries',
+    'to_csv',
+    'to_markdown',
+    'write_row',
+    'zoo_names',
+    'zoo_rows',
+]

@@ -1,0 +1,189 @@
+"""Distances between the filters of a layer and scores used as controls; the selection of filters beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from norton_timm.tensors.principal_angles import drop_empty_components, largest_angle
+
+CRITERIA = ('pabs', 'csa', 'vbd', 'snr', 'cosine', 'euclidean', 'manhattan', 'pearson')
+SCORES = ('l1', 'l2', 'geometric_median', 'random')
+
+
+class Factors(Protocol):
+    """What `cp_decompose` and `hosvd` return: mode factors of every filter."""
+
+    @property
+    def A(self) -> Tensor: ...
+    @property
+    def B(self) -> Tensor: ...
+    @property
+    def C(self) -> Tensor: ...
+
+
+def filter_distance(
+    factors: Factors | Tensor,
+    criterion: str = 'pabs',
+    *,
+    alpha: float = 1 / 3,
+    beta: float = 1 / 3,
+    gamma: float = 1 / 3,
+) -> Tensor:
+    """Distance of every pair of filters, `(O, O)`, symmetric with a diagonal of exact zeros.
+
+    `pabs` is NORTON's eq. (11): `alpha`, `beta`, `gamma` weigh the largest principal angle (radians, in [0, pi/2],
+    Bjorck and Golub, 1973) between the column spaces of A, B and C. `csa` puts sin^2 (one minus the squared cosine) of
+    the angle in its place. A component with a zero column in any mode counts in none; the span of an all-zero filter
+    is at angle 0 to another one and at pi/2 to everything else. Both ignore order, sign and scale of components.
+
+    The others compare values: `vbd` Var(x-y) / (Var x + Var y); `snr` Var(x-y) / Var x, averaged over both orders
+    as it is not symmetric; `cosine` 1 - cos; `pearson` 1 - correlation; `euclidean`, `manhattan`. x and y are:
+
+    - a raw weight `(O, ...)`: the flattened filters (for `pabs` and `csa`, the lines they span);
+    - CPD factors: the low-rank filters they stand for, so that order, sign and scale of the components cannot matter;
+    - HOSVD factors (they have a `core`): CORING's way, the mean over the modes (weights as above) of the distance
+      of the factors, with each column's sign, which the SVD leaves open, chosen for the smallest distance.
+
+    Where a ratio is 0/0 (both filters zero, or both of zero variance) the distance is 0; where only one is, 1 for
+    `cosine` and `pearson`, and `snr` takes the ratio that is defined. Computed in float64, returned in the
+    input's type.
+
+    Raises:
+        ValueError: unknown criterion, weights that do not sum to 1, NaN or infinity (names the filter).
+    """
+    if criterion not in CRITERIA:
+        raise ValueError(f'criterion: got {criterion!r}, expected one of {", ".join(CRITERIA)}')
+    weights: tuple[float, ...] = (alpha, beta, gamma)
+    if any(not 0 <= w <= 1 for w in weights) or abs(sum(weights) - 1) > 1e-6:
+        raise ValueError(f'alpha, beta, gamma: expected three weights in [0, 1] that sum to 1, got {weights}')
+    angles = criterion in ('pabs', 'csa')
+    if isinstance(factors, Tensor):
+        if factors.ndim < 2:
+            raise ValueError(f'weight: expected filters (O, ...), got shape {tuple(factors.shape)}')
+        modes, weights = [factors.detach().flatten(1)[:, :, None]], (1.0,)
+    else:
+        modes = [f.detach() for f in (factors.A, factors.B, factors.C)]
+    dtype = modes[0].dtype
+    for mode in modes:
+        _check_finite(mode)
+    modes = [m.to(torch.float64) for m in modes]
+    if angles:
+        if not isinstance(factors, Tensor) and not hasattr(factors, 'core'):
+            modes = drop_empty_components(modes)
+        eps = torch.finfo(dtype).eps
+        kind: Callable[[Tensor], Tensor] = lambda m: largest_angle(m, eps, squared_sine=criterion == 'csa')  # noqa: E731
+    elif isinstance(factors, Tensor) or hasattr(factors, 'core'):
+        free_sign = not isinstance(factors, Tensor)
+        kind = lambda m: value_distance(m, criterion, free_sign)  # noqa: E731
+    else:
+        dense = torch.einsum('ohr,owr,oir->oihw', *modes)
+        modes, weights = [dense.flatten(1)[:, :, None]], (1.0,)
+        kind = lambda m: value_distance(m, criterion, False)  # noqa: E731
+    total = None
+    for mode, weight in zip(modes, weights):
+        part = kind(mode).mul_(weight)
+        total = part if total is None else total.add_(part)
+    assert total is not None
+    total = total.triu_(1)
+    return (total + total.T).to(dtype)
+
+
+def filter_scores(weight: Tensor, criterion: str, generator: torch.Generator | None = None) -> Tensor:
+    """Importance `(O,)` of single filters, the usual controls; the larger the more worth keeping.
+
+    `l1`, `l2`: norms (Li et al., 2017). `geometric_median`: sum of Euclidean distances to the other filters (FPGM,
+    He et al., 2019). `random`: uniform, from `generator`.
+    """
+    if criterion not in SCORES:
+        raise ValueError(f'criterion: got {criterion!r}, expected one of {", ".join(SCORES)}')
+    flat = weight.detach().flatten(1)
+    _check_finite(flat)
+    if criterion == 'random':
+        device = generator.device if generator is not None else flat.device
+        return torch.rand(len(flat), generator=generator, device=device).to(flat)
+    if criterion == 'geometric_median':
+        return filter_distance(flat, 'euclidean').to(torch.float64).sum(1).to(flat.dtype)
+    return torch.linalg.vector_norm(flat.to(torch.float64), ord=1 if criterion == 'l1' else 2, dim=1).to(flat.dtype)
+
+
+def _check_finite(x: Tensor) -> None:
+    bad = ~torch.isfinite(x).flatten(1).all(1)
+    if bad.any():
+        raise ValueError(f'filter {int(bad.nonzero()[0])} has NaN or infinite values')
+
+
+_CHUNK = 2**21  # float64 values per temporary: 16 MiB
+
+
+def value_distance(x: Tensor, criterion: str, free_sign: bool) -> Tensor:
+    """`x (O, d, R)` -> `(O, O)`, upper half valid; with `free_sign` each column may be flipped."""
+    if not free_sign or x.shape[2] == 1:
+        return _pair_distance(x.flatten(1), criterion, free_sign)
+    flips = x.unbind(2)
+    if criterion == 'euclidean':
+        return sum(_pair_distance(c, criterion, True).square_() for c in flips).sqrt_()  # type: ignore[union-attr]
+    if criterion == 'manhattan':
+        return sum(_pair_distance(c, criterion, True) for c in flips)  # type: ignore[return-value]
+    return sum(_pair_distance(c, criterion, True) for c in flips) / len(flips)  # type: ignore[return-value]
+
+
+def _pair_distance(x: Tensor, criterion: str, free_sign: bool) -> Tensor:
+    o = len(x)
+    if criterion == 'manhattan':
+        plain = torch.cdist(x, x, p=1)
+        return torch.minimum(plain, torch.cdist(x, -x, p=1)) if free_sign else plain
+    peak = x.abs().max().clamp_min(torch.finfo(x.dtype).tiny)
+    x = x / peak
+    if criterion in ('vbd', 'snr', 'pearson'):
+        x = x - x.mean(1, keepdim=True)
+        x[torch.linalg.vector_norm(x, dim=1) <= 1e-15 * x.shape[1] ** 0.5] = 0  # a constant filter, up to rounding
+    square = (x * x).sum(1)
+    out = x.new_empty(o, o)
+    for start in range(0, o, max(1, _CHUNK // o)):
+        part = slice(start, min(start + max(1, _CHUNK // o), o))
+        dot = x[part] @ x.T
+        out[part] = _from_products(dot.abs_() if free_sign else dot, square[part, None], square[None, :], criterion)
+    if criterion in ('euclidean', 'vbd', 'snr'):
+        _refine_close_pairs(out, x, square, criterion, free_sign)
+    return out.mul_(peak) if criterion == 'euclidean' else out
+
+
+def _from_products(dot: Tensor, xx: Tensor, yy: Tensor, criterion: str) -> Tensor:
+    if criterion in ('cosine', 'pearson'):
+        norm = xx.sqrt() * yy.sqrt()
+        cosine = (dot / norm.where(norm > 0, 1)).clamp_(-1, 1)
+        return (1 - cosine).masked_fill_((xx == 0) & (yy == 0), 0)
+    gap = (xx + yy - 2 * dot).clamp_min_(0)
+    if criterion == 'euclidean':
+        return gap.sqrt_()
+    return _ratio(gap, xx, yy, criterion)
+
+
+def _ratio(gap: Tensor, xx: Tensor, yy: Tensor, criterion: str) -> Tensor:
+    if criterion == 'vbd':
+        total = xx + yy
+        return gap / total.where(total > 0, 1)
+    x_ok, y_ok = xx > 0, yy > 0
+    both = gap / xx.where(x_ok, 1) * x_ok + gap / yy.where(y_ok, 1) * y_ok
+    return both / (x_ok.to(gap) + y_ok.to(gap)).clamp_min_(1)
+
+
+def _refine_close_pairs(out: Tensor, x: Tensor, square: Tensor, criterion: str, free_sign: bool) -> None:
+    """Near-duplicates lose all digits in |x|^2 + |y|^2 - 2xy: take their difference explicitly."""
+    gap = (square[:, None] + square[None, :]).mul_(1e-4)
+    if criterion == 'euclidean':
+        close = out.square() < gap
+    else:
+        close = out < 1e-4
+    i, j = torch.nonzero(close.triu_(1), as_tuple=True)
+    for part in torch.arange(len(i), device=i.device).split(max(1, _CHUNK // x.shape[1])):
+        a, b = x[i[part]], x[j[part]]
+        exact = (a - b).square().sum(1)
+        if free_sign:
+            exact = torch.minimum(exact, (a + b).square().sum(1))
+        xx, yy = square[i[part]], square[j[part]]
+        out[i[part], j[part]] = exact.sqrt() if criterion == 'euclidean' else _ratio(exact, xx, yy, criterion)

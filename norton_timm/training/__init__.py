@@ -1,0 +1,24 @@
+"""Classifiers trained and evaluated: data, the one loop, distillation, metrics, and the run that compresses, repairs
+and trains.
+"""
+
+from norton_timm.training.config import TrainConfig, load_train_config
+from norton_timm.training.loop import evaluate
+from norton_timm.training.metrics import MetricsWriter
+from norton_timm.training.run import MODEL, Recovery, evaluate_file, is_compressed_tag, portable, preprocessing_of
+from norton_timm.training.sources import calibration_images, open_data
+
+__all__ = [
+    'MODEL',
+    'MetricsWriter',
+    'Recovery',
+    'TrainConfig',
+    'calibration_images',
+    'evaluate',
+    'evaluate_file',
+    'is_compressed_tag',
+    'load_train_config',
+    'open_data',
+    'portable',
+    'preprocessing_of',
+]

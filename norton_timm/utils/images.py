@@ -1,0 +1,80 @@
+"""Picture files from anywhere, opened with Pillow: few formats, no more pixels than announced and allowed."""
+
+from __future__ import annotations
+
+import io
+import struct
+import warnings
+import zlib
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from PIL import EpsImagePlugin, Image
+
+MOST_PIXELS = 89_478_485  # Pillow's own limit: 256 MB once decoded, which a file of a few KB can announce
+# of all that Pillow knows, formats that are made by cameras and datasets; PostScript, for one, would run Ghostscript
+IMAGE_FORMATS = ('JPEG', 'MPO', 'PNG', 'WEBP', 'BMP', 'TIFF', 'GIF', 'PPM', 'JPEG2000', 'AVIF')
+# what Pillow's decoders raise on damaged files
+DAMAGE = (OSError, ValueError, SyntaxError, TypeError, LookupError, ArithmeticError, EOFError, AttributeError,
+           NotImplementedError, struct.error, zlib.error)  # fmt: skip
+
+
+def read_rgb(source: Path | bytes, name: object, most_pixels: int = MOST_PIXELS) -> Image.Image:
+    """A picture in RGB, all of it decoded.
+
+    Args:
+        source: a file, or the encoded picture.
+        name: for messages.
+        most_pixels: larger ones are not decoded.
+
+    Raises:
+        ValueError: no picture, a damaged one, or one that is too large.
+    """
+    with _opened(source, name) as picture:
+        if picture.width * picture.height > most_pixels:
+            size = f'{picture.width}x{picture.height}'
+            raise ValueError(f'{name} is not decoded: {size} pixels, expected at most {most_pixels:,} in all')
+        try:
+            return picture.convert('RGB')
+        except DAMAGE as error:
+            raise ValueError(f'{name}: not an image that can be read: {_brief(error)}') from None
+
+
+def picture_size(source: Path | bytes, name: object) -> tuple[int, int]:
+    """Width and height in pixels as the header announces them; nothing is decoded.
+
+    Raises:
+        ValueError: no picture.
+    """
+    with _opened(source, name) as picture:
+        return picture.size
+
+
+def refuse_postscript() -> None:
+    """Keep libraries that open pictures with Pillow themselves from running Ghostscript on them."""
+    EpsImagePlugin.gs_binary = False  # type: ignore[assignment]
+
+
+def _opened(source: Path | bytes, name: object) -> Any:
+    try:
+        if isinstance(source, Path) and source.exists() and not source.is_file():  # a pipe would never end
+            raise ValueError('not a plain file')
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore', Image.DecompressionBombWarning)
+            stream = io.BytesIO(source) if isinstance(source, bytes) else source
+            return Image.open(stream, formats=_formats())
+    except Image.DecompressionBombError as error:
+        raise ValueError(f'{name} is not decoded: {_brief(error)}') from None
+    except DAMAGE as error:
+        raise ValueError(f'{name}: not an image that can be read: {_brief(error)}') from None
+
+
+@lru_cache
+def _formats() -> tuple[str, ...]:
+    Image.init()
+    return tuple(form for form in IMAGE_FORMATS if form in Image.OPEN)  # AVIF and JPEG 2000 are not in every build
+
+
+def _brief(error: Exception) -> str:
+    return ' '.join(str(error).split())[:200] or type(error).__name__
