@@ -8,8 +8,6 @@ from norton_timm.models import entrypoints  # isort: skip  (its configurations a
 from norton_timm.models.authors import convert_authors_checkpoint
 from norton_timm.models.compressed import published_accuracy, spec_of, tags
 from norton_timm.models.dense import dense_model, read_recipe, set_normalisation
-from norton_timm.models.googlenet_cifar import googlenet_cifar
-from norton_timm.models.mobilenetv2_cifar import mobilenetv2_cifar
 
 __all__ = [
     'convert_authors_checkpoint',

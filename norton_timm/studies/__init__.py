@@ -9,7 +9,6 @@ from norton_timm.studies.kernels import format_rows
 from norton_timm.studies.networks import (
     EXPORTED,
     RUNTIMES_OF_DETECTORS,
-    Row,
     allocator,
     cpu_name,
     multiple_for,
@@ -18,7 +17,7 @@ from norton_timm.studies.networks import (
 )
 from norton_timm.studies.reproduce import read_rows, reproduce_tag, run_study, write_row
 from norton_timm.studies.reproduce_plot import plot_studies
-from norton_timm.studies.steps import benchmark_training
+from norton_timm.studies.steps import Row, benchmark_training
 from norton_timm.studies.zoo import COLUMNS, to_csv, to_markdown, zoo_names, zoo_rows
 
 __all__ = [

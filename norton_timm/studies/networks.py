@@ -39,13 +39,13 @@ from norton_timm.profiling import (
     synchronise,
     take_turns,
 )
+from norton_timm.studies.steps import Row
 from norton_timm.studies.zoo import control_side
 
 RUNTIMES = ('eager', 'deployed', 'compile', 'aot', 'onnxruntime', 'openvino')
 EXPORTED = ('onnxruntime', 'openvino')
 RUNTIMES_OF_DETECTORS = ('eager', 'deployed', 'compile', *EXPORTED)
 _PASSES = 5  # in each turn
-Row = dict[str, Any]
 
 
 def cpu_name() -> str:
