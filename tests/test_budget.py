@@ -13,7 +13,7 @@ from families import build
 from torch import nn
 
 from norton_timm.compression.compress import compress
-from norton_timm.compression.plan import plan_pruning, plan_ranks
+from norton_timm.compression.plan import make_plan
 from norton_timm.compression.spec import CompressionSpec
 from norton_timm.graph.groups import ChannelGraph
 from norton_timm.layers.cpd_conv import CPDConv2d
@@ -51,9 +51,8 @@ def uniform_settings(budget: Budget, macs: float, ranks: range) -> list[Compress
 
     def cost(rank: int, rate: float) -> float:
         spec = CompressionSpec(rank=rank, rates=rate)
-        chosen, _ = plan_ranks(model, spec)
-        keep = np.array([k for _, k, _ in plan_pruning(model, budget.graph, spec)], dtype=float)
-        return budget.costs.total('macs', keep, chosen) / budget.costs.dense['macs']
+        plan = make_plan(model, budget.graph, spec)
+        return budget.costs.total('macs', np.array(plan.keep, dtype=float), plan.ranks) / budget.costs.dense['macs']
 
     for rank in ranks:
         low, high = 0.0, 0.99
@@ -77,8 +76,8 @@ def test_cost_model_agrees_with_counting_the_network(name: str) -> None:
     model, x = build(name), torch.randn(1, 3, SIZE[name], SIZE[name])
     costs = CostModel(model, graph := ChannelGraph(model, x), x)
     for spec in (CompressionSpec(rank=2, rates=0.3), CompressionSpec(rank={'*': 3}, rates={'*': 0.0})):
-        ranks, _ = plan_ranks(model, spec)
-        keep = np.array([k for _, k, _ in plan_pruning(model, graph, spec)], dtype=float)
+        plan = make_plan(model, graph, spec)
+        keep, ranks = np.array(plan.keep, dtype=float), plan.ranks
         compressed, _ = compress(model, spec, x)
         counted = count(compressed, x)
         assert costs.total('macs', keep, ranks) == pytest.approx(counted.macs, rel=1e-9)

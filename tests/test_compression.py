@@ -21,7 +21,7 @@ from detection.training.config import RunConfig, config_from_dict
 from norton_timm import CompressionSpec, CPDConv2d
 from norton_timm.checkpoints.rebuild import surgery_of
 from norton_timm.compression import compress
-from norton_timm.compression.plan import plan_pruning
+from norton_timm.compression.plan import make_plan
 from norton_timm.graph.groups import ChannelGraph
 from norton_timm.layers.low_rank import LowRankLinear
 from norton_timm.profiling.complexity import count_params
@@ -90,7 +90,7 @@ def test_surviving_weights_of_a_trained_detector_stay(task: str) -> None:
     images, _ = batch(1)
     graph = ChannelGraph(model, images)
     gone = set()
-    for group, keep, _ in plan_pruning(model, graph, spec):
+    for group, keep in zip(graph.groups, make_plan(model, graph, spec).keep):
         free = [int(c) for k, c in enumerate(group.classes) if k not in group.frozen]
         gone.update(free[:: max(1, len(free) // (len(group.classes) - keep))][: len(group.classes) - keep]
                     if keep < len(group.classes) else [])  # fmt: skip

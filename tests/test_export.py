@@ -16,7 +16,7 @@ from PIL import Image
 from torch import nn
 
 import norton_timm
-from detection.rcnn import OneImage, build_detector
+from detection.rcnn import OneImage, build_detector, exportable
 from norton_timm.inference import export
 from norton_timm.inference.export_check import (
     Agreement,
@@ -77,8 +77,8 @@ def test_a_detector_at_its_size(tmp_path, file, task, deployed):
     model.roi_heads.score_thresh = float(torch.cat(scores).quantile(0.9, interpolation='midpoint'))
     x = [torch.zeros(1, 3, 96, 128), *noise]
     assert not len(model([x[0][0]])[0]['scores']), 'a picture in which nothing is found'
-    source = norton_timm.deploy(model, [x[0][0]], autotune=False) if deployed else model
-    agreement = export_checked(source, path, x, model)
+    source = exportable(norton_timm.deploy(model, [x[0][0]], autotune=False) if deployed else model)
+    agreement = export_checked(source, path, x, exportable(model))
     assert agreement.images == agreement.same == 3 and agreement.detections > 10
     assert agreement.box_px < 0.5 and agreement.score < 1e-3
     assert agreement.mask < 1e-3 * (task == 'mask') + 1e-9 and agreement.keypoint_px < 2 * (task == 'keypoint') + 1e-9
@@ -90,7 +90,7 @@ def test_a_detector_at_its_size(tmp_path, file, task, deployed):
 @pytest.mark.parametrize('file', FILES)
 def test_a_file_that_computes_something_else_is_not_kept(small, tmp_path, file, monkeypatch):
     path, x = needs(tmp_path / file), images('resnet20_cifar')
-    write = export.write
+    write = export.write_exported
 
     def wrong(model, example, target):
         with torch.no_grad():

@@ -22,7 +22,7 @@ from norton_timm.checkpoints.shapes import (
     runs_through,
 )
 from norton_timm.graph import feature_entries, is_feature_extractor
-from norton_timm.layers import ChannelMap, CPDConv2d, LowRankLinear, factor_shapes
+from norton_timm.layers import ChannelMap, CPDConv2d, LowRankLinear, factor_shapes, first_conv
 from norton_timm.utils import tensors_in
 
 _REGISTERED = ('_parameters', '_buffers', '_modules')
@@ -110,9 +110,9 @@ def _derive_kwargs(model: nn.Module, name: str, known: Mapping[str, Any] | None)
     more: dict[str, Any] = {}
     if _pool(model) not in (None, _pool(base)):
         more['global_pool'] = _pool(model)
-    stems = [next((m for m in n.modules() if isinstance(m, (nn.Conv2d, CPDConv2d))), None) for n in (model, base)]
-    if all(stems) and stems[0].in_channels != stems[1].in_channels:  # type: ignore[union-attr]
-        more['in_chans'] = stems[0].in_channels  # type: ignore[union-attr]
+    stem, dense_stem = first_conv(model), first_conv(base)
+    if stem and dense_stem and stem[1].in_channels != dense_stem[1].in_channels:
+        more['in_chans'] = stem[1].in_channels
     for key in ('drop_rate', 'drop_path_rate'):
         drops = [m.drop_prob for m in model.modules() if isinstance(m, DropPath)]
         value = float(getattr(model, 'drop_rate', 0) or 0) if key == 'drop_rate' else max(drops, default=0.0)
@@ -209,10 +209,9 @@ def rebuild(recipe: Recipe, tensors: Mapping[str, Tensor]) -> nn.Module:
     model = _decomposed_base(recipe)
     size = (getattr(model, 'pretrained_cfg', None) or {}).get('input_size') or (3, 224, 224)
     _install(model, recipe, tensors)
-    stem = next((m for m in model.modules() if isinstance(m, (nn.Conv2d, CPDConv2d))), None)
     # a plain attribute (anchors, say) stays where it is when the rest is moved to the meta device
     constants = any(tensors_in(v) for m in model.modules() for k, v in vars(m).items() if k not in _REGISTERED)
-    if stem is not None and not constants:
+    if first_conv(model) is not None and not constants:
         channels = recipe.model_kwargs.get('in_chans') or size[0]
         dtype = next(model.parameters()).dtype
         runs_through(model, torch.empty(2, channels, *size[-2:], device='meta', dtype=dtype))

@@ -11,12 +11,11 @@ from typing import Any, NamedTuple
 
 import torch
 import torchvision
-from timm.layers import BlurPool2d
 from timm.models import is_model, model_entrypoint
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from norton_timm.layers import ChannelMap, CPDConv2d, conv_padding
+from norton_timm.layers import CPDConv2d, nearest_handler
 from norton_timm.utils import replace_module
 
 TORCHVISION = 'torchvision/'
@@ -124,11 +123,7 @@ def decompose_shapes(model: nn.Module, ranks: Mapping[str, int]) -> None:
             raise ValueError(f'got a decomposed layer {name[:80]!r} that the network does not have') from None
         if type(conv) is not nn.Conv2d:
             raise ValueError(f'got a decomposed layer {name!r}, expected a Conv2d there, not {type(conv).__name__}')
-        layer = CPDConv2d(
-            conv.in_channels, conv.out_channels, _two(conv.kernel_size), rank, _two(conv.stride), conv_padding(conv),
-            _two(conv.dilation), conv.groups, conv.bias is not None, device='meta',
-        )  # fmt: skip
-        replace_module(model, name, layer.train(conv.training))
+        replace_module(model, name, CPDConv2d.like(conv, rank, device='meta'))
 
 
 def fit_tensors(model: nn.Module, tensors: Mapping[str, Tensor], maps: Mapping[str, int]) -> None:
@@ -159,7 +154,9 @@ def fit_tensors(model: nn.Module, tensors: Mapping[str, Tensor], maps: Mapping[s
             else:
                 module._buffers[key] = new
     for name, module in model.named_modules():
-        _fit_widths(name, module, maps)
+        handler = nearest_handler(module)
+        if handler is not None:
+            handler.read_widths(module, name, maps.get(name))
 
 
 def _check(name: str, old: Tensor, new: Tensor) -> None:
@@ -170,57 +167,6 @@ def _check(name: str, old: Tensor, new: Tensor) -> None:
         raise ValueError(f'got {name} of shape {got}, expected at most {most}')
     if new.is_floating_point() != old.is_floating_point() or new.is_complex():
         raise ValueError(f'got {name} of type {new.dtype}, expected {old.dtype}')
-
-
-def _fit_conv(name: str, conv: nn.modules.conv._ConvNd) -> None:
-    shape = conv.weight.shape
-    out, fan_in = (shape[1], shape[0]) if conv.transposed else (shape[0], shape[1])
-    if conv.groups > 1 and conv.groups == conv.in_channels and not conv.transposed:  # depthwise
-        multiplier = conv.out_channels // conv.in_channels
-        conv.in_channels = conv.groups = out // multiplier
-        wrong = fan_in != 1 or out % multiplier
-    elif conv.transposed:
-        conv.in_channels, out = fan_in, out * conv.groups
-        wrong = fan_in % conv.groups
-    else:
-        conv.in_channels = fan_in * conv.groups
-        wrong = out % conv.groups
-    if wrong:
-        raise ValueError(f'got {name}.weight of shape {tuple(shape)}, which its groups do not divide')
-    conv.out_channels = out
-
-
-def _fit_widths(name: str, module: nn.Module, maps: Mapping[str, int]) -> None:
-    """Whole-number attributes that repeat a shape."""
-    if isinstance(module, CPDConv2d):
-        out, rank = module.horizontal.shape[:2]
-        rows = out * rank
-        depthwise = module.groups > 1 and module.groups == module.in_channels
-        if depthwise:
-            multiplier = module.out_channels // module.in_channels
-            module.groups = out // multiplier
-        if rank != module.rank or module.pointwise.shape[0] != rows or module.vertical.shape[0] != rows:
-            raise ValueError(f'got factors of {name} that do not fit rank {module.rank} and {out} filters')
-        module.in_channels, module.out_channels = module.pointwise.shape[1] * module.groups, out
-        if out % module.groups:
-            raise ValueError(f'got {name} with {out} filters, expected a multiple of its {module.groups} groups')
-    elif isinstance(module, ChannelMap):
-        channels = maps.get(name, module.in_channels)
-        if not 1 <= channels <= module.in_channels:
-            raise ValueError(f'got {name} with {channels} input channels, expected 1 to {module.in_channels}')
-        module.set_index(module.index, channels)
-    elif isinstance(module, nn.Linear):
-        module.out_features, module.in_features = module.weight.shape
-    elif isinstance(module, BlurPool2d):
-        module.channels = module.filt.shape[0]  # type: ignore[assignment,union-attr]
-    elif isinstance(module, nn.PReLU):
-        module.num_parameters = len(module.weight)
-    elif isinstance(module, nn.modules.conv._ConvNd):
-        _fit_conv(name, module)
-    else:
-        per_channel = getattr(module, 'running_mean', None)
-        if isinstance(per_channel, Tensor) and per_channel.dim() == 1 and hasattr(module, 'num_features'):
-            module.num_features = len(per_channel)  # type: ignore[assignment]
 
 
 def first_channels(old: Tensor, shape: tuple[int, ...]) -> Tensor:

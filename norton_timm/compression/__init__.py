@@ -2,9 +2,9 @@
 channels, the pipeline, and the repair with images without labels.
 """
 
-from norton_timm.compression.choose import filters_of, layer_distance, merge_layers, removed_classes
-from norton_timm.compression.compress import compress, reshape
-from norton_timm.compression.plan import plan_pruning, plan_ranks
+from norton_timm.compression.choose import layer_distance, merge_layers, removed_classes
+from norton_timm.compression.compress import channel_graph, compress, reshape, run_plan
+from norton_timm.compression.plan import make_plan
 from norton_timm.compression.rates import exact_rates, layout_of, widths_of
 from norton_timm.compression.repair import reestimate_batch_norm, without_labels
 from norton_timm.compression.report import CompressionReport
@@ -15,19 +15,19 @@ __all__ = [
     'METHODS',
     'CompressionReport',
     'CompressionSpec',
+    'channel_graph',
     'compress',
     'exact_rates',
-    'filters_of',
     'format_rates',
     'layer_distance',
     'layout_of',
+    'make_plan',
     'merge_layers',
     'parse_rates',
-    'plan_pruning',
-    'plan_ranks',
     'reestimate_batch_norm',
     'removed_classes',
     'reshape',
+    'run_plan',
     'to_html',
     'widths_of',
     'without_labels',

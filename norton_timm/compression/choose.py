@@ -10,21 +10,8 @@ from torch import Tensor, nn
 
 from norton_timm.compression.spec import CompressionSpec
 from norton_timm.graph import ChannelGroup
-from norton_timm.layers import CPDConv2d
+from norton_timm.layers import CPDConv2d, filters_of
 from norton_timm.tensors import SCORES, cp_decompose, filter_distance, filter_scores, hosvd, select_filters
-
-
-def filters_of(module: nn.Module) -> Tensor:
-    """The layer's filters as (O, I, Kh, Kw); 1-d and linear layers get kernel sizes of one."""
-    if isinstance(module, CPDConv2d):
-        return module.kernel().detach()
-    weight: Tensor = module.weight.detach()  # type: ignore[assignment, operator]
-    if isinstance(module, nn.modules.conv._ConvTransposeNd):
-        weight = weight.transpose(0, 1)
-        if module.groups > 1:  # (O / groups, I, ...): the input channels of a filter are one group's
-            weight = torch.cat([w for w in weight.split(weight.shape[1] // module.groups, dim=1)])
-    weight = weight.flatten(3) if weight.dim() == 5 else weight
-    return weight.reshape(*weight.shape, *[1] * (4 - weight.dim()))
 
 
 def layer_distance(module: nn.Module, spec: CompressionSpec, rank: int) -> Tensor:

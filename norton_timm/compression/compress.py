@@ -1,4 +1,4 @@
-"""The pipeline on one screen: model + spec -> compressed model + report."""
+"""The pipeline on one screen: a network and a spec become a compressed network and a report."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from norton_timm.compression.choose import removed_classes
-from norton_timm.compression.plan import plan_low_rank, plan_pruning, plan_ranks
+from norton_timm.compression.plan import Plan, low_rank_layers, make_plan
 from norton_timm.compression.repair import refit
-from norton_timm.compression.report import CompressionReport, LayerReport
+from norton_timm.compression.report import CompressionReport, make_report
 from norton_timm.compression.spec import CompressionSpec
 from norton_timm.graph import ChannelGraph, Metadata, is_feature_extractor, remove_channels
 from norton_timm.layers import CPDConv2d, factor_linears, factor_shapes
-from norton_timm.profiling import Complexity, LayerCost, layer_costs, make_input
-from norton_timm.tensors import CPFactors, cp_decompose
-from norton_timm.utils import replace_module
+from norton_timm.profiling import layer_costs, make_input
+from norton_timm.tensors import cp_decompose
+from norton_timm.utils import not_finite, replace_module
 
 BetweenShots = Callable[[nn.Module, int], None]
 
@@ -35,8 +35,8 @@ def compress(
     Args:
         model: any convolutional network; it is not changed.
         spec: what to decompose and prune.
-        example_input: the one argument of the model's ``forward``, a batch of images or a list of images; by
-            default one random image of the model's own size.
+        example_input: the one argument of the model's ``forward``, a batch of images or a list of images; by default
+            one random image of the model's own size.
         calibration: batches of images of one size (labels, if any, are ignored); each layer is refitted to the dense
             network's outputs on them. They are held in memory: a few hundred images are enough.
         between_shots: called with the model and the number of the round after each of ``spec.shots`` rounds but
@@ -47,61 +47,32 @@ def compress(
 
     Raises:
         ValueError: a spec that does not fit the network, or weights with NaN or infinity (naming the layer).
+
+    Example:
+        >>> model = timm.create_model('resnet50', pretrained=True)
+        >>> small, report = compress(model, CompressionSpec(rank=2, rates=0.3))
+        >>> print(report)
     """
     if not isinstance(spec, CompressionSpec):
         raise ValueError(f'got a spec of type {type(spec).__name__}, expected a CompressionSpec')
     example_input = make_input(model, example_input)
-    _check_finite(model)
+    bad = not_finite(model.state_dict())
+    if bad is not None:
+        raise ValueError(f'got NaN or infinity in {bad}, expected finite weights')
     dense, model = model, copy.deepcopy(model)
     facts = Metadata(model, example_input)
     before = layer_costs(model, example_input)
+    graph = channel_graph(model, example_input)
+    plan = make_plan(model, graph, spec)
 
-    ranks, dense_because = plan_ranks(model, spec)
-    generator = torch.Generator().manual_seed(spec.seed)
-    nmse = _decompose(model, ranks, spec.seed) if spec.order == 'decompose-prune' else {}
-    graph = ChannelGraph(model, example_input, freeze_outputs=not is_feature_extractor(model))
-    plan = plan_pruning(model, graph, spec)
-    kept = _prune(model, graph, [keep for _, keep, _ in plan], spec, ranks, generator, between_shots)
-    if spec.order == 'decompose-prune':
-        nmse = {name: values[kept[name]] if name in kept else values for name, values in nmse.items()}
-    else:
-        nmse = _decompose(model, ranks, spec.seed)
+    kept, nmse = run_plan(model, graph, plan, between_shots)
     refitted = [] if calibration is None else refit(model, dense, kept, calibration)
-    errors = factor_linears(model, plan_low_rank(model, spec))
+    errors = factor_linears(model, low_rank_layers(model, spec))
 
     facts.refresh(model, example_input)
-    after = layer_costs(model, example_input)
-    traced = {slot.name for slot in graph.slots}
-    unpruned_because = {name: 'did not run on the example input' for name in before if name not in traced}
-    unpruned_because.update((name, why) for group, _, why in plan for name in group.names)
     errors.update((name, float(values.mean())) for name, values in nmse.items())
-    left = {name: _cost_within(after, name) for name in before}
-    layers = [
-        LayerReport(
-            name,
-            type(model.get_submodule(name)).__name__,
-            channels=cost.filters,
-            kept=left[name].filters,
-            params=cost.params,
-            params_after=left[name].params,
-            macs=cost.macs,
-            macs_after=left[name].macs,
-            rank=getattr(model.get_submodule(name), 'rank', 0),
-            nmse=errors.get(name),
-            dense_because=dense_because.get(name, ''),
-            unpruned_because=unpruned_because.get(name, ''),
-        )
-        for name, cost in before.items()
-        if name
-    ]
-    total, rest = (Complexity(costs[''].macs, costs[''].params) for costs in (before, after))
-    return model, CompressionReport(spec.to_dict(), total, rest, layers, dict(graph.unknown), refitted)
-
-
-def _cost_within(costs: dict[str, LayerCost], name: str) -> LayerCost:
-    """Cost of a layer, or of the layers that have taken its place."""
-    parts = [cost for n, cost in costs.items() if n == name or (name and n.startswith(f'{name}.'))]
-    return LayerCost(parts[-1].filters, sum(c.params for c in parts), sum(c.macs for c in parts))
+    after = layer_costs(model, example_input)
+    return model, make_report(model, plan, graph, before, after, errors, refitted)
 
 
 def reshape(model: nn.Module, spec: CompressionSpec, example_input: Any = None) -> nn.Module:
@@ -109,64 +80,86 @@ def reshape(model: nn.Module, spec: CompressionSpec, example_input: Any = None) 
 
     Layers to decompose become CPDConv2d with fresh factors, linear layers of low rank likewise two fresh ones, and
     every group keeps its first channels.
+
+    Example:
+        >>> model = reshape(timm.create_model('resnet50'), CompressionSpec(rank=2, rates=0.3))
     """
     example_input = make_input(model, example_input)
     facts = Metadata(model, example_input)
-    ranks, _ = plan_ranks(model, spec)
-    for name, rank in ranks.items():
-        conv: nn.Conv2d = model.get_submodule(name)
-        a, b, c = (conv.weight.new_zeros(conv.out_channels, n, rank) for n in (*conv.kernel_size, conv.weight.shape[1]))
-        layer = CPDConv2d.from_conv(conv, rank, factors=CPFactors(a, b, c, conv.weight.new_zeros(conv.out_channels)))
-        layer.reset_parameters()
-        replace_module(model, name, layer)
-    graph = ChannelGraph(model, example_input, freeze_outputs=not is_feature_extractor(model))
+    graph = channel_graph(model, example_input)
+    plan = make_plan(model, graph, spec)
+    for name, rank in plan.ranks.items():
+        _replace(model, graph, name, CPDConv2d.like(model.get_submodule(name), rank))  # type: ignore[arg-type]
     gone: set[int] = set()
-    for group, keep, _ in plan_pruning(model, graph, spec):
+    for group, keep in zip(graph.groups, plan.keep):
         free = [int(c) for k, c in enumerate(group.classes) if k not in group.frozen]
         gone.update(free[len(free) - (len(group.classes) - keep) :])
     remove_channels(graph, gone)
-    factor_shapes(model, plan_low_rank(model, spec))
+    factor_shapes(model, low_rank_layers(model, spec))
     facts.refresh(model, example_input)
     return model
 
 
-def _decompose(model: nn.Module, ranks: dict[str, int], seed: int) -> dict[str, Tensor]:
+def channel_graph(model: nn.Module, example_input: Any) -> ChannelGraph:
+    """The channel graph of a network; outputs are kept, unless they are features that the network describes."""
+    return ChannelGraph(model, example_input, freeze_outputs=not is_feature_extractor(model))
+
+
+def run_plan(
+    model: nn.Module, graph: ChannelGraph, plan: Plan, between_shots: BetweenShots | None = None
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Decompose and prune a network as planned, in place.
+
+    Args:
+        model: the dense network.
+        graph: its channel graph, which follows the changes.
+        plan: made of both.
+        between_shots: see :func:`compress`.
+
+    Returns:
+        By layer name: the indices of the filters that each layer of a group kept, and the NMSE of the filters of each
+        decomposed layer.
+    """
+    first = plan.spec.order == 'decompose-prune'
+    nmse = _decompose(model, graph, plan) if first else {}
+    kept = _prune(model, graph, plan, between_shots)
+    if first:
+        return kept, {name: values[kept[name]] if name in kept else values for name, values in nmse.items()}
+    return kept, _decompose(model, graph, plan)
+
+
+def _replace(model: nn.Module, graph: ChannelGraph, name: str, layer: nn.Module) -> None:
+    replace_module(model, name, layer)
+    graph.follow(name, layer)
+
+
+def _decompose(model: nn.Module, graph: ChannelGraph, plan: Plan) -> dict[str, Tensor]:
     """Replace the planned convolutions by their decompositions; NMSE (O,) by layer name.
 
     Every layer starts from the seed anew, so that its factors do not depend on what else is decomposed.
     """
     nmse = {}
-    for name, rank in ranks.items():
-        conv: nn.Conv2d = model.get_submodule(name)
-        factors = cp_decompose(conv.weight.detach(), rank, generator=torch.Generator().manual_seed(seed))
-        replace_module(model, name, CPDConv2d.from_conv(conv, rank, factors=factors))
+    for name, rank in plan.ranks.items():
+        conv: nn.Conv2d = model.get_submodule(name)  # type: ignore[assignment]
+        generator = torch.Generator().manual_seed(plan.spec.seed)
+        factors = cp_decompose(conv.weight.detach(), rank, generator=generator)
+        _replace(model, graph, name, CPDConv2d.from_conv(conv, rank, factors=factors))
         nmse[name] = factors.nmse
     return nmse
 
 
-def _prune(
-    model: nn.Module,
-    graph: ChannelGraph,
-    targets: list[int],
-    spec: CompressionSpec,
-    ranks: dict[str, int],
-    generator: torch.Generator,
-    between_shots: BetweenShots | None,
-) -> dict[str, Tensor]:
-    """Bring every group to its number of channels in ``spec.shots`` rounds.
-
-    Returns:
-        For each layer of a group, the indices of the filters it kept.
-    """
+def _prune(model: nn.Module, graph: ChannelGraph, plan: Plan, between_shots: BetweenShots | None) -> dict[str, Tensor]:
+    """Bring every group to its number of channels in ``spec.shots`` rounds; the filters kept, by layer name."""
+    spec, generator = plan.spec, torch.Generator().manual_seed(plan.spec.seed)
     widths = [len(group.classes) for group in graph.groups]
     kept = {name: torch.arange(len(p)) for g in graph.groups for name, p in zip(g.names, g.places)}
     for shot in range(1, spec.shots + 1):
         gone: set[int] = set()
-        for group, full, target in zip(graph.groups, widths, targets):
+        for group, full, target in zip(graph.groups, widths, plan.keep):
             # equal shares of the channels that go in all; the last round reaches the target exactly
             keep = target + (full - target) * (spec.shots - shot) // spec.shots
             left = torch.ones(len(group.classes), dtype=torch.bool)
-            left[removed_classes(group, keep, spec, ranks, generator)] = False
+            left[removed_classes(group, keep, spec, plan.ranks, generator)] = False
             gone.update(int(c) for c in group.classes[~left.numpy()])
             for name, places in zip(group.names, group.places):
                 kept[name] = kept[name][left[torch.from_numpy(places)]]
@@ -174,9 +167,3 @@ def _prune(
         if between_shots is not None and shot < spec.shots:
             between_shots(model, shot)
     return kept
-
-
-def _check_finite(model: nn.Module) -> None:
-    for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise ValueError(f'got NaN or infinity in {name}, expected finite weights')

@@ -1,6 +1,7 @@
-"""From a spec to decisions: the rank of each layer, and the number of channels each coupled group keeps.
+"""The plan: everything that is decided about a network before it is changed.
 
-Where a spec is for the part called `backbone` alone, its names are those within it; `scope_prefix` leads there.
+A plan is made once, from the dense network, its channel graph and a spec. Where the spec is for the part called
+`backbone` alone, its names are those within that part; `scope_prefix` leads there.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import fnmatch
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from torch import nn
@@ -17,6 +19,47 @@ from norton_timm.compression.spec import CompressionSpec
 from norton_timm.graph import ChannelGraph, ChannelGroup
 from norton_timm.layers import CPDConv2d, conv_padding
 from norton_timm.utils import tied_modules
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a spec means for one network.
+
+    Attributes:
+        spec: the recipe.
+        ranks: CPD rank by name of every layer to decompose.
+        keep: channel classes that each group of the graph keeps, in the graph's order.
+        dense_because: why each other convolution stays dense, by name.
+        unpruned_because: why each layer keeps all its channels, by name; empty where it does not.
+    """
+
+    spec: CompressionSpec
+    ranks: dict[str, int] = field(default_factory=dict)
+    keep: list[int] = field(default_factory=list)
+    dense_because: dict[str, str] = field(default_factory=dict)
+    unpruned_because: dict[str, str] = field(default_factory=dict)
+
+
+def make_plan(model: nn.Module, graph: ChannelGraph, spec: CompressionSpec) -> Plan:
+    """Decide the rank of every layer and the number of channels of every group.
+
+    Args:
+        model: the dense network; it is not changed.
+        graph: its channel graph.
+        spec: the recipe.
+
+    Raises:
+        ValueError: a pattern that matches no layer, or rates that do not fit the network.
+
+    Example:
+        >>> graph = ChannelGraph(model, torch.rand(1, 3, 224, 224))
+        >>> plan = make_plan(model, graph, CompressionSpec(rank=2, rates=0.3))
+        >>> plan.ranks['layer1.0.conv2']
+        2
+    """
+    ranks, dense_because = _ranks(model, spec)
+    keep, unpruned_because = _widths(model, graph, spec)
+    return Plan(spec, ranks, keep, dense_because, unpruned_because)
 
 
 def scope_prefix(model: nn.Module, spec: CompressionSpec) -> str:
@@ -31,12 +74,8 @@ def _scoped(model: nn.Module, spec: CompressionSpec) -> tuple[nn.Module, str]:
     return model.get_submodule(prefix[:-1]), prefix
 
 
-def plan_ranks(model: nn.Module, spec: CompressionSpec) -> tuple[dict[str, int], dict[str, str]]:
-    """CPD rank of every layer to decompose, and for every other convolution the reason why it stays dense.
-
-    Raises:
-        ValueError: a rank pattern that matches no layer.
-    """
+def _ranks(model: nn.Module, spec: CompressionSpec) -> tuple[dict[str, int], dict[str, str]]:
+    """CPD rank of every layer to decompose, and for every other convolution the reason why it stays dense."""
     ranks: dict[str, int] = {}
     kinds = (nn.modules.conv._ConvNd, CPDConv2d)
     net, prefix = _scoped(model, spec)
@@ -63,7 +102,7 @@ def plan_ranks(model: nn.Module, spec: CompressionSpec) -> tuple[dict[str, int],
     return ranks, reasons
 
 
-def plan_low_rank(model: nn.Module, spec: CompressionSpec) -> dict[str, int]:
+def low_rank_layers(model: nn.Module, spec: CompressionSpec) -> dict[str, int]:
     """Rank of every linear layer to factor, as the layer is now.
 
     Raises:
@@ -114,15 +153,11 @@ def _why_dense(conv: nn.Module, rank: int, uniform: bool) -> str | None:
     return None
 
 
-def plan_pruning(model: nn.Module, graph: ChannelGraph, spec: CompressionSpec) -> list[tuple[ChannelGroup, int, str]]:
-    """For every coupled group, the number of channel classes to keep and, where none goes, the reason.
-
-    Raises:
-        ValueError: rates that do not fit the network, naming the layers and what is expected.
-    """
+def _widths(model: nn.Module, graph: ChannelGraph, spec: CompressionSpec) -> tuple[list[int], dict[str, str]]:
+    """For every group the number of channel classes to keep; for each of its layers why none goes, or nothing."""
     net, prefix = _scoped(model, spec)
     wanted = _wanted(net, graph, spec, prefix)
-    plan = []
+    widths, reasons = [], {}
     for group in graph.groups:
         n = len(group.classes)
         keep, why = _group_width(group, wanted, spec, prefix)
@@ -132,8 +167,9 @@ def plan_pruning(model: nn.Module, graph: ChannelGraph, spec: CompressionSpec) -
             keep = math.ceil(keep / spec.round_to) * spec.round_to
             keep = min(n, max(keep, len(group.frozen), 1))
             why = '' if keep < n else 'too few channels may go to keep a multiple of round_to'
-        plan.append((group, keep, why))
-    return plan
+        widths.append(keep)
+        reasons.update(dict.fromkeys(group.names, why))
+    return widths, reasons
 
 
 class _Wanted(NamedTuple):

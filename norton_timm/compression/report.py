@@ -1,13 +1,18 @@
-"""What a compression did, layer by layer: table, JSON."""
+"""The report of a compression: what was done to each layer, as a table and as JSON."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from norton_timm.profiling import Complexity
+from torch import nn
+
+from norton_timm.compression.plan import Plan
+from norton_timm.graph import ChannelGraph
+from norton_timm.profiling import Complexity, LayerCost
 
 
 @dataclass
@@ -108,6 +113,50 @@ class CompressionReport:
             told = ', '.join(f'{name} ({n})' for name, n in sorted(self.unknown_operations.items()))
             lines.append(f'channels kept because they enter operations without a rule: {told}')
         return '\n'.join(lines)
+
+
+def make_report(
+    model: nn.Module,
+    plan: Plan,
+    graph: ChannelGraph,
+    before: Mapping[str, LayerCost],
+    after: Mapping[str, LayerCost],
+    errors: Mapping[str, float],
+    refitted: Sequence[str] = (),
+) -> CompressionReport:
+    """The report of one compression.
+
+    Args:
+        model: the compressed network.
+        plan: what was planned.
+        graph: channel graph of the network.
+        before: cost of every layer of the dense network, see `layer_costs`.
+        after: the same of the compressed one.
+        errors: squared relative error of each factored layer's weight, by name.
+        refitted: names of the layers that were fitted to calibration images.
+    """
+    traced = {slot.name for slot in graph.slots}
+    unpruned = {name: 'did not run on the example input' for name in before if name not in traced}
+    unpruned.update(plan.unpruned_because)
+    layers = []
+    for name, cost in before.items():
+        if not name:
+            continue
+        layer, left = model.get_submodule(name), _cost_within(after, name)
+        layers.append(LayerReport(
+            name, type(layer).__name__, channels=cost.filters, kept=left.filters, params=cost.params,
+            params_after=left.params, macs=cost.macs, macs_after=left.macs, rank=getattr(layer, 'rank', 0),
+            nmse=errors.get(name), dense_because=plan.dense_because.get(name, ''),
+            unpruned_because=unpruned.get(name, ''),
+        ))  # fmt: skip
+    total, rest = (Complexity(costs[''].macs, costs[''].params) for costs in (before, after))
+    return CompressionReport(plan.spec.to_dict(), total, rest, layers, dict(graph.unknown), list(refitted))
+
+
+def _cost_within(costs: Mapping[str, LayerCost], name: str) -> LayerCost:
+    """Cost of a layer, or of the layers that have taken its place."""
+    parts = [cost for n, cost in costs.items() if n == name or n.startswith(f'{name}.')]
+    return LayerCost(parts[-1].filters, sum(c.params for c in parts), sum(c.macs for c in parts))
 
 
 def _percent(before: int, after: int) -> str:

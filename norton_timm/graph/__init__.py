@@ -7,12 +7,9 @@ from norton_timm.graph.channels import Slot
 from norton_timm.graph.features import Metadata, feature_entries, is_feature_extractor
 from norton_timm.graph.groups import ChannelGraph, ChannelGroup
 from norton_timm.graph.surgery import remove_channels
-from norton_timm.graph.tracer import CONVS, LINEARS
 from norton_timm.graph.widen import align_channels
 
 __all__ = [
-    'CONVS',
-    'LINEARS',
     'ChannelGraph',
     'ChannelGroup',
     'Metadata',

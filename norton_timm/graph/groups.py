@@ -11,7 +11,7 @@ from torch import nn
 
 from norton_timm.graph.channels import ZERO, Slot
 from norton_timm.graph.tracer import ChannelTracer
-from norton_timm.layers import ChannelMap
+from norton_timm.layers import handler_of
 
 
 @dataclass(eq=False)
@@ -88,12 +88,16 @@ class ChannelGraph:
         return [self._make_group(slots) for slots in sorted(members.values(), key=lambda m: self.slots.index(m[0]))]
 
     def _make_group(self, members: list[Slot]) -> ChannelGroup:
+        def carries(slot: Slot) -> bool:
+            handler = handler_of(slot.module)
+            return handler is not None and handler.carries
+
         order: dict[int, int] = {}
-        # ChannelMap carries channels but makes none: a group's classes come from its layers first
-        for slot in sorted(members, key=lambda s: isinstance(s.module, ChannelMap)):
+        # what only carries channels makes none: a group's classes come from its layers first
+        for slot in sorted(members, key=carries):
             for c in slot.labels.tolist():
                 order.setdefault(c, len(order))
-        layers = [s for s in members if not isinstance(s.module, ChannelMap)]
+        layers = [s for s in members if not carries(s)]
         return ChannelGroup(
             members=layers,
             places=[np.array([order[c] for c in s.labels.tolist()], dtype=int) for s in layers],
@@ -109,6 +113,12 @@ class ChannelGraph:
             group.places = [np.array([new[p] for p in ps.tolist() if p in new], dtype=int) for ps in group.places]
             group.frozen = {new[k]: why for k, why in group.frozen.items()}
             group.classes = group.classes[kept]
+
+    def follow(self, name: str, layer: nn.Module) -> None:
+        """Go on with another layer in the place of the one of this name, which has the same channels."""
+        for slot in self.slots:
+            if slot.name == name:
+                slot.module = layer
 
     def group_of(self, name: str) -> ChannelGroup | None:
         """The group whose members include the layer of this name."""

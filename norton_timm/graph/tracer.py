@@ -13,28 +13,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from timm import layers as timm_layers
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torchvision.ops.misc import FrozenBatchNorm2d
 
 from norton_timm.graph.channels import ChannelLabels, Channels, Slot
 from norton_timm.graph.rules import apply_rule
-from norton_timm.layers import ChannelMap, CPDConv2d
+from norton_timm.layers import MIXES, PASSES, LayerHandler, handler_of
 from norton_timm.utils import tensors_in, tied_modules
-
-# Matched by exact type: a subclass may use its weights in another way (weight standardisation does).
-CONVS: tuple[type, ...] = (
-    nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, CPDConv2d, timm_layers.Conv2dSame,
-)  # fmt: skip
-LINEARS: tuple[type, ...] = (nn.Linear, timm_layers.Linear)
-PER_CHANNEL: tuple[type, ...] = (
-    nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.PReLU, FrozenBatchNorm2d,
-    timm_layers.BatchNormAct2d, timm_layers.SyncBatchNormAct, timm_layers.FrozenBatchNormAct2d,
-    timm_layers.BlurPool2d,
-)  # fmt: skip
-# statistics over channels: every channel depends on all of them
-MIXING: tuple[type, ...] = (nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm)
 
 
 class ChannelTracer(ChannelLabels, TorchFunctionMode):
@@ -80,7 +65,7 @@ class ChannelTracer(ChannelLabels, TorchFunctionMode):
         modes = {m: m.training for m in self.model.modules()}
         hooks = []
         for module in self.model.modules():
-            if type(module) in CONVS + LINEARS + PER_CHANNEL + MIXING or type(module) is ChannelMap:
+            if handler_of(module) is not None:
                 hooks.append(module.register_forward_pre_hook(self._enter))
                 hooks.append(module.register_forward_hook(self._leave))
         self.model.eval()
@@ -121,11 +106,13 @@ class ChannelTracer(ChannelLabels, TorchFunctionMode):
         name = self._names[module]
         self._note_origin(x, name)
         found = self.channels(x)
-        if type(module) in MIXING:
+        handler = handler_of(module)
+        assert handler is not None  # only such modules have hooks
+        if handler.role == MIXES:
             if found:
                 self.freeze(found.labels, f'normalised over channels by {name}')
             self.set_channels(out, found if found and out.shape == x.shape else None)
-        elif type(module) in PER_CHANNEL:
+        elif handler.role == PASSES:
             if found and module in self._tied:
                 self.freeze(found.labels, f'{name} shares parameters with another layer')
             if found and module not in self._calls:
@@ -135,15 +122,12 @@ class ChannelTracer(ChannelLabels, TorchFunctionMode):
                 self.tie(found.labels, self._calls[module][0])
             self.set_channels(out, found)
         else:
-            self._layer(module, name, found, out)
+            self._layer(module, handler, name, found, out)
 
-    def _layer(self, module: nn.Module, name: str, found: Channels | None, out: Tensor) -> None:
+    def _layer(self, module: nn.Module, handler: LayerHandler, name: str, found: Channels | None, out: Tensor) -> None:
         """A layer that reads channels and makes new ones."""
-        linear = type(module) in LINEARS
-        dim = out.dim() - 1 if linear else 1
-        n_in: int = module.in_features if linear else module.in_channels  # type: ignore[assignment]
-        n_out: int = module.out_features if linear else module.out_channels  # type: ignore[assignment]
-        groups = int(getattr(module, 'groups', 1))
+        dim, groups = handler.channel_dim(out), handler.groups(module)
+        n_in, n_out = handler.widths(module)
         if found and (found.dim != dim or len(found.labels) != n_in):
             self.freeze(found.labels, f'enters {name} on another dimension')
             found = None

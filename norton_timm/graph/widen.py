@@ -10,7 +10,7 @@ from torch import nn
 from norton_timm.graph.channels import Slot
 from norton_timm.graph.groups import ChannelGraph, ChannelGroup
 from norton_timm.graph.surgery import put_channels
-from norton_timm.layers import ChannelMap
+from norton_timm.layers import LayerHandler, nearest_handler
 
 
 @torch.no_grad()
@@ -63,11 +63,11 @@ def _can_grow(group: ChannelGroup, labels: list[int], slots: list[Slot]) -> bool
         found = slot.labels.tolist()
         if mine.isdisjoint(found):
             continue
-        module, length = slot.module, len(labels)
+        module, handler, length = slot.module, nearest_handler(slot.module) or LayerHandler(), len(labels)
         grouped = getattr(module, 'groups', 1) > 1 and slot.kind != 'depthwise'
         multiplies = slot.kind == 'depthwise' and module.in_channels != module.out_channels
         computed = hasattr(module, 'weight') and 'weight' not in module._parameters  # by a hook, from other tensors
-        if isinstance(module, ChannelMap) or grouped or multiplies or computed:
+        if handler.carries or grouped or multiplies or computed:
             return False
         starts = [k for k, label in enumerate(found) if label == labels[0]]
         whole = all(found[k : k + length] == labels for k in starts)

@@ -14,11 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 from torchvision.ops.misc import FrozenBatchNorm2d
 
-from norton_timm.layers import CPDConv2d
+from norton_timm.layers import handler_of
 from norton_timm.utils import evaluating, replace_module, tensors_in, tied_modules
 
-# Matched by exact type: a subclass may use its weights in another way (weight standardisation does).
-FOLDABLE: tuple[type, ...] = (nn.Conv2d, nn.ConvTranspose2d, timm_layers.Conv2dSame, CPDConv2d)
 _ACTIVATING = (timm_layers.BatchNormAct2d, timm_layers.SyncBatchNormAct, timm_layers.FrozenBatchNormAct2d)
 FOLDED_NORMS: tuple[type, ...] = (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d, *_ACTIVATING)
 
@@ -79,7 +77,7 @@ def _foldable_pairs(model: nn.Module, example_input: Any) -> list[tuple[nn.Modul
     """Layers and the norm that is the one reader of their output, at every call of both."""
     readers, hooks = _Readers(), []
     for module in model.modules():
-        if type(module) in FOLDABLE:
+        if _scales(module):
             hooks.append(module.register_forward_hook(lambda m, _, out: readers.made(m, out)))
         elif type(module) in FOLDED_NORMS:
             hooks.append(module.register_forward_pre_hook(lambda m, args: readers.enter(m, args[0])))
@@ -97,25 +95,31 @@ def _foldable_pairs(model: nn.Module, example_input: Any) -> list[tuple[nn.Modul
         for (layer, norm), count in readers.pairs.items()
         if count == readers.calls[layer] == readers.calls[norm]
         and layer not in tied
-        and isinstance(layer._parameters.get(_last_weight(layer)), nn.Parameter)  # pruning computes it in a hook
+        and isinstance(layer._parameters.get(_scales(layer)), nn.Parameter)  # pruning computes it in a hook
         and getattr(norm, 'running_mean', None) is not None
-        and not (isinstance(layer, nn.ConvTranspose2d) and layer.groups > 1)
+        and not (_transposed(layer) and layer.groups > 1)
     ]
 
 
-def _last_weight(layer: nn.Module) -> str:
-    return 'horizontal' if isinstance(layer, CPDConv2d) else 'weight'
+def _scales(layer: nn.Module) -> str:
+    """The parameter that can take a norm in, '' if there is none."""
+    handler = handler_of(layer)
+    return '' if handler is None else handler.scales
+
+
+def _transposed(layer: Any) -> bool:
+    return bool(getattr(layer, 'transposed', False))
 
 
 @torch.no_grad()
 def _absorb(layer: Any, norm: Any) -> None:
     """Give the layer the scale and shift of the norm."""
-    old = getattr(layer, _last_weight(layer))
+    old = getattr(layer, _scales(layer))
     weight, bias = fuse_conv_bn_weights(
         old.double(), None if layer.bias is None else layer.bias.double(),
         norm.running_mean.double(), norm.running_var.double(), norm.eps,
         None if norm.weight is None else norm.weight.double(), None if norm.bias is None else norm.bias.double(),
-        transpose=isinstance(layer, nn.ConvTranspose2d),
+        transpose=_transposed(layer),
     )  # fmt: skip
     old.copy_(weight)
     layer.bias = nn.Parameter(bias.to(old.dtype), old.requires_grad)

@@ -3,18 +3,41 @@ linear layer of low rank, the shortcut that maps channels, the decompositions of
 """
 
 from norton_timm.layers.channel_map import ChannelMap, padding_index
-from norton_timm.layers.cpd_conv import FORMS, CPDConv2d, conv_padding, set_form, use_form
+from norton_timm.layers.cpd_conv import FORMS, CPDConv2d, conv_padding, prefers_merged, set_form, use_form
+from norton_timm.layers.handlers import (
+    MIXES,
+    PASSES,
+    LayerHandler,
+    Positions,
+    filters_of,
+    first_conv,
+    handler_of,
+    is_counted,
+    nearest_handler,
+    take,
+)
 from norton_timm.layers.low_rank import LowRankLinear, factor_linears, factor_shapes
 
 __all__ = [
     'FORMS',
+    'MIXES',
+    'PASSES',
     'CPDConv2d',
     'ChannelMap',
+    'LayerHandler',
     'LowRankLinear',
+    'Positions',
     'conv_padding',
     'factor_linears',
     'factor_shapes',
+    'filters_of',
+    'first_conv',
+    'handler_of',
+    'is_counted',
+    'nearest_handler',
     'padding_index',
+    'prefers_merged',
     'set_form',
+    'take',
     'use_form',
 ]

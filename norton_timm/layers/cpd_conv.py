@@ -127,6 +127,30 @@ class CPDConv2d(nn.Module):
             nn.init.uniform_(self.bias, -(fan_in**-0.5), fan_in**-0.5)
 
     @classmethod
+    def like(
+        cls, conv: nn.Conv2d, rank: int, form: str = 'auto', device: torch.device | str | None = None
+    ) -> CPDConv2d:
+        """A layer with fresh factors in the place of a convolution.
+
+        Args:
+            conv: tells channels, geometry, type, training mode and whether there are gradients.
+            rank: R.
+            form: one of ``FORMS``.
+            device: of the factors; by default the convolution's.
+
+        Raises:
+            ValueError: padding that is not zeros, or asymmetric.
+        """
+        if conv.padding_mode != 'zeros':
+            raise ValueError(f"got padding_mode={conv.padding_mode!r}, expected 'zeros'")
+        layer = cls(
+            conv.in_channels, conv.out_channels, _pair(conv.kernel_size), rank, _pair(conv.stride),
+            conv_padding(conv), _pair(conv.dilation), conv.groups, conv.bias is not None, form,
+            device=conv.weight.device if device is None else device, dtype=conv.weight.dtype,
+        )  # fmt: skip
+        return layer.requires_grad_(conv.weight.requires_grad).train(conv.training)
+
+    @classmethod
     def from_conv(
         cls,
         conv: nn.Conv2d,
@@ -141,23 +165,15 @@ class CPDConv2d(nn.Module):
         Raises:
             ValueError: padding that is not zeros, or asymmetric.
         """
-        if conv.padding_mode != 'zeros':
-            raise ValueError(f"got padding_mode={conv.padding_mode!r}, expected 'zeros'")
         weight = conv.weight
-        layer = cls(
-            conv.in_channels, conv.out_channels, _pair(conv.kernel_size), rank, _pair(conv.stride),
-            conv_padding(conv), _pair(conv.dilation), conv.groups, conv.bias is not None, form,
-            device='meta', dtype=weight.dtype,
-        ).to_empty(device=weight.device)  # fmt: skip
+        layer = cls.like(conv, rank, form, 'meta').to_empty(device=weight.device)
         if factors is None:
             factors = cp_decompose(weight.detach(), rank, generator=generator)
         layer.set_factors(factors)
         with torch.no_grad():
             if layer.bias is not None and conv.bias is not None:
                 layer.bias.copy_(conv.bias)
-        for parameter in layer.parameters():
-            parameter.requires_grad_(weight.requires_grad)
-        return layer.train(conv.training)
+        return layer
 
     @torch.no_grad()
     def set_factors(self, factors: CPFactors) -> None:
@@ -218,10 +234,8 @@ class CPDConv2d(nn.Module):
             return self.tuned[self.training]
         if self.training:
             return 'dense'
-        # the 1x1 runs at input resolution; a grouped convolution costs about 4x its MACs in time
         k, s = self.kernel_size[0] * self.kernel_size[1], self.stride[0] * self.stride[1]
-        fan_in = self.in_channels // self.groups
-        return 'merged' if self.rank * (fan_in * s + 4 * k) < fan_in * k else 'dense'
+        return 'merged' if prefers_merged(self.rank, self.in_channels // self.groups, k, s) else 'dense'
 
     def forward(self, x: Tensor) -> Tensor:
         form = self.active_form()
@@ -241,6 +255,20 @@ class CPDConv2d(nn.Module):
             f'stride={self.stride}, padding={self.padding}, dilation={self.dilation}, groups={self.groups}, '
             f'bias={self.bias is not None}, form={self.form}'
         )
+
+
+def prefers_merged(rank: int, fan_in: float, kernel: float, stride: float) -> bool:
+    """Whether the merged form is cheaper than the dense one by a rule of thumb.
+
+    The 1x1 convolution runs at input resolution; a grouped convolution takes about 4 times as long as its MACs say.
+
+    Args:
+        rank: R.
+        fan_in: input channels of a group.
+        kernel: positions of the kernel, Kh * Kw.
+        stride: the product of both strides.
+    """
+    return rank * (fan_in * stride + 4 * kernel) < fan_in * kernel
 
 
 def set_form(model: nn.Module, form: str) -> nn.Module:

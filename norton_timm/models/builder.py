@@ -10,7 +10,7 @@ from timm.models._manipulate import adapt_input_conv
 from torch import Tensor, nn
 
 from norton_timm.checkpoints import convert_state_dict, locate
-from norton_timm.layers import CPDConv2d
+from norton_timm.layers import CPDConv2d, first_conv
 
 
 def build_network(model_cls: Callable[..., nn.Module], variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
@@ -56,7 +56,7 @@ def adapt_state_dict(state_dict: dict[str, Tensor], model: nn.Module) -> dict[st
     input mode is summed or repeated, which does the same to the kernel.
     """
     converted = convert_state_dict(state_dict, model)
-    stem = next(((n, m) for n, m in model.named_modules() if isinstance(m, (nn.Conv2d, CPDConv2d))), None)
+    stem = first_conv(model)
     if stem is not None and isinstance(stem[1], CPDConv2d):
         name = f'{stem[0]}.pointwise'
         if name in converted and converted[name].shape[1] == 3 != stem[1].in_channels:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from norton_timm.layers import CPDConv2d, use_form
+from norton_timm.layers import first_conv, nearest_handler, use_form
 
 # convolutions and linear layers; attention products and pointwise work are not counted
 _COUNTED = ('convolution', '_convolution', 'addmm', 'mm', 'linear')
@@ -32,12 +32,12 @@ def default_input(model: nn.Module, size: int | None = None) -> Tensor:
     Raises:
         ValueError: a model without a 2-d convolution.
     """
-    first = next((m for m in model.modules() if isinstance(m, (nn.Conv2d, CPDConv2d))), None)
+    first = first_conv(model)
     if first is None:
         raise ValueError(f'got {type(model).__name__} without a 2-d convolution, expected a convolutional network')
     cfg = getattr(model, 'pretrained_cfg', None) or {}
     pixels = (size, size) if size is not None else tuple(cfg.get('input_size', (3, 224, 224)))[-2:]
-    return make_input(model, (first.in_channels, *pixels))
+    return make_input(model, (first[1].in_channels, *pixels))
 
 
 def make_input(model: nn.Module, source: int | Sequence[int] | Tensor | list[Tensor] | None = None) -> Any:
@@ -110,11 +110,6 @@ def count(model: nn.Module, input_size: int | Sequence[int] | Tensor | list[Tens
     return Complexity(layer_macs(model, make_input(model, input_size))[''], count_params(model))
 
 
-def is_counted(module: nn.Module) -> bool:
-    """Whether the module is a layer whose MACs are counted: a convolution, a CPDConv2d or a linear layer."""
-    return isinstance(module, (nn.modules.conv._ConvNd, nn.Linear, CPDConv2d))
-
-
 class LayerCost(NamedTuple):
     """Cost of one layer: filters, parameters (bias included), and multiply-accumulates."""
 
@@ -128,7 +123,7 @@ def layer_costs(model: nn.Module, example_input: Any) -> dict[str, LayerCost]:
     macs = layer_macs(model, example_input)
     costs = {'': LayerCost(0, count_params(model), macs[''])}
     for name, module in model.named_modules():
-        if is_counted(module):
-            filters = module.out_features if isinstance(module, nn.Linear) else module.out_channels
-            costs[name] = LayerCost(int(filters), count_params(module), macs.get(name, 0))
+        handler = nearest_handler(module)
+        if handler is not None and handler.counted:
+            costs[name] = LayerCost(handler.widths(module)[1], count_params(module), macs.get(name, 0))
     return costs

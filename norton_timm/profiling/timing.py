@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from norton_timm.profiling.complexity import is_counted
+from norton_timm.layers import is_counted
 from norton_timm.utils import tensors_in
 
 WARM_UP = 2  # rounds that take_turns leaves out

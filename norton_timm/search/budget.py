@@ -10,8 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from norton_timm.compression import METHODS, CompressionSpec, reshape
-from norton_timm.graph import ChannelGraph, is_feature_extractor
+from norton_timm.compression import METHODS, CompressionSpec, channel_graph, reshape
 from norton_timm.profiling import (
     MEGABYTE,
     Complexity,
@@ -106,7 +105,7 @@ class Budget:
         batches = None if calibration is None else check_calibration(calibration)
         self.model, self.method = model, method
         self.example_input = make_input(model, example_input)
-        self.graph = ChannelGraph(model, self.example_input, freeze_outputs=not is_feature_extractor(model))
+        self.graph = channel_graph(model, self.example_input)
         self.costs = CostModel(model, self.graph, self.example_input)
         self.table: Sensitivity = measure_sensitivity(model, self.graph, method)
         if batches is not None:

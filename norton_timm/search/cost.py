@@ -9,25 +9,12 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from norton_timm.graph import CONVS, LINEARS, ChannelGraph, Slot
-from norton_timm.layers import ChannelMap
+from norton_timm.graph import ChannelGraph, Slot
+from norton_timm.layers import LayerHandler, Positions, handler_of, prefers_merged
 from norton_timm.profiling import count_params, layer_macs
 from norton_timm.utils import evaluating
 
 COSTS = ('macs', 'params')
-
-
-@dataclass
-class Positions:
-    """Places that a layer computes at, summed over its calls and the batch.
-
-    ``inputs`` and ``outputs`` count positions of the input and output maps, ``middle`` those between the Kh x 1
-    and the 1 x Kw convolution of a CPDConv2d (output rows, input columns).
-    """
-
-    inputs: int = 0
-    middle: int = 0
-    outputs: int = 0
 
 
 def positions_of(model: nn.Module, example_input: Any) -> dict[str, Positions]:
@@ -35,19 +22,14 @@ def positions_of(model: nn.Module, example_input: Any) -> dict[str, Positions]:
     found: dict[str, Positions] = {}
     hooks = []
     for name, module in model.named_modules():
-        if type(module) not in CONVS + LINEARS:
+        handler = handler_of(module)
+        if handler is None or not handler.counted:
             continue
 
-        def record(layer: nn.Module, args: tuple[Tensor, ...], out: Tensor, name: str = name) -> None:
-            places = found.setdefault(name, Positions())
-            if type(layer) in LINEARS:
-                places.outputs += out.numel() // out.shape[-1]
-                return
-            x = args[0]
-            places.inputs += x.numel() // x.shape[1]
-            places.outputs += out.numel() // out.shape[1]
-            if x.dim() == 4:
-                places.middle += x.shape[0] * out.shape[2] * x.shape[3]
+        def record(
+            _: nn.Module, args: tuple[Tensor, ...], out: Tensor, name: str = name, handler: LayerHandler = handler
+        ) -> None:
+            handler.note_positions(found.setdefault(name, Positions()), args[0], out)
 
         hooks.append(module.register_forward_hook(record))
     try:
@@ -114,7 +96,8 @@ class CostModel:
         reads = {slot.name: slot for slot in graph.slots if slot.kind == 'in'}
         rows = []
         for slot in graph.slots:
-            if isinstance(slot.module, ChannelMap) or slot.kind == 'in':
+            handler = handler_of(slot.module)
+            if slot.kind == 'in' or (handler is not None and handler.carries):
                 continue
             rows.append(CostTerm(slot.name, slot.module, reads.get(slot.name) if slot.kind == 'out' else None, slot))
         return rows
@@ -141,25 +124,16 @@ class CostModel:
             return 0.0, float(affine) if kind == 'params' else 0.0
         if slot.kind == 'param':
             return 0.0, float(kind == 'params')
-        places = self.positions.get(entry.name, Positions())
-        bias = float(kind == 'params' and getattr(module, 'bias', None) is not None)
-        if type(module) in LINEARS:
-            return (1.0, bias) if kind == 'params' else (float(places.outputs), 0.0)
-        size: tuple[int, ...] = module.kernel_size  # type: ignore[assignment]
-        groups: int = module.groups  # type: ignore[assignment]
-        kernel = int(np.prod(size))
-        at = Positions(1, 1, 1) if kind == 'params' else places
-        outputs = at.inputs if isinstance(module, nn.modules.conv._ConvTransposeNd) else at.outputs
-        # a CPDConv2d in the model already costs what its own rank says
-        rank = getattr(module, 'rank', rank)
-        if rank == 0:
-            per_input, rest = float(kernel * outputs), 0.0
-        else:
-            per_input = float(rank * at.inputs)
-            rest = float(rank * (size[0] * at.middle + size[1] * at.outputs))
+        handler = handler_of(module)
+        if handler is None:
+            return 0.0, 0.0
+        # one position each counts the numbers that a filter stores
+        at = Positions(1, 1, 1) if kind == 'params' else self.positions.get(entry.name, Positions())
+        per_input, rest = handler.filter_cost(module, at, rank)
+        rest += float(kind == 'params' and getattr(module, 'bias', None) is not None)
         if entry.reads is None:  # depthwise: each filter reads one channel
-            return 0.0, per_input + rest + bias
-        return per_input / groups, rest + bias
+            return 0.0, per_input + rest
+        return per_input / handler.groups(module), rest
 
     def set_latency(self, layers: Mapping[str, float], whole: float) -> None:
         """Add the cost kind ``ms`` from measured milliseconds of the dense layers and of the whole model."""
@@ -179,7 +153,7 @@ class CostModel:
             kernel = float(np.prod(module.kernel_size))  # type: ignore[arg-type]
             stride = float(np.prod(module.stride))  # type: ignore[arg-type]
             fan_in = n_in / module.groups  # type: ignore[operator]
-            if rank * (fan_in * stride + 4 * kernel) < fan_in * kernel:
+            if prefers_merged(rank, fan_in, kernel, stride):
                 return spent * rank * stride / (n_in * n_out * kernel), spent * 4 * rank / (n_out * fan_in)
         return spent / (n_in * n_out), 0.0
 

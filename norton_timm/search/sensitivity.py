@@ -11,6 +11,7 @@ them, and a depthwise layer makes no channels of its own.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import hashlib
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -23,18 +24,16 @@ from torch import Tensor, nn
 
 from norton_timm.compression import (
     CompressionSpec,
-    filters_of,
+    channel_graph,
     layer_distance,
+    make_plan,
     merge_layers,
-    plan_pruning,
-    plan_ranks,
-    removed_classes,
+    run_plan,
 )
-from norton_timm.graph import ChannelGraph, ChannelGroup, is_feature_extractor
-from norton_timm.layers import CPDConv2d
+from norton_timm.graph import ChannelGraph, ChannelGroup
+from norton_timm.layers import filters_of
 from norton_timm.profiling import make_input
 from norton_timm.tensors import cp_decompose, select_filters
-from norton_timm.utils import replace_module
 
 _KEPT_AT = np.linspace(0, 1, 17)  # fractions of a group's free channels at which the selection is run
 _EVERY_KEEP = 32  # groups of up to so many channels are selected at every number
@@ -80,8 +79,10 @@ def measure_sensitivity(model: nn.Module, graph: ChannelGraph, method: str = 'no
         method: ``norton`` or ``coring`` (which has no ranks).
     """
     table = Sensitivity()
-    candidates, table.reasons = plan_ranks(model, CompressionSpec(method=method, rank={'*': 1}))
-    for name, why in plan_ranks(model, CompressionSpec(method=method))[1].items():
+    anywhere = make_plan(model, graph, CompressionSpec(method=method, rank={'*': 1}))
+    uniform = make_plan(model, graph, CompressionSpec(method=method, rates=0.5))
+    candidates, table.reasons = dict(anywhere.ranks), dict(anywhere.dense_because)
+    for name, why in uniform.dense_because.items():
         if why.startswith('protected') and name in candidates:
             del candidates[name]
             table.reasons[name] = why
@@ -93,9 +94,8 @@ def measure_sensitivity(model: nn.Module, graph: ChannelGraph, method: str = 'no
             table.left_at_rank[name] = {0: 1.0, **{r: _left_at_rank(weight, key, r) for r in ranks}}
         else:
             table.reasons[name] = 'no rank would make it smaller'
-    uniform = CompressionSpec(method=method, rates=0.5)  # what a single rate may prune, all rates may
-    for number, (group, keep, _) in enumerate(plan_pruning(model, graph, uniform)):
-        if keep < len(group.classes):
+    for number, (group, keep) in enumerate(zip(graph.groups, uniform.keep)):
+        if keep < len(group.classes):  # what a single rate may prune, all rates may
             table.least[number] = max(1, len(group.frozen))
     refresh_selection(table, graph, method, {})
     return table
@@ -185,31 +185,19 @@ def layer_errors(model: nn.Module, spec: CompressionSpec, example_input: Any = N
     Returns:
         ``|W - W'|^2 / |W|^2`` in [0, 1] by layer name.
     """
-    example_input = make_input(model, example_input)
-    ranks, _ = plan_ranks(model, spec)
-    energies = {n: _energy(filters_of(m)) for n, m in model.named_modules() if isinstance(m, nn.modules.conv._ConvNd)}
-    left = dict(energies)
     model = copy.deepcopy(model)
-    generator = torch.Generator().manual_seed(spec.seed)
-    for name, rank in ranks.items():
-        conv: nn.Conv2d = model.get_submodule(name)  # type: ignore[assignment]
-        factors = cp_decompose(conv.weight.detach(), rank, generator=torch.Generator().manual_seed(spec.seed))
-        left[name] = energies[name] * (1 - factors.nmse.double().cpu())
-        replace_module(model, name, CPDConv2d.from_conv(conv, rank, factors=factors))
-    graph = ChannelGraph(model, example_input, freeze_outputs=not is_feature_extractor(model))
-    changed = set(ranks)
-    for group, keep, _ in plan_pruning(model, graph, spec):
-        gone = torch.zeros(len(group.classes), dtype=torch.bool)
-        gone[removed_classes(group, keep, spec, ranks, generator)] = True
-        for name, places in zip(group.names, group.places):
-            if name in left and keep < len(group.classes):
-                left[name] = left[name].masked_fill(gone[torch.from_numpy(places)], 0)
-                changed.add(name)
-    return {
-        name: float(1 - left[name].sum() / energies[name].sum().clamp_min(1e-300))
-        for name in energies
-        if name in changed
-    }
+    energies = {n: _energy(filters_of(m)) for n, m in model.named_modules() if isinstance(m, nn.modules.conv._ConvNd)}
+    graph = channel_graph(model, make_input(model, example_input))
+    plan = make_plan(model, graph, dataclasses.replace(spec, order='decompose-prune'))
+    widths = {name: len(places) for group in graph.groups for name, places in zip(group.names, group.places)}
+    kept, nmse = run_plan(model, graph, plan)
+    errors = {}
+    for name, energy in energies.items():
+        chosen = kept.get(name, torch.arange(len(energy)))
+        if name in nmse or len(chosen) < widths.get(name, 0):
+            left = energy[chosen] * (1 - nmse[name].double().cpu() if name in nmse else 1)
+            errors[name] = float(1 - left.sum() / energy.sum().clamp_min(1e-300))
+    return errors
 
 
 def weighted_nmse(

@@ -15,7 +15,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from norton_timm.compression import CompressionSpec, plan_pruning, plan_ranks, removed_classes
+from norton_timm.compression import CompressionSpec, make_plan, removed_classes
 from norton_timm.graph import ChannelGraph
 from norton_timm.studies.steps import Row, clock
 from norton_timm.tensors import cp_decompose, filter_distance
@@ -103,15 +103,15 @@ def benchmark_r078(sample: int | None, seed: int) -> list[Row]:
     """
     torch.manual_seed(seed)
     model = timm.create_model('resnet50', pretrained=False).eval()
-    ranks, _ = plan_ranks(model, R078)
-    plan = plan_pruning(model, graph=ChannelGraph(model, torch.randn(1, 3, 64, 64)), spec=R078)
-    weights = [model.get_submodule(name).weight.detach() for name in ranks]
+    graph = ChannelGraph(model, torch.randn(1, 3, 64, 64))
+    plan = make_plan(model, graph, R078)
+    weights = [model.get_submodule(name).weight.detach() for name in plan.ranks]
     cp_decompose(weights[0], 1)  # warm-up
     with clock() as decompose:
         factors = [cp_decompose(weight, 1) for weight in weights]
     with clock() as select:
-        for group, keep, _ in plan:
-            removed_classes(group, keep, R078, ranks, torch.Generator().manual_seed(seed))
+        for group, keep in zip(graph.groups, plan.keep):
+            removed_classes(group, keep, R078, plan.ranks, torch.Generator().manual_seed(seed))
     loop_s, _ = _time_parafac(weights, 1, sample, seed)
     row = {'parafac_s': loop_s, 'angles_s': sum(_time_scipy_angles([f.A, f.B, f.C]) for f in factors)}
     row |= {'decompose_s': decompose(), 'distance_and_select_s': select(), 'ours_s': decompose() + select()}

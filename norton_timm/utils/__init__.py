@@ -15,7 +15,15 @@ from norton_timm.utils.config import (
 )
 from norton_timm.utils.files import check_output, load_plain, remove_partial, replacing, write_plain, write_text
 from norton_timm.utils.images import DAMAGE, MOST_PIXELS, picture_size, read_rgb, refuse_postscript
-from norton_timm.utils.modules import check_weights, evaluating, replace_module, tensors_in, tied_modules, watched
+from norton_timm.utils.modules import (
+    check_weights,
+    evaluating,
+    not_finite,
+    replace_module,
+    tensors_in,
+    tied_modules,
+    watched,
+)
 from norton_timm.utils.processes import (
     HeldSignals,
     average_statistics,
@@ -44,6 +52,7 @@ __all__ = [
     'is_main',
     'load_plain',
     'make_deterministic',
+    'not_finite',
     'outside',
     'picture_size',
     'process_group',
