@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -12,11 +11,10 @@ from tqdm import tqdm
 
 from detection.data import CocoDataset, eval_loader
 from detection.evaluation.coco_metrics import CocoEvaluator, Metrics
-from norton_timm.utils import check_weights, is_main, watched
+from norton_timm.utils import autocast, check_weights, is_main, watched
 
 _WATCHED = ('backbone', 'rpn.head', 'roi_heads.box_predictor', 'roi_heads.mask_predictor',
             'roi_heads.keypoint_predictor')  # fmt: skip
-_DTYPES = {'bf16': torch.bfloat16, 'fp16': torch.float16}
 
 
 def evaluate_detector(
@@ -66,11 +64,6 @@ def evaluate_detector(
                                          for k, v in output.items()} for output in outputs])  # fmt: skip
     model.train(was_training)
     return evaluator.evaluate()
-
-
-def autocast(device: torch.device, amp: str) -> contextlib.AbstractContextManager:
-    """The context of mixed precision `none`, `bf16` or `fp16`."""
-    return torch.autocast(device.type, _DTYPES[amp]) if amp in _DTYPES else contextlib.nullcontext()
 
 
 class FlipDetector(nn.Module):

@@ -11,7 +11,7 @@ from timm.layers import convert_sync_batchnorm, freeze_batch_norm_2d
 from torch import Tensor, nn
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
 
-import norton_timm.models  # noqa: F401  (registers the compressed models with timm)
+import norton_timm  # noqa: F401  (registers the compressed models with timm)
 from detection.rcnn.restore import load_compressed
 from norton_timm.checkpoints import base_name, dense_name, is_saved
 

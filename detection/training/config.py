@@ -18,9 +18,8 @@ import timm
 from detection.rcnn import NORMS, RCNN_OPTIONS, RECIPES
 from detection.tasks import TASKS
 from norton_timm.compression import CompressionSpec
-from norton_timm.utils import Settings, brief, checked, outside, read_tree
+from norton_timm.utils import AMP, Settings, brief, checked, outside, read_tree
 
-AMP = ('none', 'bf16', 'fp16')
 OPTIMIZERS = ('sgd', 'adamw')
 SCHEDULES = ('multistep', 'cosine')
 _MOST_LAYERS = 16  # of a mask or keypoint head

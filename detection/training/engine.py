@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from detection.data import CocoDataset
-from detection.evaluation import IOU_TYPES, Metrics, autocast, evaluate_detector
+from detection.evaluation import IOU_TYPES, Metrics, evaluate_detector
 from detection.training.checkpoint import describe_data, load_checkpoint, save_checkpoint, save_latest
 from detection.training.config import RunConfig
 from detection.training.loader import BatchStream, train_loader
@@ -26,7 +26,7 @@ from detection.training.optim import build_optimizer, learning_rate
 from norton_timm.checkpoints import surgery_of
 from norton_timm.profiling import process_peak
 from norton_timm.training import MetricsWriter
-from norton_timm.utils import HeldSignals, is_main, rank, remove_partial, world_size, write_text
+from norton_timm.utils import HeldSignals, autocast, is_main, rank, remove_partial, world_size, write_text
 
 log = logging.getLogger(__name__)
 

@@ -53,7 +53,8 @@ def need(module: str) -> Any:
 class TracedNetwork(nn.Module):
     """A network for the tracing exporters, where :mod:`torch.export` stops at parts that depend on the data.
 
-    Subclasses say what their outputs are. The file takes images of the example's size only.
+    Subclasses say what their outputs are, and by a method ``agreement()`` what adds up the comparison of two such
+    networks (a :class:`norton_timm.inference.Agreement`). The file takes images of the example's size only.
 
     Attributes:
         kind: what the network is, for messages.
@@ -62,12 +63,6 @@ class TracedNetwork(nn.Module):
 
     kind = 'network'
     names: Sequence[str] = ()
-
-    def agreement(self) -> Any:
-        """What adds up the comparison of two such networks, see :class:`norton_timm.inference.Agreement`."""
-        from norton_timm.inference.export_check import Agreement
-
-        return Agreement()
 
     def tracing(self) -> AbstractContextManager[Any]:
         """A context in which the network is traced."""

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -143,7 +143,9 @@ def export_checked(
             from norton_timm.inference.quantise import quantise
 
             part = quantise(part, images, model)
-        agreement = compare_outputs(expected, export.read_exported(part), images, model.agreement() if traced else None)
+        agreement = compare_outputs(
+            expected, export.read_exported(part), images, cast(Any, model).agreement() if traced else None
+        )
         problem = agreement.problem()
         if problem and not int8:
             raise ValueError(f'{path.name} does not compute what the network does: {problem}; no file was written')

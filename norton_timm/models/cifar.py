@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from timm.layers import create_classifier, get_device_dtype
@@ -43,6 +43,7 @@ class CifarNet(nn.Module):
     """
 
     classifier_name = 'fc'
+    feature_cfg: ClassVar[dict[str, Any]] = dict(out_indices=(0, 1, 2, 3))  # timm's, for `features_only`
 
     def __init__(self, num_classes: int, in_chans: int, drop_rate: float) -> None:
         super().__init__()

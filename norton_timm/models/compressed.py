@@ -14,19 +14,24 @@ from timm.models.resnet import ResNet
 from torch import nn
 
 from norton_timm.compression import CompressionSpec, exact_rates, layout_of
-from norton_timm.models import densenet_cifar, googlenet_cifar, mobilenetv2_cifar, resnet_cifar, vgg_cifar
 from norton_timm.models.builder import build_network, tag_of
+from norton_timm.models.cifar import CifarNet
+from norton_timm.models.densenet_cifar import DenseNetCifar
+from norton_timm.models.googlenet_cifar import GoogLeNetCifar
+from norton_timm.models.mobilenetv2_cifar import MobileNetV2Cifar
+from norton_timm.models.resnet_cifar import ResNetCifar
+from norton_timm.models.vgg_cifar import VGGCifar
 
 _HERE = Path(__file__).parent
 _TRACE_SIZE = 64  # pixels; shapes do not depend on it, and 224 would take ten times as long
 
-_FEATURE_CFG = {
-    'vgg16_bn_cifar': vgg_cifar.FEATURE_CFG,
-    'resnet56_cifar': resnet_cifar.FEATURE_CFG,
-    'resnet110_cifar': resnet_cifar.FEATURE_CFG,
-    'densenet40_cifar': densenet_cifar.FEATURE_CFG,
-    'googlenet_cifar': googlenet_cifar.FEATURE_CFG,
-    'mobilenetv2_cifar': mobilenetv2_cifar.FEATURE_CFG,
+_FAMILIES: dict[str, type[CifarNet]] = {
+    'vgg16_bn_cifar': VGGCifar,
+    'resnet56_cifar': ResNetCifar,
+    'resnet110_cifar': ResNetCifar,
+    'densenet40_cifar': DenseNetCifar,
+    'googlenet_cifar': GoogLeNetCifar,
+    'mobilenetv2_cifar': MobileNetV2Cifar,
 }
 _PAPERS = {
     'norton': 'Enhanced Network Compression Through Tensor Decompositions and Pruning',
@@ -152,7 +157,8 @@ def build_compressed(method: str, base: str, pretrained: bool, **kwargs: Any) ->
             'and rates; leave them out, or name your file with pretrained_cfg_overlay=dict(file=...)'
         )
     model_cls = partial(compressed_model, base, spec, form)
-    return build_network(model_cls, variant, pretrained, feature_cfg=dict(_FEATURE_CFG.get(base, {})), **kwargs)
+    features = dict(_FAMILIES[base].feature_cfg) if base in _FAMILIES else {}
+    return build_network(model_cls, variant, pretrained, feature_cfg=features, **kwargs)
 
 
 def compressed_model(base: str, spec: CompressionSpec, form: str | None = None, **kwargs: Any) -> nn.Module:

@@ -13,8 +13,6 @@ from torch import Tensor, nn
 from norton_timm.models.builder import build_network
 from norton_timm.models.cifar import CifarNet, cifar_cfg
 
-FEATURE_CFG: dict[str, Any] = dict(out_indices=(0, 1, 2, 3))
-
 
 class DenseLayer(nn.Module):
     """Batch norm, ReLU and a 3x3 convolution whose `growth` maps are appended to the input."""
@@ -129,4 +127,6 @@ default_cfgs = generate_default_cfgs({'densenet40_cifar': cifar_cfg()})
 @register_model
 def densenet40_cifar(pretrained: bool = False, **kwargs: Any) -> DenseNetCifar:
     """DenseNet-40 with growth rate 12."""
-    return build_network(DenseNetCifar, 'densenet40_cifar', pretrained, feature_cfg=dict(FEATURE_CFG), **kwargs)
+    return build_network(
+        DenseNetCifar, 'densenet40_cifar', pretrained, feature_cfg=dict(DenseNetCifar.feature_cfg), **kwargs
+    )

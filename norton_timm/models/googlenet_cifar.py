@@ -15,8 +15,6 @@ from torch import Tensor, nn
 from norton_timm.models.builder import build_network
 from norton_timm.models.cifar import CifarNet, cifar_cfg
 
-FEATURE_CFG: dict[str, Any] = dict(out_indices=(0, 1, 2, 3))
-
 # name: (1x1, 3x3 reduction, 3x3, 5x5 reduction, 5x5, pool projection), in the paper's order
 BLOCKS = {
     'inception_a3': (64, 96, 128, 16, 32, 32),
@@ -117,4 +115,6 @@ default_cfgs = generate_default_cfgs({'googlenet_cifar': cifar_cfg(first_conv='p
 @register_model
 def googlenet_cifar(pretrained: bool = False, **kwargs: Any) -> GoogLeNetCifar:
     """GoogLeNet for 32-pixel images."""
-    return build_network(GoogLeNetCifar, 'googlenet_cifar', pretrained, feature_cfg=dict(FEATURE_CFG), **kwargs)
+    return build_network(
+        GoogLeNetCifar, 'googlenet_cifar', pretrained, feature_cfg=dict(GoogLeNetCifar.feature_cfg), **kwargs
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from timm.models import generate_default_cfgs, register_model
@@ -12,8 +12,6 @@ from torch import Tensor, nn
 
 from norton_timm.models.builder import build_network
 from norton_timm.models.cifar import CifarNet, cifar_cfg
-
-FEATURE_CFG: dict[str, Any] = dict(flatten_sequential=True)
 
 # expansion, output channels, blocks, stride of the first block
 INVERTED_RESIDUALS = (
@@ -59,6 +57,7 @@ class MobileNetV2Cifar(CifarNet):
     """
 
     classifier_name = 'classifier'
+    feature_cfg: ClassVar[dict[str, Any]] = dict(flatten_sequential=True)
 
     def __init__(
         self,
@@ -129,4 +128,6 @@ default_cfgs = generate_default_cfgs(
 @register_model
 def mobilenetv2_cifar(pretrained: bool = False, **kwargs: Any) -> MobileNetV2Cifar:
     """MobileNetV2 for 32-pixel images."""
-    return build_network(MobileNetV2Cifar, 'mobilenetv2_cifar', pretrained, feature_cfg=dict(FEATURE_CFG), **kwargs)
+    return build_network(
+        MobileNetV2Cifar, 'mobilenetv2_cifar', pretrained, feature_cfg=dict(MobileNetV2Cifar.feature_cfg), **kwargs
+    )

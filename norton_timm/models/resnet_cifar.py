@@ -16,8 +16,6 @@ from norton_timm.layers import ChannelMap
 from norton_timm.models.builder import build_network
 from norton_timm.models.cifar import CifarNet, cifar_cfg
 
-FEATURE_CFG: dict[str, Any] = dict(out_indices=(0, 1, 2, 3))
-
 
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions and a shortcut without parameters.
@@ -107,7 +105,7 @@ default_cfgs = generate_default_cfgs({f'resnet{depth}_cifar': cifar_cfg() for de
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> ResNetCifar:
-    return build_network(ResNetCifar, variant, pretrained, feature_cfg=dict(FEATURE_CFG), **kwargs)
+    return build_network(ResNetCifar, variant, pretrained, feature_cfg=dict(ResNetCifar.feature_cfg), **kwargs)
 
 
 @register_model

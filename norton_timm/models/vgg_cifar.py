@@ -6,7 +6,7 @@ State-dict names are those of the pruning literature's code (`features.conv0`, `
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from timm.layers import SelectAdaptivePool2d, get_device_dtype
@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from norton_timm.models.builder import build_network
 from norton_timm.models.cifar import CifarNet, cifar_cfg
 
-FEATURE_CFG: dict[str, Any] = dict(flatten_sequential=True)
 HIDDEN = 512  # width of the head's first linear layer
 
 # widths of the convolutions, 0 for 2x2 max pooling
@@ -37,6 +36,8 @@ class VGGCifar(CifarNet):
         global_pool: timm's name of the pooling; '' (with `num_classes=0`) drops the whole head.
         drop_rate: Dropout before the last layer.
     """
+
+    feature_cfg: ClassVar[dict[str, Any]] = dict(flatten_sequential=True)
 
     def __init__(
         self,
@@ -148,7 +149,7 @@ default_cfgs = generate_default_cfgs({f'vgg{depth}_bn_cifar': cifar_cfg(**_CFG) 
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> VGGCifar:
-    return build_network(VGGCifar, variant, pretrained, feature_cfg=dict(FEATURE_CFG), **kwargs)
+    return build_network(VGGCifar, variant, pretrained, feature_cfg=dict(VGGCifar.feature_cfg), **kwargs)
 
 
 @register_model

@@ -11,10 +11,9 @@ from typing import Any
 import timm
 from timm.optim import list_optimizers
 
-from norton_timm.utils import Settings, checked, outside, read_tree
+from norton_timm.utils import AMP, Settings, checked, outside, read_tree
 
 TIMM_SCHEDULES = ('cosine', 'tanh', 'poly')
-AMP = ('none', 'bf16', 'fp16')
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from norton_timm.training.distill import Distillation
 from norton_timm.training.metrics import MetricsWriter
 from norton_timm.utils import (
     HeldSignals,
+    autocast,
     check_weights,
     evaluating,
     is_main,
@@ -43,7 +44,6 @@ from norton_timm.utils import (
 
 log = logging.getLogger(__name__)
 
-_DTYPES = {'bf16': torch.bfloat16, 'fp16': torch.float16}
 _STATE = ('model', 'ema', 'optimizer', 'scaler', 'epoch', 'results')
 
 
@@ -77,11 +77,6 @@ def evaluate(
     if not count:
         raise ValueError('the test split has no images, expected at least one')
     return {'top1': 100 * top1 / count, 'top5': 100 * top5 / count, 'loss': loss / count}
-
-
-def autocast(device: torch.device, amp: str) -> contextlib.AbstractContextManager:
-    """Mixed precision: `none`, `bf16` or `fp16`."""
-    return torch.autocast(device.type, _DTYPES[amp]) if amp in _DTYPES else contextlib.nullcontext()
 
 
 class Trainer:

@@ -25,7 +25,9 @@ from norton_timm.utils.modules import (
     watched,
 )
 from norton_timm.utils.processes import (
+    AMP,
     HeldSignals,
+    autocast,
     average_statistics,
     choose_device,
     is_main,
@@ -38,10 +40,12 @@ from norton_timm.utils.processes import (
 )
 
 __all__ = [
+    'AMP',
     'DAMAGE',
     'MOST_PIXELS',
     'HeldSignals',
     'Settings',
+    'autocast',
     'average_statistics',
     'brief',
     'check_output',

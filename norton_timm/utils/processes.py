@@ -66,6 +66,11 @@ def choose_device(name: str = 'auto') -> torch.device:
     return device
 
 
+def autocast(device: torch.device, amp: str) -> contextlib.AbstractContextManager:
+    """The context of mixed precision: ``none``, ``bf16`` or ``fp16``."""
+    return torch.autocast(device.type, _DTYPES[amp]) if amp in _DTYPES else contextlib.nullcontext()
+
+
 def make_deterministic() -> None:
     """Let PyTorch use only operations that give the same bits each time; where there is none, it says which.
 
@@ -91,6 +96,8 @@ def process_group(device: torch.device) -> Iterator[None]:
         dist.destroy_process_group()
 
 
+AMP = ('none', 'bf16', 'fp16')  # mixed precisions
+_DTYPES = {'bf16': torch.bfloat16, 'fp16': torch.float16}
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
