@@ -28,6 +28,7 @@ from detection.tasks import TASKS
 from detection.training import load_detector
 from detection.visual import Image, plot_histogram
 from norton_timm.profiling import count_params
+from norton_timm.utils import write_text
 
 DENSE = 'resnet50'
 OPTIONS = ('half', 'compile', 'deploy', 'imgsz', 'score', 'warmup', 'tracker')  # that go to the `Predictor`
@@ -226,16 +227,9 @@ class Output:
 
 def save_report(report: Report, path: Path) -> list[Path]:
     """Write the figures as JSON, and beside it the latency histogram as PNG if any frame was counted."""
-    written = [path]
-    partial = path.with_name(f'.{path.name}.{os.getpid()}.partial')
-    try:
-        partial.write_text(json.dumps(report.to_dict(), indent=2) + '\n')
-        os.replace(partial, path)
-        series = report.totals()
-        if any(series.values()):
-            plot_histogram(series, partial, title='Picture to detections')
-            os.replace(partial, path.with_suffix('.png'))
-            written.append(path.with_suffix('.png'))
-    finally:
-        partial.unlink(missing_ok=True)
+    written = [write_text(path, json.dumps(report.to_dict(), indent=2) + '\n')]
+    series = report.totals()
+    if any(series.values()):
+        plot_histogram(series, path.with_suffix('.png'), title='Picture to detections')
+        written.append(path.with_suffix('.png'))
     return written

@@ -20,7 +20,7 @@ from torchvision.utils import draw_bounding_boxes
 from detection.data import CocoDataset
 from detection.evaluation.coco_metrics import CocoEvaluator, load_results
 from detection.visual import Image, draw_caption, grid
-from norton_timm.utils import replacing, write_text
+from norton_timm.utils import new_figure, replacing, write_png, write_text
 
 FALSE, CONFUSED, MISSED = 'red', 'darkorange', 'yellow'
 
@@ -113,11 +113,7 @@ def plot_precision_recall(curves: Mapping[str, np.ndarray], path: str | Path) ->
         curves: `CocoEvaluator.precision`: arrays `(10 overlaps from 0.5 to 0.95, 101 recalls, categories)`.
         path: picture file; appears only when complete.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # no pyplot: no display, no global state
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5 * len(curves), 4.5), dpi=120, layout='constrained')
-    FigureCanvasAgg(figure)
+    figure = new_figure(5 * len(curves), 4.5)
     for axes, (kind, precision) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items()):
         mean = mean_curves(precision)
         for threshold, row in [(0.5, mean[0]), (0.75, mean[5]), (None, mean.mean(0))]:
@@ -125,9 +121,7 @@ def plot_precision_recall(curves: Mapping[str, np.ndarray], path: str | Path) ->
             axes.plot(np.linspace(0, 1, len(row)), row, label=f'overlap {name}: AP {row.mean():.3f}')
         axes.set(title=kind, xlabel='recall', ylabel='precision', xlim=(0, 1), ylim=(0, 1.02))
         axes.legend(loc='lower left')
-    with replacing(Path(path)) as temporary:
-        figure.savefig(temporary, format='png')
-    return Path(path)
+    return write_png(figure, Path(path))
 
 
 def mean_curves(precision: np.ndarray) -> np.ndarray:

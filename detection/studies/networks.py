@@ -22,6 +22,7 @@ from norton_timm.checkpoints import dense_name
 from norton_timm.inference import deploy, deployment_report, frozen_weights, read_exported, write_exported
 from norton_timm.profiling import count, synchronise, take_turns
 from norton_timm.studies import EXPORTED, RUNTIMES_OF_DETECTORS, Row, multiple_for, peak_mb, summaries
+from norton_timm.utils import removing
 
 DETECTOR_STAGES = ('transform', 'backbone', 'fpn', 'rpn', 'heads', 'postprocess')
 Sizes = Mapping[str, tuple[int, int]]
@@ -81,11 +82,8 @@ def timed_stages(model: GeneralizedRCNN) -> Iterator[dict[str, list[float]]]:
     for name, part in parts.items():
         hooks.append(part.register_forward_pre_hook(lambda *_, name=name: enter(name)))
         hooks.append(part.register_forward_hook(lambda *_, name=name: leave(name)))
-    try:
+    with removing(hooks):
         yield spent
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _stages(model: GeneralizedRCNN, images: list[Tensor], passes: int = 3) -> dict[str, float]:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from norton_timm.profiling import synchronise
+from norton_timm.utils import new_figure, write_png
 
 # In the order in which a frame passes through them; total is what the model took, pre- to post-process.
 FRAME_STAGES = ('read', 'preprocess', 'network', 'postprocess', 'total', 'draw', 'write')
@@ -162,11 +163,7 @@ def plot_histogram(series: Mapping[str, Sequence[float]], path: str | Path, *, t
     """
     if not any(len(v) for v in series.values()):
         raise ValueError('no timings to plot, expected at least one (was every frame a warm-up frame?)')
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # no pyplot: no display, no global state
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4.5), dpi=120, layout='constrained')
-    FigureCanvasAgg(figure)
+    figure = new_figure(8, 4.5)
     axes: Any = figure.add_subplot()
     everything = np.concatenate([np.asarray(v, float) for v in series.values()])
     # one outlier (a page fault, another process) must not squeeze all else into one bar
@@ -182,4 +179,4 @@ def plot_histogram(series: Mapping[str, Sequence[float]], path: str | Path, *, t
         axes.axvline(s.p95, color=f'C{k}', linestyle='--')
     axes.set(title=title, xlabel='ms per frame', ylabel='frames')
     axes.legend()
-    figure.savefig(path, format='png')
+    write_png(figure, Path(path))

@@ -1,7 +1,7 @@
-"""Keep a compressed network: one safetensors file that carries the recipe, or a folder that timm can read.
+"""Save and load a compressed network: one safetensors file that carries the recipe, or a folder that timm can read.
 
-Nothing here unpickles. A file is taken for hostile until shown otherwise: names and numbers in it are checked against
-the tensors that are there, and nothing is allocated that the file does not hold.
+Nothing here unpickles. A file counts as hostile until it is checked: names and numbers in it must agree with its
+tensors, and nothing is allocated that the file does not hold.
 """
 
 from __future__ import annotations
@@ -39,19 +39,23 @@ def save(
     model_kwargs: Mapping[str, Any] | None = None,
     **metadata: Any,
 ) -> Path:
-    """Write a compressed (or dense) network to one file that :func:`load` needs nothing else for.
+    """Write a compressed (or dense) network to one file; :func:`load` needs nothing else.
 
-    The file is tried out on shapes before it is written, and put in place whole or not at all.
+    Before anything is written, the network is rebuilt on shapes as a trial. The file appears whole or not at all.
 
     Args:
         model: a network made from a timm or torchvision model.
         path: a name that ends in ``.safetensors``.
         architecture: the dense model's name, ``resnet50`` or ``torchvision/googlenet``; timm models know theirs.
         model_kwargs: arguments of the dense model's constructor; by default what the model says of itself.
-        metadata: anything that JSON can hold, to come back from :func:`read_metadata`.
+        metadata: anything that JSON can hold; :func:`read_metadata` returns it.
 
     Raises:
         ValueError: the network could not be built again from what is known, or a bad path.
+
+    Example:
+        >>> small, report = compress(model, CompressionSpec(rank=1, rates=0.3))
+        >>> save(small, 'small.safetensors', note='rank 1')
     """
     path = check_output(path, '.safetensors')
     recipe, tensors = _pack(model, architecture, model_kwargs, metadata)
@@ -65,6 +69,9 @@ def load(path: str | os.PathLike[str]) -> nn.Module:
 
     Raises:
         ValueError: a file that is missing, damaged, of another version, not ours, or hostile.
+
+    Example:
+        >>> model = load('small.safetensors')
     """
     path = _weights_file(path)
     recipe, tensors = _read(path)
@@ -84,7 +91,14 @@ def is_saved(path: str | os.PathLike[str]) -> bool:
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """What the caller of :func:`save` added, after the same checks of the file as in :func:`load`."""
+    """The metadata that the caller of :func:`save` added.
+
+    Raises:
+        ValueError: a file that is missing, damaged, of another version, or not ours.
+
+    Example:
+        >>> read_metadata('small.safetensors')['note']
+    """
     return _read(_weights_file(path))[0].metadata
 
 
@@ -102,6 +116,10 @@ def save_folder(
 
     Raises:
         ValueError: as in :func:`save`; a folder that exists and holds anything but these two files.
+
+    Example:
+        >>> save_folder(small, 'small')
+        >>> model = timm.create_model('local-dir:small', pretrained=True)
     """
     folder = Path(folder)
     names = ('config.json', 'model.safetensors')
@@ -243,7 +261,7 @@ def _read(path: Path) -> tuple[Recipe, dict[str, Tensor]]:
     try:
         with undisturbed(), safe_open(path, framework='pt') as file:
             metadata = file.metadata() or {}
-            # a copy: the file may be overwritten while the network lives, and copies are aligned as at home
+            # copies: the file may be overwritten while the network lives, and copies are aligned as PyTorch's own
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, RuntimeError, ValueError, KeyError) as error:
         raise ValueError(f'{path}: not a whole safetensors file: {" ".join(str(error).split())[:200]}') from None
@@ -253,7 +271,7 @@ def _read(path: Path) -> tuple[Recipe, dict[str, Tensor]]:
         values = json.loads(metadata[_RECIPE])
     except (ValueError, RecursionError):
         raise ValueError(f'{path}: the recipe is not JSON') from None
-    if isinstance(values, dict) and values.get('format') == FORMAT:  # others may have another kind of checksum
+    if isinstance(values, dict) and values.get('format') == FORMAT:  # another format may have another checksum
         expected = values.pop(_DIGEST, None)
         if expected != _digest(values, tensors):
             raise ValueError(f'{path}: the checksum does not hold, the file is damaged')

@@ -21,7 +21,7 @@ def convert_state_dict(state_dict: Mapping[str, Tensor], model: nn.Module) -> di
     """Renames and reorders tensors of the authors' or the usual CIFAR code for `model`; ours pass unchanged.
 
     Where `model` has option-A shortcuts and the file says nothing about them, their maps are set to the symmetric
-    padding (or cropping) of whatever widths there are, which is what all code with such files does.
+    padding (or cropping) between the widths on both sides, as all code with such files does.
     """
     modules = dict(model.named_modules())
     own = set(model.state_dict())
@@ -75,7 +75,7 @@ def network_tensors(payload: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def network_prefix(tensors: Mapping[str, Tensor]) -> str:
-    """Where a ResNet lies inside a larger network, such as `backbone.body.`; '' for the network itself."""
+    """Prefix of a ResNet inside a larger network, such as `backbone.body.`; '' for the network itself."""
     first = re.compile(r'(.+\.)?layer1\.0\.conv1\.(weight|feature\.pointwise\.weight)')
     found = next((match for name in tensors if (match := first.fullmatch(name))), None)
     return (found[1] or '') if found else ''
@@ -85,7 +85,7 @@ def guess_architecture(tensors: Mapping[str, Tensor]) -> str:
     """The dense network that has these tensor names.
 
     Raises:
-        ValueError: None of the published ones.
+        ValueError: It is none of the published ones.
     """
     if any(name.startswith('features.conv0.') for name in tensors):
         convs = len({name.split('.')[1] for name in tensors if name.startswith('features.conv')})
@@ -126,8 +126,8 @@ def head_name(tensors: Mapping[str, Tensor]) -> str | None:
 def rates_from_name(name: str) -> tuple[str | None, int | None]:
     """Rates and rank from a file name: `resnet_50_pabs_[0.]+[0.1]*2+[0.4]*5+[0.75]*12_1_73.65.pt`.
 
-    Also in the form that release pages give it, where runs of `[`, `]` and `*` (and dots beside them) are single
-    dots: `resnet_50_pabs_.0.+.0.1.2+.0.4.5+.0.75.12_1_73.65.pt`.
+    Release pages turn each run of `[`, `]` and `*` (and dots beside them) into a single dot. That form is read too:
+    `resnet_50_pabs_.0.+.0.1.2+.0.4.5+.0.75.12_1_73.65.pt`.
 
     Returns:
         The rates in the authors' notation and the rank, None for what the name does not say.
@@ -168,7 +168,7 @@ def filters_in(layer: str, tensors: Mapping[str, Tensor]) -> int:
 
 
 def _dense_growth(layer: str, tensors: Mapping[str, Tensor]) -> int:
-    """In DenseNet the norm comes first: a layer's filters are the growth up to the next norm."""
+    """Filters of a DenseNet layer, where the norm comes first: the growth up to the next norm."""
     norms = [n for n in tensors if re.fullmatch(r'(dense\d\.\d+|trans\d)\.bn1\.weight|bn\.weight', n)]
     if layer == 'conv1':
         return len(tensors[norms[0]])
@@ -186,7 +186,7 @@ def width_in(tensors: Mapping[str, Tensor], name: str) -> int:
 def _filter_major(tensor: Tensor, rank: int, kind: str) -> Tensor:
     """Rows r * O + o -> o * R + r; `horizontal` also becomes (O, R, 1, K)."""
     if tensor.dim() != 4 or len(tensor) % rank:
-        return tensor  # the comparison of shapes tells
+        return tensor  # the comparison of shapes reports it
     outputs = len(tensor) // rank
     rows = tensor.reshape(rank, outputs, *tensor.shape[1:]).transpose(0, 1)
     if kind == 'horizontal':
@@ -199,7 +199,7 @@ def _head_of(model: nn.Module) -> str:
 
 
 def _numpy_scalars() -> list[Any]:
-    """What a NumPy number in a checkpoint (an accuracy) is pickled as; none of it runs code."""
+    """Types that occur in the pickle of a NumPy number (an accuracy in a checkpoint); none of them runs code."""
     import numpy as np
     from numpy.dtypes import Float32DType, Float64DType, Int64DType
 

@@ -1,4 +1,4 @@
-"""Where pretrained weights come from: a directory of one's own, the package, then the tag's `pretrained_cfg`."""
+"""Finds and downloads pretrained weights: in the user's own directory, the package, or the tag's `pretrained_cfg`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ENV = 'NORTON_TIMM_WEIGHTS'
 EXTENSIONS = ('.safetensors', '.pth', '.pt', '.pth.tar', '.bin')
 SHIPPED = Path(__file__).parents[1] / 'pretrained'
 _PREPROCESSING = ('mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')
-_RECIPE, _DIGEST = 'norton_timm', 'sha256'  # as norton_timm.checkpoint writes them
+_RECIPE, _DIGEST = 'norton_timm', 'sha256'  # as norton_timm.checkpoints.file writes them
 _SOURCES = ('url', 'file', 'state_dict', 'hf_hub_id')
 _CHUNK = 1 << 20
 
@@ -38,11 +38,11 @@ def locate(
     overlay: dict[str, Any] | None = None,
     cache_dir: str | Path | None = None,
 ) -> dict[str, Any]:
-    """Finds the weights of an entrypoint, downloading them where need be, and says so in timm's own terms.
+    """Finds the weights of an entrypoint, downloads them if needed, and returns an overlay for timm's builder.
 
-    Looks, in order, at a source named in `overlay` or by timm itself (`hf-hub:`, `local-dir:`), at weights that ship
-    with the package, at the directory in the environment variable NORTON_TIMM_WEIGHTS, and at the source in the
-    tag's configuration.
+    Looks, in order, at a source named in `overlay` or by timm itself (`hf-hub:`, `local-dir:`), at the directory in the
+    environment variable NORTON_TIMM_WEIGHTS, at weights that ship with the package, and at the source in the tag's
+    configuration.
 
     Args:
         variant: Name of the entrypoint, without the tag.
@@ -75,7 +75,7 @@ def locate(
 
 
 def find_file(name: str) -> Path | None:
-    """The file with the weights of `name` (`arch` or `arch.tag`), in NORTON_TIMM_WEIGHTS or shipped.
+    """The file with the weights of `name` (`arch` or `arch.tag`), in NORTON_TIMM_WEIGHTS or shipped; None if neither.
 
     Raises:
         ValueError: The variable is set to something that is not a directory.
@@ -92,10 +92,10 @@ def find_file(name: str) -> Path | None:
 
 
 def preprocessing_in(path: Path) -> dict[str, Any]:
-    """How images are prepared for the network that :func:`norton_timm.save` wrote; nothing for other files.
+    """Preprocessing of images for the network in a file of :func:`norton_timm.save`; empty for other files.
 
     Raises:
-        ValueError: The file says so in a way that this version does not understand.
+        ValueError: The file is damaged, or its recipe is of another version.
     """
     if path.suffix != '.safetensors':
         return {}
@@ -115,7 +115,7 @@ def preprocessing_in(path: Path) -> dict[str, Any]:
 
 
 def no_weights_message(name: str) -> str:
-    """What `pretrained=True` says where there is nothing to load."""
+    """The message of `pretrained=True` where there is nothing to load."""
     return (
         f'no pretrained weights of {name} were found. Three ways to get them: '
         f"(1) the authors' released checkpoint: python tools/import_checkpoint.py FILE --output {name}.safetensors; "
@@ -169,7 +169,7 @@ def fetch(url: str, cache_dir: str | Path | None = None, progress: bool = True) 
 
 
 class _WebOnly(urllib.request.HTTPRedirectHandler):
-    """Follows redirects to http and https only: urllib would go on to ftp."""
+    """Follows redirects to http and https only, never from https to http; urllib would also go on to ftp."""
 
     def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
         old, new = (urllib.parse.urlsplit(u).scheme for u in (req.full_url, newurl))
@@ -245,7 +245,7 @@ def _download(url: str, partial: Path, progress: bool) -> None:
                     file.write(chunk)
                     bar.update(len(chunk))
     except urllib.error.HTTPError as error:
-        if error.code == 416 and start:  # all of it was there already, but perhaps of another version: begin anew
+        if error.code == 416 and start:  # the partial file is complete, but perhaps of another version: begin anew
             partial.unlink(missing_ok=True)
             return _download(url, partial, progress)
         raise ConnectionError(f'{url}: the server answered {error.code} {error.reason}') from error

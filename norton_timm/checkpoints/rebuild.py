@@ -26,14 +26,14 @@ from norton_timm.layers import ChannelMap, CPDConv2d, LowRankLinear, factor_shap
 from norton_timm.utils import tensors_in
 
 _REGISTERED = ('_parameters', '_buffers', '_modules')
-# not part of what a network is; `scales` of RoI pooling are set by the first image
+# state that does not define a network; `scales` of RoI pooling are set by the first image
 _STATE = ('training', 'grad_checkpointing', 'tuned', 'num_classes', 'scales')
 
 
 def recipe_of(
     model: nn.Module, architecture: str | None, model_kwargs: Mapping[str, Any] | None, metadata: dict[str, Any]
 ) -> Recipe:
-    """The recipe of a compressed network, tried out: what it builds has the same modules, shapes and settings.
+    """The recipe of a compressed network; a trial shows that it builds the same modules, shapes and settings.
 
     Raises:
         ValueError: the base network is not known, or the network cannot be built from it.
@@ -71,7 +71,7 @@ def recipe_of(
 
 
 def _replaced_layers(model: nn.Module) -> dict[str, Any]:
-    """Of a recipe: the layers that are no longer what the dense network has."""
+    """Fields of a recipe for the layers that replaced those of the dense network."""
     layers, low_rank, maps = {}, {}, {}
     for path, module in model.named_modules():
         if isinstance(module, CPDConv2d):
@@ -98,7 +98,7 @@ def _is_channels_last(tensor: Tensor) -> bool:
 
 
 def _derive_kwargs(model: nn.Module, name: str, known: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Arguments that build a network like ``model``: those it was made with, and what it says of itself now."""
+    """Arguments that build a network like ``model``: those it was made with, updated from its present attributes."""
     made = getattr(model, '_model_args', {}) if known is None else known
     kwargs = {k: list(v) if isinstance(v, tuple) else v for k, v in made.items() if k in KWARGS and v is not None}
     info: Any = getattr(model, 'feature_info', None)
@@ -166,9 +166,9 @@ def _is_plain(value: Any) -> bool:
 
 
 def surgery_of(model: nn.Module) -> dict[str, Any]:
-    """What compression did to a network that no recipe can name a base of, as plain values.
+    """What compression changed in a network, as plain values; for networks that are not built by name.
 
-    With the dense network and the tensors, :func:`repeat_surgery` has the network again from it.
+    :func:`repeat_surgery` repeats it on the dense network, with the tensors.
     """
     cut = {
         n: list(o.tensor.shape)
@@ -180,12 +180,12 @@ def surgery_of(model: nn.Module) -> dict[str, Any]:
 
 
 def repeat_surgery(model: nn.Module, surgery: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Make a dense network, in place, the one that :func:`surgery_of` was asked about; all its weights are trained.
+    """Turn a dense network into the compressed one again, in place; afterwards all its parameters take gradients.
 
     Args:
-        model: the dense network; of its weights only the shapes matter.
-        surgery: what was done.
-        tensors: the state dict afterwards.
+        model: the dense network; only the shapes of its weights matter.
+        surgery: what :func:`surgery_of` returned for the compressed network.
+        tensors: the state dict of the compressed network.
 
     Raises:
         ValueError: surgery and tensors do not fit the network.
@@ -209,7 +209,7 @@ def rebuild(recipe: Recipe, tensors: Mapping[str, Tensor]) -> nn.Module:
     model = _decomposed_base(recipe)
     size = (getattr(model, 'pretrained_cfg', None) or {}).get('input_size') or (3, 224, 224)
     _install(model, recipe, tensors)
-    # a plain attribute (anchors, say) stays where it is when the rest is moved to the meta device
+    # tensors in plain attributes (anchors, say) do not move to the meta device with the rest
     constants = any(tensors_in(v) for m in model.modules() for k, v in vars(m).items() if k not in _REGISTERED)
     if first_conv(model) is not None and not constants:
         channels = recipe.model_kwargs.get('in_chans') or size[0]

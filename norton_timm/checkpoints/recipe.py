@@ -1,4 +1,4 @@
-"""The recipe in a file: what, beside the tensors, is needed to build a compressed network again."""
+"""The recipe in a file: all that is needed beside the tensors to build a compressed network again."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ _MOST = 1_000_000  # larger numbers of classes, channels or pixels are a broken 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to build a compressed network, its tensors aside.
+    """How to build a compressed network, without its tensors.
 
     Attributes:
-        architecture: timm's name of the dense network, or ``torchvision/`` and torchvision's.
-        model_kwargs: arguments of its constructor, of the names in ``KWARGS``.
+        architecture: timm's name of the dense network, or ``torchvision/`` and torchvision's name.
+        model_kwargs: arguments of its constructor; ``KWARGS`` lists the names allowed.
         layers: decomposed layers: rank, form, and the forms measured for inference and training.
         low_rank: rank of each linear layer that became two.
         maps: input channels of each :class:`ChannelMap`.
@@ -64,10 +64,10 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, values: Any) -> Recipe:
-        """Inverse of :meth:`to_dict`, of values that nobody vouches for.
+        """Inverse of :meth:`to_dict`, for values that are not trusted.
 
         Raises:
-            ValueError: another format, or a field that is not what it should be.
+            ValueError: another format, or a malformed field.
         """
         if not isinstance(values, dict):
             raise ValueError(f'got a recipe of type {type(values).__name__}, expected a mapping')
@@ -106,10 +106,16 @@ def _list(value: Any) -> list[Any]:
 
 
 def is_whole(value: Any) -> bool:
+    """Whether a value is a whole number of plausible size, and not a bool."""
     return isinstance(value, int) and not isinstance(value, bool) and -_MOST <= value <= _MOST
 
 
 def check_kwargs(kwargs: Mapping[str, Any]) -> None:
+    """Check the arguments of a model's constructor.
+
+    Raises:
+        ValueError: a name that is not in ``KWARGS``, or a value that is no plain number or name.
+    """
     for key, value in kwargs.items():
         if key not in KWARGS:
             raise ValueError(f'model_kwargs: got {str(key)[:40]!r}, expected some of {", ".join(KWARGS)}')

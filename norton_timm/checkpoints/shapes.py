@@ -1,4 +1,4 @@
-"""The dense network that a file names, built without weights."""
+"""The dense network that a file names, built without weights, and saved tensors fitted into it."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from norton_timm.layers import CPDConv2d, nearest_handler
-from norton_timm.utils import replace_module
+from norton_timm.utils import evaluating, replace_module
 
 TORCHVISION = 'torchvision/'
 
 
 @contextmanager
 def _weightless() -> Iterator[None]:
-    """Parameters that this thread registers go to the meta device; the random generator is left as it was."""
+    """Put parameters that this thread registers on the meta device; the random generator keeps its state."""
     thread = threading.get_ident()
 
     def drop(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
@@ -40,7 +40,7 @@ def _weightless() -> Iterator[None]:
 
 
 def base_name(architecture: str) -> str:
-    """The name without a tag; the dense network where it is one of our compressed ones."""
+    """The name without a tag; for one of our compressed networks, the name of its dense network."""
     if architecture.startswith(TORCHVISION):
         return architecture
     name = architecture.partition('.')[0]
@@ -49,7 +49,7 @@ def base_name(architecture: str) -> str:
 
 
 def dense_name(name: str) -> str:
-    """Timm's name of the dense network that a compressed one was made from; others as they are."""
+    """Timm's name of the dense network that a compressed one was made from; other names come back unchanged."""
     dense = base_name(name)
     return dense if dense != name.partition('.')[0] else name
 
@@ -127,7 +127,7 @@ def decompose_shapes(model: nn.Module, ranks: Mapping[str, int]) -> None:
 
 
 def fit_tensors(model: nn.Module, tensors: Mapping[str, Tensor], maps: Mapping[str, int]) -> None:
-    """Put saved tensors in the place of a larger network's own, in place, and make every width follow.
+    """Replace the tensors of a larger network by saved ones, in place, and set every width to match.
 
     Args:
         model: the network before pruning, decomposed where the saved one is; weights may be on the meta device.
@@ -175,19 +175,14 @@ def first_channels(old: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def runs_through(model: nn.Module, example_input: Tensor) -> None:
-    """One forward pass on shapes alone, which computes and allocates nothing.
+    """Run one forward pass on shapes alone; it computes and allocates nothing.
 
     Raises:
         ValueError: the widths of two layers disagree.
     """
     state = {name: o.tensor.detach().to('meta') for name, o in owned_tensors(model).items()}
-    modes = {m: m.training for m in model.modules()}
-    model.eval()
     try:
-        with torch.no_grad():
+        with evaluating(model):
             torch.func.functional_call(model, state, (example_input.to('meta'),))
     except (RuntimeError, TypeError, ValueError, AssertionError, IndexError) as error:
         raise ValueError(f'layers do not fit together: {" ".join(str(error).split())[:200]}') from None
-    finally:
-        for module, training in modes.items():
-            module.training = training

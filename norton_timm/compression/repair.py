@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from norton_timm.layers import CPDConv2d, conv_padding
 from norton_timm.tensors import CPFactors
-from norton_timm.utils import evaluating
+from norton_timm.utils import evaluating, removing
 
 Batches = Iterable[Any]
 _CHUNK = 2**25  # float64 values of a temporary: 256 MiB
@@ -91,12 +91,9 @@ class _Samples:
             dense.get_submodule(name).register_forward_hook(lambda m, a, y, name=name: record(name, y))
             for name in self.wanted
         ]
-        try:
+        with removing(hooks):
             for images in batches:
                 dense(images)
-        finally:
-            for hook in hooks:
-                hook.remove()
 
 
 def _patches(layer: nn.Conv2d | CPDConv2d, x: Tensor, places: Tensor) -> Tensor:
@@ -246,11 +243,8 @@ def refit(
             layer.register_forward_pre_hook(lambda m, args, name=name: solve(name, m, args[0]))
             for name, layer in layers.items()
         ]
-        try:
+        with removing(hooks):
             compressed(torch.cat(images))
-        finally:
-            for hook in hooks:
-                hook.remove()
     return list(layers)
 
 
@@ -289,11 +283,7 @@ def _in_order(model: nn.Module, image: Tensor) -> Order:
         for m in model.modules()
         if isinstance(m, nn.modules.batchnorm._BatchNorm)
     ]
-    try:
-        with evaluating(model):
-            model(image)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with removing(hooks), evaluating(model):
+        model(image)
     order = {name: layer for name, layer in order.items() if calls[layer] == 1}
     return order, {name: norm for name, norm in norms.items() if calls[norm] == 1}

@@ -10,6 +10,7 @@ from pathlib import Path
 import yaml
 
 from norton_timm.compression.report import CompressionReport, LayerReport
+from norton_timm.utils import replacing
 
 _BAR = 120  # width of a bar, in SVG units
 
@@ -96,12 +97,10 @@ def write_html(
         ValueError: the file cannot be written.
     """
     path = Path(path)
-    part = path.with_name(f'.{path.name}.{os.getpid()}.part')
     try:
-        part.write_text(to_html(report, title, latency_ms), encoding='utf-8')
-        os.replace(part, path)
+        with replacing(path) as temporary:
+            temporary.write_text(to_html(report, title, latency_ms), encoding='utf-8')
     except OSError as error:
-        part.unlink(missing_ok=True)
         raise ValueError(f'{path}: cannot write the report: {error.strerror}') from None
     return path
 

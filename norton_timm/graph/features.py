@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from norton_timm.utils import evaluating
+from norton_timm.utils import evaluating, removing
 
 
 def feature_entries(model: nn.Module) -> list[dict[str, Any]]:
@@ -41,23 +41,19 @@ def _measure(model: nn.Module, example_input: Any) -> dict[str, tuple[int, ...]]
                 hooks.append(module.register_forward_pre_hook(record))
             else:
                 hooks.append(module.register_forward_hook(record))
-    try:
-        with evaluating(model):
-            if hasattr(model, 'forward_features') and not is_feature_extractor(model):
-                features = model.forward_features(example_input)
-                shapes['num_features'] = tuple(features.shape) if isinstance(features, Tensor) else ()
-                if hasattr(model, 'forward_head') and isinstance(features, Tensor):
-                    hidden = model.forward_head(features, pre_logits=True)
-                    shapes['head_hidden_size'] = tuple(hidden.shape)
-            else:
-                outputs = model(example_input)
-                if is_feature_extractor(model):
-                    outputs = list(outputs.values()) if isinstance(outputs, dict) else outputs
-                    for index, output in zip(model.feature_info.out_indices, outputs):  # type: ignore[union-attr]
-                        shapes[f'feature{index}'] = tuple(output.shape)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with removing(hooks), evaluating(model):
+        if hasattr(model, 'forward_features') and not is_feature_extractor(model):
+            features = model.forward_features(example_input)
+            shapes['num_features'] = tuple(features.shape) if isinstance(features, Tensor) else ()
+            if hasattr(model, 'forward_head') and isinstance(features, Tensor):
+                hidden = model.forward_head(features, pre_logits=True)
+                shapes['head_hidden_size'] = tuple(hidden.shape)
+        else:
+            outputs = model(example_input)
+            if is_feature_extractor(model):
+                outputs = list(outputs.values()) if isinstance(outputs, dict) else outputs
+                for index, output in zip(model.feature_info.out_indices, outputs):  # type: ignore[union-attr]
+                    shapes[f'feature{index}'] = tuple(output.shape)
     return shapes
 
 

@@ -12,14 +12,13 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from norton_timm.graph.channels import ChannelLabels, Channels, Slot
 from norton_timm.graph.rules import apply_rule
 from norton_timm.layers import MIXES, PASSES, LayerHandler, handler_of
-from norton_timm.utils import tensors_in, tied_modules
+from norton_timm.utils import evaluating, removing, tensors_in, tied_modules
 
 
 class ChannelTracer(ChannelLabels, TorchFunctionMode):
@@ -62,23 +61,15 @@ class ChannelTracer(ChannelLabels, TorchFunctionMode):
 
     def run(self, example_input: Any, freeze_outputs: bool) -> Any:
         """One forward pass in evaluation mode; the model's training flags are restored."""
-        modes = {m: m.training for m in self.model.modules()}
         hooks = []
         for module in self.model.modules():
             if handler_of(module) is not None:
                 hooks.append(module.register_forward_pre_hook(self._enter))
                 hooks.append(module.register_forward_hook(self._leave))
-        self.model.eval()
-        try:
-            with torch.no_grad(), self:
-                for tensor in tensors_in(example_input):
-                    self.set_channels(tensor, None)
-                outputs = self.model(example_input)
-        finally:
-            for hook in hooks:
-                hook.remove()
-            for module, training in modes.items():
-                module.training = training
+        with removing(hooks), evaluating(self.model), self:
+            for tensor in tensors_in(example_input):
+                self.set_channels(tensor, None)
+            outputs = self.model(example_input)
         for tensor in tensors_in(outputs):
             found = self.channels(tensor)
             if tensor not in self._of:

@@ -22,7 +22,7 @@ from norton_timm.inference.fuse import fuse_network
 from norton_timm.inference.onednn import Fused, onednn_available
 from norton_timm.layers import CPDConv2d
 from norton_timm.profiling import WARM_UP, Turns, synchronise, take_turns
-from norton_timm.utils import replace_module, tensors_in
+from norton_timm.utils import removing, replace_module, tensors_in
 
 log = logging.getLogger(__name__)
 
@@ -262,12 +262,9 @@ def _layers_in_place(
         for name in names:
             # a fused network calls the convolutions within a layer, but not the layer
             watch(name, form, list(model.get_submodule(name).modules()))
-    try:
+    with removing(hooks):
         calls: list[Callable[[], Any]] = [partial(model, x) for model in models.values()]
         turns = take_turns(calls, lambda: synchronise(x), _SECONDS, least=3)
-    finally:
-        for hook in hooks:
-            hook.remove()
     total = len(turns.rounds[0]) + WARM_UP
     layers = {}
     for name, by_form in spent.items():

@@ -15,7 +15,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from norton_timm.layers import handler_of
-from norton_timm.utils import evaluating, replace_module, tensors_in, tied_modules
+from norton_timm.utils import evaluating, removing, replace_module, tensors_in, tied_modules
 
 _ACTIVATING = (timm_layers.BatchNormAct2d, timm_layers.SyncBatchNormAct, timm_layers.FrozenBatchNormAct2d)
 FOLDED_NORMS: tuple[type, ...] = (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d, *_ACTIVATING)
@@ -82,12 +82,8 @@ def _foldable_pairs(model: nn.Module, example_input: Any) -> list[tuple[nn.Modul
         elif type(module) in FOLDED_NORMS:
             hooks.append(module.register_forward_pre_hook(lambda m, args: readers.enter(m, args[0])))
             hooks.append(module.register_forward_hook(lambda *_: readers.leave()))
-    try:
-        with evaluating(model), readers:
-            readers.read(model(example_input))
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with removing(hooks), evaluating(model), readers:
+        readers.read(model(example_input))
     readers.finish()
     tied = tied_modules(model)
     return [

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from norton_timm.layers import CPDConv2d
 from norton_timm.profiling import synchronise
-from norton_timm.utils import evaluating
+from norton_timm.utils import evaluating, removing
 
 FIXED_FORMS = ('factored', 'merged', 'separable', 'dense')
 
@@ -180,12 +180,8 @@ def tune_forms(
         return record
 
     hooks = [layer.register_forward_pre_hook(hook_for(name)) for name, layer in layers.items()]
-    try:
-        with evaluating(model):
-            model(example_input)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with removing(hooks), evaluating(model):
+        model(example_input)
     report = {}
     for name, x in inputs.items():
         layer = layers[name]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from norton_timm.layers import first_conv, nearest_handler, use_form
+from norton_timm.utils import evaluating
 
 # convolutions and linear layers; attention products and pointwise work are not counted
 _COUNTED = ('convolution', '_convolution', 'addmm', 'mm', 'linear')
@@ -72,15 +73,9 @@ def layer_macs(model: nn.Module, example_input: Any) -> dict[str, int]:
 
     A CPDConv2d counts as its three factors whatever form it runs in.
     """
-    was_training = {m: m.training for m in model.modules()}
-    model.eval()
     counter = FlopCounterMode(display=False)
-    try:
-        with torch.no_grad(), use_form(model, 'factored'), counter:
-            model(example_input)
-    finally:
-        for module, training in was_training.items():
-            module.training = training
+    with evaluating(model), use_form(model, 'factored'), counter:
+        model(example_input)
     root = type(model).__name__
     macs: dict[str, int] = {'': 0}
     for name, ops in counter.get_flop_counts().items():

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from norton_timm.graph import ChannelGraph, Slot
 from norton_timm.layers import LayerHandler, Positions, handler_of, prefers_merged
 from norton_timm.profiling import count_params, layer_macs
-from norton_timm.utils import evaluating
+from norton_timm.utils import evaluating, removing
 
 COSTS = ('macs', 'params')
 
@@ -32,12 +32,8 @@ def positions_of(model: nn.Module, example_input: Any) -> dict[str, Positions]:
             handler.note_positions(found.setdefault(name, Positions()), args[0], out)
 
         hooks.append(module.register_forward_hook(record))
-    try:
-        with evaluating(model):
-            model(example_input)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with removing(hooks), evaluating(model):
+        model(example_input)
     return found
 
 

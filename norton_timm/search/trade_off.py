@@ -13,6 +13,7 @@ from torch import nn
 from norton_timm.compression import CompressionSpec
 from norton_timm.search.allocate import Choice
 from norton_timm.search.budget import Budget, check_target
+from norton_timm.utils import new_figure, write_png
 
 
 @dataclass(frozen=True)
@@ -109,11 +110,7 @@ def plot_trade_off(
         raise ValueError(f'path: got {path.name!r}, expected a name that ends in .png')
     if not named or not all(named.values()):
         raise ValueError('curves: got no points, expected at least one')
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.4, 4.2), dpi=150, layout='constrained')
-    FigureCanvasAgg(figure)  # no global state, no display
+    figure = new_figure(6.4, 4.2, dpi=150)
     axes = figure.add_subplot()
     for name, points in named.items():
         axes.plot([100 * getattr(p, kind) for p in points], [p.error for p in points], 'o-', ms=4, label=name or None)
@@ -124,11 +121,4 @@ def plot_trade_off(
         axes.set_title(title)
     if any(named):
         axes.legend()
-    part = path.with_name(f'.{path.name}.{os.getpid()}.part')
-    try:
-        figure.savefig(part, format='png')
-        os.replace(part, path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise ValueError(f'{path}: cannot write the picture: {error.strerror}') from None
-    return path
+    return write_png(figure, path)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from norton_timm.studies.activation_maps import Comparison, Look
-from norton_timm.utils import replacing
+from norton_timm.utils import new_figure, write_png
 
 
 def plot_comparison(found: Comparison, path: Path, classes: Sequence[str] = (), count: int = 6) -> None:
@@ -21,8 +21,6 @@ def plot_comparison(found: Comparison, path: Path, classes: Sequence[str] = (), 
         classes: names of the classes, for the headings.
         count: how many feature maps of the compressed network, the ones of largest variance.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
 
     def named(label: int) -> str:
         return classes[label] if label < len(classes) else f'class {label}'
@@ -30,8 +28,7 @@ def plot_comparison(found: Comparison, path: Path, classes: Sequence[str] = (), 
     def says(look: Look) -> str:
         return f'{look.name}\nsays {named(look.label)}, {100 * look.confidence:.0f} %'
 
-    figure = Figure(figsize=(7.5, 6.2), dpi=110, layout='constrained')
-    FigureCanvasAgg(figure)  # no global state, no display
+    figure = new_figure(7.5, 6.2, dpi=110)
     parts: Any = figure.subfigures(2, 1, height_ratios=[1.35, 1])
     above, below = parts
     titles = ['picture', says(found.dense), says(found.compressed)]
@@ -55,5 +52,4 @@ def plot_comparison(found: Comparison, path: Path, classes: Sequence[str] = (), 
     grid[0, 0].set_ylabel('dense', fontsize=8)
     grid[1, 0].set_ylabel('compressed', fontsize=8)
     below.suptitle('feature maps: each beside the nearest one of the dense network, and their correlation', fontsize=8)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format='png')
+    write_png(figure, path)

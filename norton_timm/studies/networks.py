@@ -41,6 +41,7 @@ from norton_timm.profiling import (
 )
 from norton_timm.studies.steps import Row
 from norton_timm.studies.zoo import control_side
+from norton_timm.utils import new_figure, write_png
 
 RUNTIMES = ('eager', 'deployed', 'compile', 'aot', 'onnxruntime', 'openvino')
 EXPORTED = ('onnxruntime', 'openvino')
@@ -231,15 +232,11 @@ def _measure(
 
 def plot_speedup(rows: Sequence[Row], path: Path) -> None:
     """Draw each network's time over the dense one's, by runtime and batch, as a PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import
-    from matplotlib.figure import Figure
-
     groups = list(dict.fromkeys((r['model'], r['runtime'], r['batch']) for r in rows))
     labels = list(dict.fromkeys(r['network'] for r in rows))
     found = {((r['model'], r['runtime'], r['batch']), r['network']): r['speedup'] for r in rows}
     several = len({r['model'] for r in rows}) > 1
-    figure = Figure(figsize=(7, 1.5 + 0.4 * len(groups)), dpi=120, layout='constrained')
-    FigureCanvasAgg(figure)  # no global state, no display
+    figure = new_figure(7, 1.5 + 0.4 * len(groups))
     axes = figure.add_subplot()
     for k, label in enumerate(labels):
         places = [(n + 0.8 * k / len(labels), found[g, label]) for n, g in enumerate(groups) if (g, label) in found]
@@ -253,4 +250,4 @@ def plot_speedup(rows: Sequence[Row], path: Path) -> None:
     axes.axvline(1, color='black', linewidth=0.8)
     axes.set_xlabel('times as fast as the dense network')
     axes.legend(fontsize=8)
-    figure.savefig(path, format='png')
+    write_png(figure, path)

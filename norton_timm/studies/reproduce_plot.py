@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from norton_timm.utils import replacing
+from norton_timm.utils import new_figure, write_png
 
 Rows = Sequence[Mapping[str, str]]
 
@@ -31,17 +31,12 @@ def plot_studies(rows: Rows, folder: Path) -> list[Path]:
             figure = draw[name](found if name != 'tag' else [*found, *studies['rank']])
             written.append(folder / f'repair_{name}.png')
             folder.mkdir(parents=True, exist_ok=True)
-            with replacing(written[-1]) as temporary:
-                figure.savefig(temporary, format='png')
+            write_png(figure, written[-1])
     return written
 
 
 def _axes(columns: int = 1, height: float = 4.0) -> tuple[Any, list[Any]]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.4 if columns == 1 else 4.8 * columns, height), dpi=120, layout='constrained')
-    FigureCanvasAgg(figure)  # no global state, no display
+    figure = new_figure(6.4 if columns == 1 else 4.8 * columns, height)
     axes = figure.subplots(1, columns, squeeze=False)[0]
     for axis in axes:
         axis.grid(alpha=0.3)

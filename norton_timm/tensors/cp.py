@@ -1,4 +1,4 @@
-"""Canonical polyadic decomposition (CPD) of every filter of a layer at once, by alternating least squares (ALS)."""
+"""Canonical polyadic decomposition (CPD) of all filters of a layer at once: checks, scaling, and choice of solver."""
 
 from __future__ import annotations
 
@@ -41,28 +41,33 @@ def cp_decompose(
     The input mode is compressed exactly first: a filter's unfolding `(I, Kh*Kw)` has rank at most Kh*Kw, so ALS runs
     on a `(min(I, Kh*Kw), Kh, Kw)` tensor, and C follows from A and B by least squares on the weight itself. All
     filters and all starts (one from the HOSVD, `restarts` random ones) iterate together; converged ones drop out; the
-    best start of each filter is returned. Filters that are matrices (a mode of size 1) are solved by the SVD, and a
-    rank at which any filter is exact (`min(I*Kh, I*Kw, Kh*Kw)`, eq. 8) without iterating.
+    best start of each filter is returned. Two cases need no iteration: filters that are matrices (a mode of size 1)
+    are solved by the SVD, and from rank `min(I*Kh, I*Kw, Kh*Kw)` on (eq. 8) every filter is exact in closed form.
 
     Args:
         weight: `(O, I, Kh, Kw)`, float32 or float64 (half types are computed in float64 too); any memory layout.
         rank: R >= 1, number of components.
-        n_iter: bound on iterations, ALS sweeps and then steps of Newton's method; the error never rises with it.
+        n_iter: bound on the iterations (ALS sweeps, then Newton steps); the error never rises with it.
         restarts: random starts beside the HOSVD's.
         tol: a start has converged when its squared relative error fell by less than this fraction in a sweep.
         generator: source of the random starts; without one, a fixed seed, so that results repeat.
         covariance: `(I, I)` positive semi-definite second moment of the layer's input channels: the error (and
-            `nmse`) is then measured on what the filter makes of its input rather than on the weight.
+            `nmse`) is then that of the filter's response to its input, not that of the weight.
 
     Raises:
         ValueError: wrong shape, type or argument; NaN or infinity (names the filter).
+
+    Example:
+        >>> factors = cp_decompose(torch.randn(64, 32, 3, 3), rank=2)
+        >>> low_rank = cp_reconstruct(factors)  # (64, 32, 3, 3)
+        >>> error = factors.nmse.mean()
     """
     _check(weight, rank, n_iter, restarts, tol, covariance)
     filters, i, kh, kw = weight.shape
     if generator is None:
         generator = torch.Generator().manual_seed(0)  # on the CPU, so that every device starts alike
     root = None if covariance is None else _square_root(covariance.detach().to(weight.device, torch.float64))
-    # all filters start alike, so that equal filters get equal factors, and start at any lower rank as here
+    # all filters share their starts, so that equal filters get equal factors; lower ranks use the first columns
     draw: dict[str, Any] = {'generator': generator, 'device': generator.device, 'dtype': torch.float64}
     columns = [torch.randn((restarts, 1, kh + kw), **draw) for _ in range(rank)]
     noise = torch.stack(columns, 3).to(weight.device).expand(-1, filters, -1, -1)
@@ -121,7 +126,7 @@ def _square_root(covariance: Tensor) -> Tensor:
 
 
 def _scaled(weight: Tensor, scale: Tensor, root: Tensor | None) -> Tensor:
-    """Filters in float64, brought to a largest magnitude of 1, as the error measure sees them."""
+    """Filters in float64, scaled to a largest magnitude of 1 and, where there is a root, multiplied by it."""
     x = weight.to(torch.float64, copy=True).div_(scale.where(scale > 0, 1))
     return x if root is None else root @ x
 

@@ -1,4 +1,6 @@
-"""Small linear algebra that the CPD solvers share: batches of factor matrices `(n, d, R)`."""
+"""Iterations for the CPD on batches of factor matrices `(n, d, R)`: alternating least squares (ALS) and Newton's
+method, with the small linear algebra that the solvers share.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +9,13 @@ import math
 import torch
 from torch import Tensor
 
-COLLINEAR = 1e-4  # sine of the angle of a component to others below which they are all but collinear
+COLLINEAR = 1e-4  # sine of the angle between a component and the others below which they count as collinear
 
 
 def compress_input_mode(x: Tensor, kh: int, kw: int) -> Tensor:
-    """Tensor `(n, k, Kh, Kw)` with the Gram matrix of `x (n, I, Kh*Kw)`; all that A and B depend on.
+    """Tensor `(n, k, Kh, Kw)` with the same Gram matrix as `x (n, I, Kh*Kw)`; A and B depend on nothing else.
 
-    Where I >= Kh*Kw the rows of the unfolding `(k, Kh*Kw)` come out orthogonal.
+    Where I >= Kh*Kw the rows of its unfolding `(k, Kh*Kw)` are orthogonal.
     """
     n, i, k = x.shape
     if i >= k:
@@ -28,9 +30,9 @@ def khatri_rao(a: Tensor, b: Tensor) -> Tensor:
 
 
 def projection_error(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """Squared error left by the best C, from the residual itself; infinite where components are all but collinear.
+    """Squared error with the best C, computed from the residual; infinite where components are nearly collinear.
 
-    Such components need a C of huge norm, cancel each other, and would drown in rounding (degeneracy of the CPD).
+    Such components need a C of huge norm and cancel each other, so that rounding dominates (degeneracy of the CPD).
     """
     q, r = torch.linalg.qr(khatri_rao(a, b))
     error = (x - (x @ q) @ q.mT).square().sum((1, 2))
@@ -53,19 +55,19 @@ def split_norm(x: Tensor) -> tuple[Tensor, Tensor]:
     return unit, norm
 
 
-NEARLY_LOW_RANK = 0.02  # squared relative error below which ALS tends to crawl and Newton's method not to
-_HAND_OVER = 25  # ALS sweeps of such a filter
-_C_PULL = 1e-12  # so weak that C leaves the error that the best C would, to all digits that count
+NEARLY_LOW_RANK = 0.02  # squared relative error below which ALS tends to crawl, but Newton's method does not
+_HAND_OVER = 25  # ALS sweeps after which such a filter goes to Newton's method
+_C_PULL = 1e-12  # weak enough that the error equals that of the best C to all significant digits
 
 
 def als(x: Tensor, a: Tensor, b: Tensor, n_iter: int, tol: float) -> tuple[Tensor, Tensor, Tensor]:
     """Proximal ALS with extrapolation on tensors `x (n, k, Kh*Kw)` of unit energy.
 
-    Returns A, B and the squared error of each at the best point met, all but collinear ones left out. A tensor is done
-    when it has converged, or is nearly of low rank, or after `n_iter` sweeps.
+    Returns A, B and the squared error of each tensor at the best point found; nearly collinear points do not count. A
+    tensor is done when it has converged, when it is nearly of low rank, or after `n_iter` sweeps.
 
-    Each sweep starts beyond the last step and is undone where the error did not fall (as in Ang et al., 2019), so the
-    error of what is kept never rises, and swamps are crossed two to four times faster.
+    Each sweep starts from an extrapolated point and is undone where the error did not fall (as in Ang et al., 2019).
+    The error of the kept point therefore never rises, and swamps are crossed two to four times faster.
     """
     kh = a.shape[1]
     found_a, found_b, found_error = a.clone(), b.clone(), x.new_full((len(x),), math.inf)
@@ -115,7 +117,7 @@ def als(x: Tensor, a: Tensor, b: Tensor, n_iter: int, tol: float) -> tuple[Tenso
 
 
 def alternate_rank_one(x: Tensor, a: Tensor, b: Tensor, n_iter: int, tol: float) -> tuple[Tensor, Tensor, Tensor]:
-    """What `als` does, for one component: a and b in turn become leading eigenvectors, found by repeated squaring.
+    """Rank-one `als`: a and b in turn become leading eigenvectors, found by repeated squaring.
 
     For a of unit norm the best b is the leading eigenvector of the Gram matrix of `x` contracted with a on both sides.
     """
@@ -131,7 +133,7 @@ def alternate_rank_one(x: Tensor, a: Tensor, b: Tensor, n_iter: int, tol: float)
             previous, error = error, torch.minimum(error, 1 - value)
             found_a[todo, :, 0], found_b[todo, :, 0], found_error[todo] = a, b, error
             if sweep % 3 < 2:
-                break  # out of sweeps: nobody has come to an end
+                break  # out of sweeps between two checks of convergence
             going = previous - error > 3 * tol * error
             gram, a, b, error, todo = (v[going] for v in (gram, a, b, error, todo))
             if len(todo) == 0:
@@ -140,7 +142,10 @@ def alternate_rank_one(x: Tensor, a: Tensor, b: Tensor, n_iter: int, tol: float)
 
 
 def _leading_eigenvector(gram: Tensor, fixed: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
-    """Of `gram (n, d*d, e*e)` contracted twice with `fixed (n, e)`: 17 power steps from `start`; Rayleigh quotients."""
+    """Leading eigenvector of `gram (n, d*d, e*e)` contracted twice with `fixed (n, e)`, and its Rayleigh quotient.
+
+    It is found by 16 power steps from `start`.
+    """
     d = start.shape[1]
     outer = (fixed[:, :, None] * fixed[:, None, :]).flatten(1)[:, :, None]
     matrix = (gram @ outer).reshape(-1, d, d)
@@ -159,7 +164,7 @@ def _gram(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _is_degenerate(gram: Tensor) -> Tensor:
-    """Whether components of unit norm are all but collinear, by the same measure as in `projection_error`."""
+    """Whether components of unit norm are nearly collinear, by the same measure as in `projection_error`."""
     if gram.shape[1] == 1:
         return gram.new_zeros(len(gram), dtype=torch.bool)
     factor, failed = torch.linalg.cholesky_ex(gram)
@@ -176,15 +181,15 @@ def _solve(gram: Tensor, product: Tensor, old: Tensor, strength: float = 1e-9) -
     return right @ torch.linalg.inv_ex(gram)[0]  # several times faster than solving, for matrices this small
 
 
-EXACT = 1e-24  # squared relative error that counts as none
+EXACT = 1e-24  # squared relative error that counts as zero
 
 
 def newton(x: Tensor, a: Tensor, b: Tensor, error: Tensor, n_iter: int, tol: float) -> tuple[Tensor, Tensor, Tensor]:
     """Damped Newton steps on A and B with C eliminated; steps that do not lower the error are not taken.
 
-    ALS converges linearly at best and crawls where components are nearly collinear; from where it has come, Newton's
-    method needs a handful of steps. With E = X - C M^T, M = khatri_rao(A, B) and D the derivatives of M's columns, the
-    Hessian of |E|^2 / 2 with C at its optimum is a sum of Hadamard products of small Gram matrices.
+    ALS converges linearly at best and crawls where components are nearly collinear; Newton's method, started from its
+    result, needs a handful of steps. With E = X - C M^T, M = khatri_rao(A, B) and D the derivatives of M's columns,
+    the Hessian of |E|^2 / 2 with C at its optimum is a sum of Hadamard products of small Gram matrices.
     """
     a, b, error = a.clone(), b.clone(), error.clone()
     todo = torch.arange(len(x), device=x.device)

@@ -1,4 +1,7 @@
-"""Schedule of the solvers behind `cp_decompose`: A and B of every filter; C follows from them by least squares."""
+"""The solvers behind `cp_decompose`: the schedule of starts and iterations, and closed forms where there are any.
+
+Each returns A and B of every filter; C follows from them by least squares.
+"""
 
 from __future__ import annotations
 
@@ -20,19 +23,19 @@ from norton_timm.tensors.cp_iterations import (
 _TRIAL = 10  # ALS sweeps after which only the best start of each filter goes on
 _ALS = 60  # sweeps after which Newton's method takes over
 _POLISH = 60  # steps of Newton's method for filters with a small error; it converges in fewer
-_SMALL = 0.25  # squared relative error that is small
-_WHOLE = 200  # iterations at which the schedule is through: then new starts, and ALS again
+_SMALL = 0.25  # squared relative error that counts as small
+_WHOLE = 200  # iterations of the whole schedule; after them come new starts, and ALS again
 _RESCUES = 10  # rounds of new starts, three each
-_RECOVERED = 5e-13  # squared relative error below which a filter of rank R has been found
+_RECOVERED = 5e-13  # squared relative error below which a filter of rank R counts as recovered
 
 
 def solve_iteratively(core: Tensor, rank: int, noise: Tensor, n_iter: int, tol: float) -> tuple[Tensor, Tensor]:
-    """Best A `(n, Kh, R)` and B `(n, Kw, R)` over all starts, columns of unit norm, or zero where not needed.
+    """Best A `(n, Kh, R)` and B `(n, Kw, R)` over all starts; columns have unit norm, or are zero where not needed.
 
-    One fixed schedule, of which `n_iter` cuts off the end, so that a larger bound continues the run of a smaller one
-    and the error cannot rise: sweeps of ALS on all starts, on the best of each filter, then steps of Newton's method;
-    from 200 on, new starts for filters of exact low rank that were not recovered, and again ALS. Nor can it rise with
-    the rank: where the Eckart-Young bound does not rule out that one component less does better, that is tried.
+    The schedule is fixed, and `n_iter` cuts off its end: ALS on all starts, ALS on the best start of each filter,
+    Newton steps; from 200 iterations on, new starts for filters of exact low rank that were not recovered, and ALS
+    again. A larger bound continues the run of a smaller one, so the error cannot rise. It cannot rise with the rank
+    either: where the Eckart-Young bound allows R - 1 components to do better, they are tried.
 
     Args:
         core: `(n, k, Kh, Kw)` from `compress_input_mode`.
@@ -104,7 +107,7 @@ def _from_all_starts(
 
 
 def _search(x: Tensor, a: Tensor, b: Tensor, n_iter: int, sweeps: int, tol: float) -> tuple[Tensor, Tensor, Tensor]:
-    """At most `sweeps` of ALS, then some steps of Newton's method, and where the error is small all that it takes."""
+    """At most `sweeps` of ALS, then a few Newton steps, and further ones where the error is small."""
     rank = a.shape[2]
     a, b, error = (alternate_rank_one if rank == 1 else als)(x, a, b, min(n_iter, sweeps), tol)
     first = max(2, 5 // rank)
@@ -117,10 +120,10 @@ def _search(x: Tensor, a: Tensor, b: Tensor, n_iter: int, sweeps: int, tol: floa
 
 
 def _rescue(x: Tensor, tails: Tensor, a: Tensor, b: Tensor, error: Tensor, tol: float) -> tuple[Tensor, Tensor, Tensor]:
-    """More random starts for filters whose unfolding has rank R although no start was exact.
+    """More random starts for filters that have an unfolding of rank R, but that no start recovered.
 
-    Such a filter very likely has a CPD of rank R (at random a filter's unfolding has full rank), so a start that stays
-    above zero error sits in a local minimum.
+    Such a filter very likely has a CPD of rank R (the unfolding of a random filter has full rank), so a start with an
+    error above zero sits in a local minimum.
     """
     kh, kw, rank = a.shape[1], b.shape[1], a.shape[2]
     if x.shape[1] <= rank:
@@ -139,7 +142,7 @@ def _rescue(x: Tensor, tails: Tensor, a: Tensor, b: Tensor, error: Tensor, tol: 
 
 
 def _best(found: tuple[Tensor, Tensor, Tensor], n: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Of several starts of n tensors, one start after the other, the best of each tensor."""
+    """The best start of each of n tensors; `found` holds the first start of all tensors, then the second, ..."""
     best = found[2].reshape(-1, n).argmin(0) * n + torch.arange(n, device=found[2].device)
     return found[0][best], found[1][best], found[2][best]
 
@@ -189,9 +192,10 @@ def solve_matrix(core: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 def solve_high_rank(x: Tensor, kh: int, kw: int, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """Closed form for `Kh*Kw - R < max(Kh, Kw)`, for 3x3 kernels ranks 7 and 8: A, B, and where they are optimal.
 
-    No rank-R approximation beats projecting the unfolding on its R leading right singular vectors. Its error is reached
-    by R independent products a (x) b orthogonal to the other singular vectors, read as matrices N_1, N_2, ...: any `a`
-    leaves fewer linear conditions N_k^T a on `b` than b has entries. Of many such pairs the best conditioned are taken.
+    No rank-R approximation beats the projection of the unfolding on its R leading right singular vectors. Any R
+    independent products a (x) b orthogonal to the other singular vectors reach its error. With these vectors read as
+    matrices N_1, N_2, ..., any `a` gives fewer linear conditions N_k^T a on `b` than `b` has entries, so such products
+    exist. Of many the best conditioned are taken.
     """
     if kw < kh:
         swapped = x.unflatten(2, (kh, kw)).mT.flatten(2)

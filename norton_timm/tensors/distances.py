@@ -1,4 +1,4 @@
-"""Distances between the filters of a layer and scores used as controls; the selection of filters beside them."""
+"""Distances between the filters of a layer, by principal angles or by values, and scores of single filters."""
 
 from __future__ import annotations
 
@@ -36,24 +36,28 @@ def filter_distance(
     """Distance of every pair of filters, `(O, O)`, symmetric with a diagonal of exact zeros.
 
     `pabs` is NORTON's eq. (11): `alpha`, `beta`, `gamma` weigh the largest principal angle (radians, in [0, pi/2],
-    Bjorck and Golub, 1973) between the column spaces of A, B and C. `csa` puts sin^2 (one minus the squared cosine) of
-    the angle in its place. A component with a zero column in any mode counts in none; the span of an all-zero filter
-    is at angle 0 to another one and at pi/2 to everything else. Both ignore order, sign and scale of components.
+    Bjorck and Golub, 1973) between the column spaces of A, B and C. `csa` takes sin^2 of the angle (one minus the
+    squared cosine) instead. A component with a zero column in one mode counts in no mode. An all-zero filter is at
+    angle 0 to another one and at pi/2 to any other filter. Both ignore order, sign and scale of components.
 
     The others compare values: `vbd` Var(x-y) / (Var x + Var y); `snr` Var(x-y) / Var x, averaged over both orders
     as it is not symmetric; `cosine` 1 - cos; `pearson` 1 - correlation; `euclidean`, `manhattan`. x and y are:
 
     - a raw weight `(O, ...)`: the flattened filters (for `pabs` and `csa`, the lines they span);
     - CPD factors: the low-rank filters they stand for, so that order, sign and scale of the components cannot matter;
-    - HOSVD factors (they have a `core`): CORING's way, the mean over the modes (weights as above) of the distance
-      of the factors, with each column's sign, which the SVD leaves open, chosen for the smallest distance.
+    - HOSVD factors (they have a `core`): CORING's distance, the mean over the modes (weights as above) of the distance
+      of the factors. The SVD leaves the sign of each column open; the sign with the smallest distance counts.
 
-    Where a ratio is 0/0 (both filters zero, or both of zero variance) the distance is 0; where only one is, 1 for
-    `cosine` and `pearson`, and `snr` takes the ratio that is defined. Computed in float64, returned in the
+    Where a ratio is 0/0 (both filters zero, or both of zero variance) the distance is 0. Where only one filter is,
+    `cosine` and `pearson` give 1, and `snr` takes the ratio that is defined. Computed in float64, returned in the
     input's type.
 
     Raises:
         ValueError: unknown criterion, weights that do not sum to 1, NaN or infinity (names the filter).
+
+    Example:
+        >>> distance = filter_distance(cp_decompose(weight, rank=1), 'pabs')  # NORTON, (O, O)
+        >>> distance = filter_distance(hosvd(weight, rank=1), 'vbd')  # CORING
     """
     if criterion not in CRITERIA:
         raise ValueError(f'criterion: got {criterion!r}, expected one of {", ".join(CRITERIA)}')

@@ -30,6 +30,10 @@ def hosvd(weight: Tensor, rank: int | tuple[int, int, int] = 1) -> HOSVDFactors:
 
     Raises:
         ValueError: wrong number of dimensions, rank below 1, NaN or infinity (names the filter).
+
+    Example:
+        >>> factors = hosvd(torch.randn(64, 32, 3, 3), rank=1)
+        >>> factors.A.shape, factors.core.shape  # (64, 3, 1), (64, 1, 1, 1)
     """
     return tucker(weight, rank, n_iter=0)
 

@@ -75,5 +75,6 @@ def _largest_sine(x: Tensor, y: Tensor, rank_x: Tensor, rank_y: Tensor) -> Tenso
 
 
 def drop_empty_components(modes: list[Tensor]) -> list[Tensor]:
+    """Zero a component in all modes `(O, d, R)` if its column is zero in any of them."""
     present = torch.stack([(m != 0).any(1) for m in modes]).all(0)[:, None, :]
     return [m * present for m in modes]

@@ -15,18 +15,27 @@ STRATEGIES = ('min_sum', 'min_min', 'sum', 'authors')
 def select_filters(distance: Tensor | Sequence[Tensor], keep: int, strategy: str = 'min_sum') -> Tensor:
     """Indices of the filters to keep, sorted, int64 on the CPU.
 
-    `min_sum` is Algorithm 1 of NORTON: of the closest pair, remove the filter whose distances to the remaining ones
-    have the smaller sum. `min_min` removes the one whose next neighbour is nearer (the sum where that ties too).
-    `sum` removes, at once, the filters with the smallest sums. Ties are settled the same way everywhere: the first pair
-    (i, j) in row order, i < j, and of an equal pair j, as the algorithm's `else` says; for `sum` the highest index.
-    `authors` is a control: their released code runs Algorithm 1, but stores the filter removed k-th as the importance
-    of filter k, and keeps the filters of highest importance.
+    - `min_sum` is Algorithm 1 of NORTON: of the closest pair, it removes the filter with the smaller sum of distances
+      to the remaining ones.
+    - `min_min` removes the one with the nearer next neighbour; if that ties too, the sum decides.
+    - `sum` removes the filters with the smallest sums, all at once.
+    - `authors` is a control: their released code runs Algorithm 1, but stores the filter removed k-th as the importance
+      of filter k, and keeps the filters of highest importance.
+
+    Ties: the first pair (i, j) in row order, i < j, counts as the closest; of an equal pair j is removed, as the
+    algorithm's `else` says; `sum` removes the highest index.
 
     Args:
         distance: `(O, O)` symmetric; or several, of layers that must keep the same indices (coupled selection): each
             is divided by its mean, so that layers weigh equally, and the average is used.
         keep: number of filters kept, 1 to O.
         strategy: see above.
+
+    Raises:
+        ValueError: unknown strategy, `keep` out of range, or matrices that are not square, symmetric and finite.
+
+    Example:
+        >>> kept = select_filters(filter_distance(weight, 'pabs'), keep=32)
     """
     if strategy not in STRATEGIES:
         raise ValueError(f'strategy: got {strategy!r}, expected one of {", ".join(STRATEGIES)}')

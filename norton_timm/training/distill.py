@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from norton_timm.training.config import DistillConfig
+from norton_timm.utils import removing
 
 
 class Distillation:
@@ -69,8 +70,5 @@ def recorded(model: nn.Module, names: list[str]) -> Iterator[dict[str, Tensor]]:
         model.get_submodule(name).register_forward_hook(lambda m, a, y, name=name: found.update({name: y}))
         for name in names
     ]
-    try:
+    with removing(hooks):
         yield found
-    finally:
-        for hook in hooks:
-            hook.remove()

@@ -19,11 +19,13 @@ from norton_timm.utils.modules import (
     check_weights,
     evaluating,
     not_finite,
+    removing,
     replace_module,
     tensors_in,
     tied_modules,
     watched,
 )
+from norton_timm.utils.plots import new_figure, write_png
 from norton_timm.utils.processes import (
     AMP,
     HeldSignals,
@@ -56,6 +58,7 @@ __all__ = [
     'is_main',
     'load_plain',
     'make_deterministic',
+    'new_figure',
     'not_finite',
     'outside',
     'picture_size',
@@ -67,6 +70,7 @@ __all__ = [
     'read_tree',
     'refuse_postscript',
     'remove_partial',
+    'removing',
     'replace_module',
     'replacing',
     'settings_from',
@@ -77,5 +81,6 @@ __all__ = [
     'watched',
     'world_size',
     'write_plain',
+    'write_png',
     'write_text',
 ]

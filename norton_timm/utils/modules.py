@@ -1,10 +1,9 @@
-"""NaN and infinite numbers, found and named."""
+"""Walks over modules and tensors: modes, hooks, replacement, and NaN found and named."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -33,6 +32,16 @@ def check_weights(model: nn.Module, what: object) -> None:
 
 
 @contextlib.contextmanager
+def removing(hooks: Iterable[Any]) -> Iterator[None]:
+    """Within the block these hooks are called; then they are removed."""
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextlib.contextmanager
 def watched(modules: Mapping[str, nn.Module], hint: str) -> Iterator[None]:
     """Within the block, outputs of these modules that are not finite raise `FloatingPointError` with their name.
 
@@ -43,35 +52,21 @@ def watched(modules: Mapping[str, nn.Module], hint: str) -> Iterator[None]:
 
     def look(name: str) -> Any:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            if any(t.is_floating_point() and not bool(t.isfinite().all()) for t in _tensors(output)):
+            if any(t.is_floating_point() and not bool(t.isfinite().all()) for t in tensors_in(output)):
                 raise FloatingPointError(f'the output of {name} holds NaN or infinite numbers; {hint}')
 
         return hook
 
     handles = [module.register_forward_hook(look(name)) for name, module in modules.items()]
-    try:
+    with removing(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _tensors(item)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _tensors(item)
 
 
 def tensors_in(value: Any) -> list[Tensor]:
     """All tensors inside nested lists, tuples, dicts and objects with ``tensors`` (torchvision's ImageList)."""
     if isinstance(value, Tensor):
         return [value]
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         value = list(value.values())
     if isinstance(value, (list, tuple)):
         return [t for v in value for t in tensors_in(v)]
@@ -87,8 +82,8 @@ def tied_modules(model: nn.Module) -> set[nn.Module]:
     return {module for modules in owners.values() if len(modules) > 1 for module in modules}
 
 
-@contextmanager
-def evaluating(model: nn.Module):
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; every module's training flag comes back."""
     modes = {m: m.training for m in model.modules()}
     model.eval()

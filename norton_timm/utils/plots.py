@@ -1,0 +1,35 @@
+"""Figures of matplotlib without a display or global state, and PNG files that are written whole or not at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from norton_timm.utils.files import replacing
+
+
+def new_figure(width: float, height: float, dpi: int = 120) -> Any:
+    """An empty figure of so many inches, whose parts find their place by themselves.
+
+    matplotlib is imported here, because it takes long.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=dpi, layout='constrained')
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def write_png(figure: Any, path: Path) -> Path:
+    """Write a figure to a file.
+
+    Raises:
+        ValueError: the file cannot be written.
+    """
+    try:
+        with replacing(path) as temporary:
+            figure.savefig(temporary, format='png')
+    except OSError as error:
+        raise ValueError(f'{path}: cannot write the picture: {error.strerror}') from None
+    return path
