@@ -1,6 +1,4 @@
-"""Entrypoints of ours; importing this registers them with timm: the CIFAR families, and every compressed network by
-tag.
-"""
+"""Our timm entrypoints: the CIFAR families, and every compressed network by tag. Importing this registers them."""
 
 from norton_timm.models import densenet_cifar, googlenet_cifar, mobilenetv2_cifar, resnet_cifar, vgg_cifar
 

@@ -36,12 +36,12 @@ log = logging.getLogger(__name__)
 def convert_authors_checkpoint(path: str | Path, architecture: str | None = None) -> nn.Module:
     """Reads a checkpoint of the authors of NORTON or CORING.
 
-    Shapes are taken from the tensors; the rank and rates that the file or its name states must agree with them. Of a
-    network that is part of a larger one, as the backbone of a detector is, it is returned without classifier.
+    Shapes are taken from the tensors; the rank and rates that the file or its name states must agree with them. A
+    network that is part of a larger one, such as a detector's backbone, is returned without classifier.
 
     Args:
         path: A `.pt` or `.pth.tar` file.
-        architecture: The dense network, such as `resnet50` or `vgg16_bn_cifar`; told from the tensors when None.
+        architecture: The dense network, such as `resnet50` or `vgg16_bn_cifar`; None guesses it from the tensors.
 
     Returns:
         `norton_<architecture>` or `coring_<architecture>` (the dense network where nothing is compressed) with the
@@ -49,6 +49,10 @@ def convert_authors_checkpoint(path: str | Path, architecture: str | None = None
 
     Raises:
         ValueError: The file cannot be read safely, or does not fit: everything that is wrong is listed.
+
+    Example:
+        >>> model = convert_authors_checkpoint('resnet_56.pt', 'resnet56_cifar')
+        >>> save(model, 'resnet56.safetensors')
     """
     path = Path(path)
     payload = read_checkpoint(path)

@@ -1,4 +1,4 @@
-"""One builder for every entrypoint of ours: timm's, with our places for weights and our key names before it."""
+"""The one builder of our entrypoints: timm's builder, with our search for weights and our conversion of key names."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from norton_timm.layers import CPDConv2d, first_conv
 
 
 def build_network(model_cls: Callable[..., nn.Module], variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
-    """Timm's `build_model_with_cfg` with weights looked up as `norton_timm.checkpoints.locate` says.
+    """Timm's `build_model_with_cfg`, with weights found by `norton_timm.checkpoints.locate`.
 
     Args:
         model_cls: Makes the network from the keyword arguments that are left.
@@ -50,7 +50,7 @@ def tag_of(variant: str, pretrained_cfg: str | dict[str, Any] | PretrainedCfg | 
 
 
 def adapt_state_dict(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Key names of common CIFAR code and of the authors' releases -> ours; other files pass unchanged.
+    """Converts key names of common CIFAR code and of the authors' releases to ours; other files pass unchanged.
 
     A decomposed stem is adapted to another number of image channels as timm adapts a dense one: the factor of the
     input mode is summed or repeated, which does the same to the kernel.

@@ -50,7 +50,7 @@ def tags() -> dict[str, dict[str, dict[str, Any]]]:
 
 
 def published_accuracy(name: str) -> dict[str, float]:
-    """What the authors printed for `norton_resnet50.r078`, or for a base such as `resnet50`: top1, maybe top5, in %."""
+    """The authors' figures for `norton_resnet50.r078`, or for a base such as `resnet50`: top1, maybe top5, in %."""
     table = _read('accuracy.yaml')
     variant, _, tag = name.partition('.')
     method, _, base = variant.partition('_')
@@ -60,9 +60,9 @@ def published_accuracy(name: str) -> dict[str, float]:
 
 
 def uniform_rates(model: nn.Module, rate: float) -> str:
-    """The list of rates of a timm ResNet that nobody published one for: stem 0, stages `rate` / 2, inner widths `rate`.
+    """A list of rates for a timm ResNet without a published one: stem 0, stages `rate` / 2, inner widths `rate`.
 
-    Stage outputs are summed over a whole stage, so that a channel less there costs more accuracy than inside a block.
+    Stage outputs are summed over a whole stage, so removing a channel there costs more accuracy than inside a block.
     """
     layout = layout_of(model)
     if layout is None or not isinstance(model, ResNet):
@@ -102,6 +102,10 @@ def spec_of(
 
     Raises:
         ValueError: An unknown name or tag, or a rank for CORING, which never decomposes.
+
+    Example:
+        >>> spec = spec_of('norton_resnet50.r078')
+        >>> small, report = compress(model, spec_of('norton_resnet50', rank=2))
     """
     variant, _, tag = name.partition('.')
     method, _, base = variant.partition('_')
@@ -126,7 +130,7 @@ def spec_of(
 
 
 def spec_for(method: str, base: str, **fields: Any) -> CompressionSpec:
-    """A recipe in the authors' sense: one rank is for every 3x3 convolution, the stem of CIFAR networks included."""
+    """A recipe in the authors' sense: one rank holds for every 3x3 convolution, the stem of CIFAR networks included."""
     rank = fields.pop('rank', 0)
     if method == 'norton' and isinstance(rank, int) and not isinstance(rank, bool):
         CompressionSpec(method=method, rank=rank)  # a plain number is checked before it is put behind a pattern
@@ -162,7 +166,7 @@ def build_compressed(method: str, base: str, pretrained: bool, **kwargs: Any) ->
 
 
 def compressed_model(base: str, spec: CompressionSpec, form: str | None = None, **kwargs: Any) -> nn.Module:
-    """The dense network with the shapes of `spec`; its head is put on last, since outputs are never pruned."""
+    """The dense network with the shapes of `spec`; its head is added last, since outputs are never pruned."""
     from norton_timm.compression import reshape
     from norton_timm.layers import set_form
 
@@ -190,7 +194,7 @@ def _own_source(kwargs: dict[str, Any]) -> bool:
 
 
 def same_shapes(a: CompressionSpec, b: CompressionSpec) -> bool:
-    """Whether two recipes give one network the same shapes; a list of rates may leave zeros at its end out."""
+    """Whether two recipes give one network the same shapes; zeros at the end of a list of rates do not count."""
 
     def key(spec: CompressionSpec) -> tuple[Any, Any]:
         rates = [] if spec.rates == 0 else spec.rate_list()  # one rate of 0 is a list of zeros

@@ -1,4 +1,4 @@
-"""What a compression starts from: a timm model with weights from timm, from a file, or random; a recipe."""
+"""What a compression starts from: a timm model with weights from timm, from a file, or random, and a recipe."""
 
 from __future__ import annotations
 
@@ -31,6 +31,10 @@ def dense_model(name: str, pretrained: bool = False, checkpoint: Path | None = N
 
     Raises:
         ValueError: an unknown name, both sources, weights that are not there or do not fit.
+
+    Example:
+        >>> model = dense_model('resnet50', pretrained=True)
+        >>> model = dense_model('resnet56_cifar', checkpoint=Path('resnet56.pt'), num_classes=10)
     """
     if not is_model(name.partition('.')[0]) or ':' in name:
         near = difflib.get_close_matches(name.partition('.')[0], timm.list_models(), 3)
@@ -47,10 +51,10 @@ def dense_model(name: str, pretrained: bool = False, checkpoint: Path | None = N
 
 
 def set_normalisation(model: nn.Module, mean: Sequence[float] | None, std: Sequence[float] | None) -> None:
-    """Note in a timm model how its images were normalised, where its own configuration says otherwise.
+    """Record in a timm model's configuration how its images were normalised.
 
     Args:
-        model: the network; files written of it carry the note.
+        model: the network; files saved of it carry the record.
         mean: of red, green and blue, for values in 0..1.
         std: of the same; None for both leaves the model's own.
 

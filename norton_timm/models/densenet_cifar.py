@@ -15,7 +15,7 @@ from norton_timm.models.cifar import CifarNet, cifar_cfg
 
 
 class DenseLayer(nn.Module):
-    """Batch norm, ReLU and a 3x3 convolution whose `growth` maps are appended to the input."""
+    """Batch norm, ReLU and a 3x3 convolution; its `growth` maps are appended to the input."""
 
     def __init__(self, in_chs: int, growth: int, device=None, dtype=None):
         super().__init__()

@@ -1,4 +1,4 @@
-"""MobileNetV2 (Sandler et al. 2018) for CIFAR: strides of the stem, of the second and of the last stages taken out."""
+"""MobileNetV2 (Sandler et al. 2018) for CIFAR: the stem and the second stage have stride 1 instead of 2."""
 
 from __future__ import annotations
 

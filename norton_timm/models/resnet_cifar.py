@@ -24,8 +24,8 @@ class BasicBlock(nn.Module):
         in_chs: Channels of the input (N, in_chs, H, W).
         out_chs: Channels of the output (N, out_chs, H / stride, W / stride).
         stride: Stride of the first convolution.
-        first: The stage's first block, whose shortcut is a `ChannelMap` even where it changes nothing: pruning
-            may give the two sides of it different channels.
+        first: This is the stage's first block. Its shortcut is a `ChannelMap` even where it changes nothing, because
+            pruning may give its two sides different channels.
     """
 
     def __init__(self, in_chs: int, out_chs: int, stride: int = 1, first: bool = False, device=None, dtype=None):

@@ -1,5 +1,5 @@
-"""From a budget to a recipe: what each layer loses at each rank and width, what it costs, and the choice of least
-error within the budget.
+"""From a budget to a recipe: the error and cost of each layer at each rank and width, and the choice of least error
+within the budget.
 """
 
 from norton_timm.search.budget import find_spec

@@ -15,7 +15,7 @@ _SLACK = 0.005  # share of the target that a choice may leave unused
 
 @dataclass
 class Choice:
-    """A candidate: kept classes per group (groups,), and per cost term the number of its rank option (terms,)."""
+    """A candidate: kept classes per group (groups,), and the index of the rank option per cost term (terms,)."""
 
     keep: np.ndarray
     option: np.ndarray
@@ -29,8 +29,8 @@ class Allocator:
     """Minimises total weighted NMSE at a given cost by the Lagrangian ``error + price * cost``.
 
     With the ranks fixed, the error is a sum of terms like 1 / kept and the cost a sum of products of kept
-    channels: a geometric program, convex in the logarithms, which coordinate descent solves. Ranks are a choice
-    from a few options per layer, settled in the same descent from several starts.
+    channels. This is a geometric program, convex in the logarithms, and coordinate descent solves it. Ranks are
+    chosen from a few options per layer in the same descent, from several starts.
 
     Args:
         costs: the cost model of the dense network.
@@ -63,14 +63,12 @@ class Allocator:
         self.unit = max(self.cost(self.dense()), 1e-12)
 
     def read_selection(self) -> None:
-        """Take over the table's curves of what selection leaves of each layer."""
+        """Read the curves of the energy that selection leaves in each layer from the table."""
         index = self.costs.index
         self.members = {
             g: ([index[n] for n in who if n in index], curves[[n in index for n in who]])
             for g, (who, curves) in self.table.left_at_keep.items()
         }
-
-    # ---- what a choice costs and loses
 
     def dense(self) -> Choice:
         """Everything kept, nothing decomposed."""
@@ -103,8 +101,6 @@ class Allocator:
         """Total weighted NMSE by the table."""
         left = self._kept_energy(choice) * np.array([v[o] for v, o in zip(self.left, choice.option)])
         return float((self.weight * (1 / left - 1)).sum())
-
-    # ---- descent at one price
 
     def descend(self, price: float, choice: Choice, fixed_ranks: bool = False) -> Choice:
         """Coordinate descent on ``error + price * cost / dense cost`` from ``choice``."""
@@ -158,14 +154,12 @@ class Allocator:
         slope = makes @ (a * n_in[near] + beta[near]) + n_out[near] @ (a * reads)
         return float(slope), float((a * makes) @ reads)
 
-    # ---- a target
-
     def least(self) -> Choice:
         """The cheapest choice."""
         return self.descend(1e12, self.descend(1e6, self.dense()))
 
     def solve(self, target: float) -> list[Choice]:
-        """Good choices whose cost is at most ``target`` and, if possible, close to it; the best by the table first."""
+        """Good choices that cost at most ``target`` and, if possible, little less; the best by the table first."""
         starts = [*self._bracket(target, self.dense(), False)]
         starts += [self.uniform(r) for r in sorted({r for k in self.ranked for r in self.options[k]})]
         found: dict[bytes, Choice] = {}
@@ -182,7 +176,7 @@ class Allocator:
         return self.fill(below, target) if self.cost(below) <= target else None
 
     def one_rate(self, rank: int, target: float) -> tuple[Choice, Choice] | None:
-        """One rank and one rate for all that meets the target, and the same with the rest of the budget spent."""
+        """The choice with one rank and one rate that meets the target, and the same with the whole budget spent."""
         widths = self.costs.widths.astype(int)
 
         def at(rate: float) -> Choice:
@@ -199,7 +193,7 @@ class Allocator:
         return (choice, self.fill(choice, target)) if self.cost(choice) <= target else None
 
     def order(self, choice: Choice, target: float) -> tuple[bool, float]:
-        """A choice that leaves much of the budget unused comes after all that meet it."""
+        """Sort key: smaller errors first, but choices that leave much of the budget unused last."""
         return self.cost(choice) < (1 - _SLACK) * target, self.error(choice)
 
     def _bracket(self, target: float, start: Choice, fixed_ranks: bool) -> tuple[Choice, Choice]:
@@ -269,7 +263,7 @@ class Allocator:
         return float(np.median(prices)) if prices else 1.0
 
     def key(self, choice: Choice) -> tuple[str, bytes, bytes]:
-        """What tells one choice from another."""
+        """A key that identifies a choice."""
         return self.kind, choice.keep.tobytes(), choice.option.tobytes()
 
     def ranks(self, choice: Choice) -> dict[str, int]:

@@ -46,9 +46,9 @@ def find_spec(
 ) -> CompressionSpec:
     """A spec with which ``compress`` meets one target, at the least total weighted NMSE that was found.
 
-    Every layer gets a rank and every coupled group a rate of its own (named by one of its layers). What is minimised
-    is :func:`norton_timm.search.weighted_nmse`. The stem's rank and the channels of the stem and of the last
-    convolution are left alone.
+    Every layer gets its own rank and every coupled group its own rate (named by one of its layers). The search
+    minimises :func:`norton_timm.search.weighted_nmse`. The stem is not decomposed, and the channels of the stem and of
+    the last convolution are kept.
 
     Args:
         model: any convolutional network; it is not changed.
@@ -59,11 +59,15 @@ def find_spec(
         memory_mb: megabytes (10^6 bytes) of weights and of activations alive at once in inference, see
             :func:`norton_timm.profiling.peak_memory`; met within 1 %.
         method: ``norton`` (ranks and rates) or ``coring`` (rates only).
-        calibration: input batches, labels ignored; a layer's error then weighs as much as the outputs mind it.
+        calibration: input batches, labels ignored; each layer's error is then weighted by its effect on the outputs.
         example_input: what the model's ``forward`` takes; by default one random image of the model's own size.
 
     Raises:
-        ValueError: not exactly one target, or one that cannot be met, with what can.
+        ValueError: not exactly one target, or a target that cannot be met; the message says what can.
+
+    Example:
+        >>> spec = find_spec(model, macs=0.5)
+        >>> small, report = compress(model, spec)
     """
     targets = {'macs': macs, 'params': params, 'latency_ms': latency_ms, 'memory_mb': memory_mb}
     given = {name: value for name, value in targets.items() if value is not None}
@@ -75,7 +79,11 @@ def find_spec(
 
 
 def check_target(kind: str, value: Any) -> None:
-    """Raises: ValueError: a target that is no positive number, or a fraction above 1."""
+    """Check a target.
+
+    Raises:
+        ValueError: it is no positive number, or a fraction above 1.
+    """
     number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > 0
     if not number or (kind in ('macs', 'params') and value > 1):
         wanted = 'the fraction to keep, above 0 and at most 1' if kind in ('macs', 'params') else 'a positive number'
@@ -90,7 +98,7 @@ class Budget:
 
     Attributes:
         table: the sensitivity table.
-        measure_seconds: how long a latency is measured.
+        measure_seconds: seconds for which a latency is measured.
     """
 
     def __init__(
@@ -120,8 +128,6 @@ class Budget:
             self._allocators[kind] = Allocator(self.costs, self.table, kind)
         return self._allocators[kind]
 
-    # ---- from a choice to a spec and to a network
-
     def spec(self, choice: Choice, allocator: Allocator) -> CompressionSpec:
         """The recipe of a choice: exact layer names, one per coupled group."""
         rates = {}
@@ -139,15 +145,13 @@ class Budget:
         """MACs and parameters of a network, counted by running it."""
         return Complexity(layer_macs(model, self.example_input)[''], count_params(model))
 
-    # ---- targets
-
     def solve(self, allocator: Allocator, budget: float, settle: bool = True) -> Choice:
-        """The choice of least error at a cost budget, with the selection that its own ranks lead to.
+        """The choice of least error at a cost budget, with the filters selected at its own ranks.
 
         Args:
             allocator: the solver, which says what the budget limits.
             budget: in the unit of the cost.
-            settle: also work out the errors of uniform settings that come close.
+            settle: also compute the exact errors of uniform settings that come close.
         """
         refresh_selection(self.table, self.graph, self.method, {})
         allocator.read_selection()
@@ -170,10 +174,10 @@ class Budget:
         return allocator.order(choice, budget)[0], self.error(choice, allocator)
 
     def _settle(self, found: list[Choice], allocator: Allocator, budget: float) -> Choice:
-        """The best of ``found``; where a uniform setting comes close by the table, all close ones are worked out.
+        """The best of ``found``; where a uniform setting comes close by the table, exact errors of all close ones decide.
 
-        Random starts of the decomposition make the selection of a group vary by more than the table resolves; the
-        fewer channels there are in all, the less it averages out.
+        Random starts of the decomposition make the selection of a group vary by more than the table resolves. In
+        networks of few channels this averages out less.
         """
         share = min(0.1, 2 / math.sqrt(1 + sum(allocator.costs.widths[g] for g in allocator.members)))
         close: list[Choice] = []
@@ -181,7 +185,8 @@ class Budget:
         limit = (limit[0], limit[1] * (1 + share))
         for rank in [0, *sorted({r for k in allocator.ranked for r in allocator.options[k]} - {0})]:
             pair = allocator.one_rate(rank, budget) or ()
-            likely = [c for c in pair if allocator.error(c) <= (1 + share) * limit[1]]  # at any ranks' selection
+            # a rough bound: the table still holds the selection at other ranks
+            likely = [c for c in pair if allocator.error(c) <= (1 + share) * limit[1]]
             close += [c for c in likely if self._order(c, allocator, budget) <= limit]
         if not close:
             return found[0]
@@ -229,7 +234,7 @@ class Budget:
         return self._hit('ms', kind, target, measure)
 
     def _memory(self, target: float) -> CompressionSpec:
-        """Both parameters and MACs shrink memory; of the two ways, the one that loses less."""
+        """Fewer parameters and fewer MACs both save memory: search by each, and take the spec of smaller error."""
 
         def measure(model: nn.Module) -> float:
             return peak_memory(model, self.example_input) / MEGABYTE
@@ -247,7 +252,7 @@ class Budget:
         return min(found, key=lambda pair: pair[0])[1]
 
     def _hit(self, kind: str, name: str, target: float, measure: Callable[[nn.Module], float]) -> CompressionSpec:
-        """Search the budget in the cost model's unit whose network measures ``target``.
+        """Search for the budget, in the cost model's unit, at which the network measures ``target``.
 
         Where the cost model is exact, the first trial is the answer.
         """

@@ -1,4 +1,4 @@
-"""What a candidate costs, from shapes traced once: no forward pass per candidate."""
+"""The cost of a candidate, computed from shapes that are traced once, without a forward pass per candidate."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ class CostModel:
     """MACs and parameters of any choice of kept channels and ranks.
 
     Each layer costs ``out * (alpha * in + beta)``, where ``in`` and ``out`` are linear in the numbers of channel
-    classes that the coupled groups keep. Exact where every class of a group appears equally often in a layer,
-    which is so but for channels that are split or sliced at places fixed in code.
+    classes that the coupled groups keep. This is exact where every class of a group appears equally often in a
+    layer: always, except for channels that are split or sliced at places fixed in code.
 
     Args:
         model: the dense network.

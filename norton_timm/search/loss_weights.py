@@ -1,4 +1,4 @@
-"""How much the loss minds an error in each layer, measured on a few images without labels."""
+"""Weights of the layers' errors: how much an error in each layer changes the outputs, on a few images without labels."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from norton_timm.tensors import cp_decompose, cp_reconstruct
 from norton_timm.utils import evaluating, tensors_in
 
 _PROBED_NMSE = 0.2  # the error that a layer is given: large enough to show, small enough that the loss is still smooth
-_LEAST_WEIGHT = 1e-3  # of the mean: no layer is free of cost
+_LEAST_WEIGHT = 1e-3  # share of the mean: no layer's error is free
 
 
 def check_calibration(calibration: Iterable[Any]) -> list[Any]:
@@ -54,8 +54,8 @@ def loss_weights(
 ) -> dict[str, float]:
     """Weight of each layer's error: divergence of the outputs from the dense model's per unit of NMSE / (1 - NMSE).
 
-    One layer at a time is given the error that compression would give it (its filters at a low rank, or a quarter
-    of them removed), and the calibration batches are run. The weights are scaled to a mean of 1.
+    One layer at a time gets an error like that of compression (its filters at a low rank, or a quarter of them
+    removed), and the calibration batches are run. The weights are scaled to a mean of 1.
 
     Args:
         model: the dense network; it is not changed.

@@ -1,11 +1,11 @@
-"""How much each layer loses at each rank and each number of kept channels: the table that a budget is met from.
+"""The sensitivity table: how much each layer loses at each rank and at each number of kept channels.
 
 The error of a layer is the *NMSE* of its weights, ``|W - W'|^2 / |W|^2``, where W' holds the rank-R filters and
-zeros in place of the filters that left. What the next layer sees is that error against the signal that is left,
-because normalisation (or fine-tuning) scales the output back: ``NMSE / (1 - NMSE)``, the *weighted NMSE* once it
-is multiplied by the layer's weight. Weights are 1 without data, and measured from the loss with calibration
-images. The total is the sum over all convolutions; a channel that several layers make together counts in each of
-them, and a depthwise layer makes no channels of its own.
+zeros in place of the removed filters. The next layer sees this error relative to the signal that is left,
+``NMSE / (1 - NMSE)``, because normalisation (or fine-tuning) scales the output back. Multiplied by the layer's weight
+it is the *weighted NMSE*. Weights are 1 without data, and measured from the loss with calibration images. The total is
+the sum over all convolutions; a channel that several layers make together counts in each of them, and a depthwise
+layer makes no channels of its own.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def measure_sensitivity(model: nn.Module, graph: ChannelGraph, method: str = 'no
 
 
 def refresh_selection(table: Sensitivity, graph: ChannelGraph, method: str, ranks: Mapping[str, int]) -> None:
-    """Set ``left_at_keep`` to what the selection of ``compress`` leaves at these ranks, on which distances depend."""
+    """Set ``left_at_keep`` to what the selection of ``compress`` leaves at these ranks; distances depend on them."""
     spec = CompressionSpec(method=method)
     other = max(ranks.values(), default=1)
     for number in table.least:
@@ -205,14 +205,17 @@ def weighted_nmse(
 ) -> float:
     """Total weighted NMSE of ``compress(model, spec)``: the sum over layers of ``weight * NMSE / (1 - NMSE)``.
 
-    ``find_spec`` minimises this figure for the target it is given. See the module's text for why the error is taken
-    against what is left of a layer.
+    ``find_spec`` minimises this figure for its target. The module's docstring says why the error is relative to what is
+    left of a layer.
 
     Args:
         model: the dense network.
         spec: any recipe, uniform or per layer.
         example_input: what the model's ``forward`` takes.
-        weights: weight by layer name, 1 where not named (:func:`norton_timm.search.loss_weights`).
+        weights: weight by layer name, 1 where not named (:func:`norton_timm.search.loss_weights.loss_weights`).
+
+    Example:
+        >>> weighted_nmse(model, CompressionSpec(rank=1, rates=0.3))
     """
     errors = layer_errors(model, spec, example_input)
     weights = weights or {}

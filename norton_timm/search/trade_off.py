@@ -1,4 +1,4 @@
-"""The trade-off curve of a network: the least error at each budget."""
+"""The trade-off curve of a network, which is the least error at each budget, and its picture."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class TradeOffPoint:
 def trade_off_of(budget: Budget, kind: str = 'macs', fractions: Sequence[float] | None = None) -> list[TradeOffPoint]:
     """Least error found at each budget, from large budgets to small ones.
 
-    The curve is monotone: a budget never does worse than a smaller one, whose choice it may take over.
+    The curve is monotone: where a smaller budget did better, the larger one takes over its choice.
 
     Args:
         budget: the search on one model.
@@ -81,7 +81,12 @@ def trade_off(
     calibration: Iterable[Any] | None = None,
     example_input: Any = None,
 ) -> list[TradeOffPoint]:
-    """The trade-off curve of a model, see :func:`trade_off_of`; arguments as for :func:`norton_timm.find_spec`."""
+    """The trade-off curve of a model, see :func:`trade_off_of`; arguments as for :func:`norton_timm.find_spec`.
+
+    Example:
+        >>> points = trade_off(model, 'macs', [0.3, 0.5, 0.7])
+        >>> [(point.macs, point.error) for point in points]
+    """
     return trade_off_of(Budget(model, method, calibration, example_input), kind, fractions)
 
 
@@ -101,6 +106,10 @@ def plot_trade_off(
 
     Raises:
         ValueError: no points, an unknown kind, another file type, or a file that cannot be written.
+
+    Example:
+        >>> curves = {method: trade_off(model, method=method) for method in ('norton', 'coring')}
+        >>> plot_trade_off(curves, 'trade_off.png')
     """
     named = dict(curves) if isinstance(curves, Mapping) else {'': curves}
     path = Path(path)

@@ -38,11 +38,11 @@ def cp_decompose(
 ) -> CPFactors:
     """Rank-`rank` CPD of each filter of a convolution.
 
-    The input mode is compressed exactly first: a filter's unfolding `(I, Kh*Kw)` has rank at most Kh*Kw, so ALS runs
-    on a `(min(I, Kh*Kw), Kh, Kw)` tensor, and C follows from A and B by least squares on the weight itself. All
-    filters and all starts (one from the HOSVD, `restarts` random ones) iterate together; converged ones drop out; the
-    best start of each filter is returned. Two cases need no iteration: filters that are matrices (a mode of size 1)
-    are solved by the SVD, and from rank `min(I*Kh, I*Kw, Kh*Kw)` on (eq. 8) every filter is exact in closed form.
+    The input mode is compressed exactly first: a filter's unfolding `(I, Kh*Kw)` has rank at most Kh*Kw, so alternating
+    least squares (ALS) runs on a `(min(I, Kh*Kw), Kh, Kw)` tensor, and C follows from A and B by least squares on the
+    weight itself. All filters and all starts (one from the HOSVD, `restarts` random ones) iterate together; converged
+    ones drop out; the best start of each filter is returned. Two cases need no iteration: filters that are matrices (a
+    mode of size 1) are solved by the SVD, and from rank `min(I*Kh, I*Kw, Kh*Kw)` on (eq. 8) a closed form is exact.
 
     Args:
         weight: `(O, I, Kh, Kw)`, float32 or float64 (half types are computed in float64 too); any memory layout.

@@ -1,5 +1,5 @@
-"""Classifiers trained and evaluated: data, the one loop, distillation, metrics, and the run that compresses, repairs
-and trains.
+"""Training and evaluation of classifiers: data, the one loop, distillation, metrics, and the run that compresses,
+repairs and trains.
 """
 
 from norton_timm.training.config import TrainConfig, load_train_config

@@ -18,7 +18,7 @@ TIMM_SCHEDULES = ('cosine', 'tanh', 'poly')
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What is read, and how it is varied."""
+    """Which data are read, and how they are augmented."""
 
     source: str = 'cifar10'  # see norton_timm.training.open_data
     workers: int = 4  # loading processes; images held in memory need none
@@ -65,13 +65,12 @@ class TrainConfig(Settings):
     """One run: dense network, compression, repair, training."""
 
     model: str = 'norton_resnet56_cifar.r071'  # a timm name; a compressed tag is made from its dense network
-    weights: str | None = (
-        None  # file with those of the dense network; None: random, or the published ones with `pretrained`
-    )
+    # file with the weights of the dense network; None: random, or the published ones with `pretrained`
+    weights: str | None = None
     pretrained: bool = False
     recipe: str | None = None  # compress by this: a tag or a YAML file; None: the tag's own, or no compression
-    start: str | None = None  # go on from this network of `norton_timm.save`, compressed by the same recipe
-    start_share: float = 0.0  # of that network in the average of both ends that is kept (Izmailov et al., 2018)
+    start: str | None = None  # continue from this file of `norton_timm.save`, compressed by the same recipe
+    start_share: float = 0.0  # weight of `start` in the average with the result that is kept (Izmailov et al., 2018)
     shot_epochs: int = 0  # training between the rounds of a K-shot recipe, in epochs
     seed: int = 0
     deterministic: bool = False  # only operations that give equal bits each time; slower on a GPU

@@ -1,4 +1,4 @@
-"""Batches of images with class labels: of small images held in memory, or of what timm's loader reads."""
+"""Batches of images with class labels: from small images held in memory, or from timm's loader."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _PAD = 4  # pixels of zeros around a CIFAR image before the random crop
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What a network expects of its input; for values in 0..1."""
+    """What a network expects of its images; `mean` and `std` are for values in 0..1."""
 
     input_size: tuple[int, int]  # height, width in pixels
     mean: tuple[float, ...]
@@ -31,7 +31,7 @@ class Preprocessing:
 
     @classmethod
     def from_cfg(cls, cfg: Mapping[str, Any]) -> Preprocessing:
-        """What timm's description of a network, its `pretrained_cfg`, says."""
+        """The preprocessing that a network's `pretrained_cfg` describes."""
         found = resolve_data_config(pretrained_cfg=dict(cfg))
         size, mean, std = (tuple(found[key]) for key in ('input_size', 'mean', 'std'))
         return cls(size[1:], mean, std, found['interpolation'], found['crop_pct'])
@@ -179,7 +179,7 @@ class LoadedData:
 
 
 class _Part(Dataset):
-    """Some images of a data set, with a transform of their own, which timm's loader sets."""
+    """Some images of a data set, with their own transform, which timm's loader sets."""
 
     def __init__(self, dataset: Any, indices: list[int]) -> None:
         self.dataset, self.indices, self.transform = dataset, indices, None

@@ -32,7 +32,7 @@ class Distillation:
             raise ValueError('distill.features is above 0, but no feature map of student and teacher has equal width')
 
     def loss(self, forward: nn.Module, images: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
-        """Cross-entropy, soft labels of the teacher, and error of the features, weighted.
+        """Weighted sum of cross-entropy, divergence from the teacher's soft labels, and error of the features.
 
         Args:
             forward: the student, perhaps compiled or wrapped.

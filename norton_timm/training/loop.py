@@ -56,7 +56,12 @@ def evaluate(
         `top1` and `top5` in percent, and `loss`, the mean cross-entropy.
 
     Raises:
-        FloatingPointError: NaN or infinite weights or answers.
+        FloatingPointError: NaN or infinite weights or outputs.
+        ValueError: a test split without images.
+
+    Example:
+        >>> data = open_data('cifar10', Preprocessing.from_cfg(model.pretrained_cfg), torch.device('cpu'))
+        >>> evaluate(model, data, torch.device('cpu'))['top1']
     """
     sums = torch.zeros(4, dtype=torch.float64, device=device)
     with evaluating(model):
@@ -82,9 +87,9 @@ def evaluate(
 class Trainer:
     """Trains a network on labels and, if there is one, on its teacher.
 
-    All that is random in a step follows from seed, epoch and step. A checkpoint is written after each epoch, and after
-    the step at which Ctrl-C or SIGTERM arrived: a run that was stopped at any moment and started again gives the same
-    weights (on one machine's CPU, bit for bit).
+    Seed, epoch and step determine all that is random in a step. A checkpoint is written after each epoch, and after the
+    step at which Ctrl-C or SIGTERM arrived. A run that was stopped at any moment and started again therefore gives the
+    same weights (on one machine's CPU, bit for bit).
 
     Args:
         model: the network; it is trained in place.
@@ -93,12 +98,19 @@ class Trainer:
         output: folder for `metrics.jsonl`, TensorBoard's files (where it is installed) and the checkpoint.
         device: where to train.
         seed: of order, augmentation and dropout.
-        teacher: what the network learns from beside the labels.
+        teacher: dense network to learn from beside the labels.
         mixup, cutmix: alpha of each, 0 for none.
         channels_last: layout of images and weights.
         compile: run through torch.compile.
         checkpoint: name of the checkpoint; phases of one run each have their own.
         progress: show a progress bar.
+
+    Raises:
+        ValueError: too few training images for one step.
+
+    Example:
+        >>> trainer = Trainer(model, data, OptimConfig(epochs=5), Path('runs/cls'), device=torch.device('cpu'))
+        >>> trainer.run()['top1']
     """
 
     def __init__(
@@ -152,7 +164,7 @@ class Trainer:
         return self.model if self.ema is None else self.ema.module
 
     def run(self) -> dict[str, float]:
-        """Train from the checkpoint, if there is one, to the end; the accuracy of the last epoch."""
+        """Train to the end, from the checkpoint if there is one; returns the accuracy after the last epoch."""
         if self.checkpoint.is_file():
             self._resume()
         with contextlib.ExitStack() as stack:
@@ -176,7 +188,7 @@ class Trainer:
         return self.results
 
     def _evaluate(self, signals: HeldSignals) -> dict[str, float]:
-        """Accuracy after the epoch's last step; interrupted, it is done again when the run goes on."""
+        """Accuracy after the epoch's last step; after an interruption the resumed run evaluates again."""
         try:
             with signals.released():
                 return evaluate(self.trained, self.data, self.device, amp=self.optim.amp)
@@ -185,7 +197,7 @@ class Trainer:
             raise
 
     def _epoch(self, signals: HeldSignals) -> dict[str, float]:
-        """What is left of an epoch; its row of metrics. The loss is watched, so that no epoch with NaN is ever kept."""
+        """Train the rest of an epoch; returns its row of metrics. An epoch with a loss of NaN is never kept."""
         self.wrapped.train()
         total = torch.tensor(self.loss, device=self.device)
         began, first = time.perf_counter(), self.step
@@ -228,7 +240,7 @@ class Trainer:
         random.seed(key)  # and its augmentations from this, where there is no loading process
 
     def _step(self, batches: Iterator[Batch]) -> Tensor:
-        """One step of the optimiser; the loss."""
+        """Take one step of the optimiser; returns the loss."""
         total = torch.zeros((), device=self.device)
         for k in range(self.optim.accumulate):
             images, labels = next(batches)

@@ -1,4 +1,4 @@
-"""What a run measures of itself: rows in `metrics.jsonl`, and the same figures for TensorBoard if it is installed."""
+"""Metrics of a run: rows in `metrics.jsonl`, and the same figures for TensorBoard if it is installed."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class MetricsWriter:
 
     Args:
         folder: where `metrics.jsonl` and the folder `tensorboard` go.
-        done: steps done so far. Rows of later steps, which the checkpoint has not seen, are dropped, for they will
-            be written again; 0 begins anew.
-        tensorboard: whether to write for TensorBoard; None where it is installed. True without it is logged once.
+        done: steps done so far. Rows of later steps, which the checkpoint does not cover, are dropped, because they
+            will be written again; 0 begins anew.
+        tensorboard: write for TensorBoard; None: only if it is installed. True without it logs a warning.
         step: the key of a row that counts the steps.
         run: name of this run where several write to one folder; each row carries it, and rows of others are left.
     """

@@ -1,4 +1,4 @@
-"""A whole run: dense network -> compressed -> repaired without labels -> trained -> kept, with its figures."""
+"""A whole run: a dense network is compressed, repaired without labels, trained, measured and saved."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Any, cast
 import timm
 import torch
 from timm.models import PretrainedCfg
+from timm.utils import distribute_bn
 from torch import nn
 
 from norton_timm.checkpoints import base_name, dense_name, load, read_metadata, save
@@ -27,12 +28,12 @@ from norton_timm.training.distill import Distillation
 from norton_timm.training.loop import Trainer, evaluate
 from norton_timm.training.sources import open_data
 from norton_timm.utils import (
-    average_statistics,
     is_main,
     read_plain,
     read_plain_file,
     settings_from,
     wait_for_all,
+    world_size,
     write_text,
 )
 
@@ -42,7 +43,7 @@ CONFIG, STAGES, CALIBRATED = 'config.yaml', 'stages.json', 'calibrated.safetenso
 MODEL, RESULTS = 'model.safetensors', 'results.json'
 TOP1 = ('top1_dense', 'top1_teacher', 'top1_compressed', 'top1_repaired', 'top1_start', 'top1')
 FIGURES = ('nmse', *TOP1, 'top5', 'loss')
-_NORM_IMAGES = 8192  # for the batch norms of averaged weights
+_NORM_IMAGES = 8192  # training images that re-estimate the batch norms of averaged weights
 
 
 def preprocessing_of(name: str, config: TrainConfig) -> Preprocessing:
@@ -64,7 +65,7 @@ def spec_of_run(config: TrainConfig) -> CompressionSpec | None:
 
 
 class Recovery:
-    """A run in a folder; started again, it goes on where it was.
+    """A run in a folder; started again, it continues where it stopped.
 
     Args:
         config: the run.
@@ -74,6 +75,10 @@ class Recovery:
 
     Raises:
         ValueError: the folder holds another run; wrong names, weights or data.
+
+    Example:
+        >>> config = TrainConfig(model='norton_resnet56_cifar.r071', weights='resnet56_cifar.pt')
+        >>> Recovery(config, Path('runs/r071'), torch.device('cpu')).run()['top1']
     """
 
     def __init__(self, config: TrainConfig, output: Path, device: torch.device, progress: bool = True) -> None:
@@ -130,7 +135,8 @@ class Recovery:
                 size = self.config.optim.batch_size
                 batches = self.data.train_batches(trainer.epoch, size, self.config.seed)
                 reestimate_batch_norm(model, itertools.islice(batches, _NORM_IMAGES // size + 1))
-                average_statistics(model)
+                if world_size() > 1:
+                    distribute_bn(model, world_size(), reduce=True)
         model = model.eval().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         accuracy = evaluate(model, self.data, self.device)  # in full precision, whatever the training's was
         self.facts.update({'top1': accuracy['top1'], 'top5': accuracy['top5'], 'loss': accuracy['loss']})
@@ -153,7 +159,7 @@ class Recovery:
             if is_main():
                 save(model, done)
             wait_for_all()
-        return load(done).to(self.device)  # also in a run that was not stopped: both go on with the same network
+        return load(done).to(self.device)  # every run loads the file, so that a resumed one has the same network
 
     def _start(self, path: Path) -> nn.Module:
         """A network that was compressed, and perhaps trained, before.
@@ -189,7 +195,7 @@ class Recovery:
             self._trainer(model, shot).run()
 
     def _trainer(self, model: nn.Module, shot: int = 0) -> Trainer:
-        """The loop of the run, or of what lies between two rounds of a K-shot recipe."""
+        """The training loop of the run, or of the epochs between two rounds of a K-shot recipe."""
         config, teacher = self.config, None
         if self.spec is not None and config.distill.weight:
             wise = copy.deepcopy(self.teacher)
@@ -204,7 +210,7 @@ class Recovery:
         )  # fmt: skip
 
     def _measure(self, key: str, model: nn.Module) -> None:
-        """Top-1 of a network in percent, kept for the case that the run is stopped and started again."""
+        """Measure the top-1 of a network in percent, and store it for a run that is stopped and started again."""
         if key not in self.facts:
             self.facts[key] = evaluate(model, self.data, self.device)['top1']
             log.info('%s: %.2f %%', key.replace('_', ' '), self.facts[key])
@@ -236,9 +242,9 @@ class Recovery:
 def average(model: nn.Module, other: nn.Module, share: float) -> None:
     """Move weights and running statistics towards those of another network of the same shape, in place.
 
-    Ends of two rounds of training lie on two sides of a flat minimum; their mean often generalises better than either
-    (stochastic weight averaging, Izmailov et al., 2018). The statistics of its activations are not the mean of theirs:
-    batch norms want estimating again, on images as in training.
+    Two rounds of training end on two sides of a flat minimum; the mean of both ends often generalises better than
+    either (stochastic weight averaging, Izmailov et al., 2018). Its activations have other statistics than the mean of
+    both: re-estimate the batch norms on images as in training.
     """
     beside = other.state_dict()
     for name, tensor in model.state_dict().items():
@@ -303,10 +309,10 @@ def evaluate_file(
 
 
 def refuse_other_run(output: Path, text: str) -> None:
-    """Look whether a folder holds a run of another configuration than this one.
+    """Refuse a folder that holds a run of another configuration.
 
     Raises:
-        ValueError: it does.
+        ValueError: the folder holds such a run.
     """
     path = output / CONFIG
     if path.is_file() and run_in(path) != run_in(text):
@@ -314,7 +320,7 @@ def refuse_other_run(output: Path, text: str) -> None:
 
 
 def run_in(source: Path | str) -> TrainConfig:
-    """The configuration in a run's own file, or in its text; keys that an older version did not write at their default.
+    """The configuration in a run's file, or in its text; keys that an older version did not write get their default.
 
     Raises:
         ValueError: it is damaged.

@@ -1,4 +1,6 @@
-"""Where labelled images come from: CIFAR-10, an archive of small images, folders of images, timm's named data sets."""
+"""Sources of images: labelled data sets (CIFAR-10, archives of small images, folders, timm's named data sets), and
+images for calibration.
+"""
 
 from __future__ import annotations
 
@@ -44,6 +46,10 @@ def open_data(
 
     Raises:
         ValueError: nothing is there, or it is not such a data set; the message says what to pass.
+
+    Example:
+        >>> preprocessing = Preprocessing.from_cfg(model.pretrained_cfg)
+        >>> data = open_data('cifar10', preprocessing, torch.device('cpu'))
     """
     augmentation = dict(augmentation or {})
     if source == 'cifar10':
@@ -77,13 +83,15 @@ def read_archive(path: Path) -> tuple[Batch, Batch, list[str]]:
     """Images of one size in a tar archive, as uint8 arrays: training split, test split, class names.
 
     Raises:
-        ValueError: no such archive, other folders than `train` and `test`, unreadable images or of several sizes.
+        ValueError: no such archive, other folders than `train` and `test`, unreadable images, or several sizes.
     """
     found: dict[str, list[tuple[str, str, np.ndarray]]] = {'train': [], 'test': []}
     try:
         with tarfile.open(path) as archive:
             for number, member in enumerate(archive):
-                if member.size > _LARGEST_FILE or number >= _MOST_FILES:  # its few bytes may unpack to any size
+                if (
+                    member.size > _LARGEST_FILE or number >= _MOST_FILES
+                ):  # a few compressed bytes may unpack to any size
                     raise ValueError(
                         f'{path}: {member.name[:80]} of {member.size:,} bytes, file {number + 1:,}; expected small '
                         f'images of at most {_LARGEST_FILE:,} bytes, {_MOST_FILES:,} at most'
@@ -169,12 +177,16 @@ def calibration_images(
     Args:
         path: a folder of images (in subfolders too; where there is a folder ``train``, only that), or an archive of
             small images ``train/CLASS/*.jpg`` and ``test/CLASS/*.jpg``.
-        model: a timm model, whose ``pretrained_cfg`` says how images are resized, cropped and normalised.
+        model: a timm model; its ``pretrained_cfg`` says how images are resized, cropped and normalised.
         count: how many images; all of them where there are fewer.
         size: height and width in pixels, if not the model's own.
 
     Raises:
         ValueError: a count below 1, nothing at the path, or files that are no images.
+
+    Example:
+        >>> images = calibration_images(Path('data/imagenet'), model, count=256)
+        >>> small, report = compress(model, spec, calibration=images)
     """
     if count < 1:
         raise ValueError(f'calibration images: got {count}, expected at least 1')

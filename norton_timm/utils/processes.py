@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 
 def rank() -> int:
@@ -33,16 +32,6 @@ def wait_for_all() -> None:
     """Go on when every process has come here."""
     if world_size() > 1:
         dist.barrier()
-
-
-@torch.no_grad()
-def average_statistics(model: nn.Module) -> None:
-    """Give all processes the mean of their running statistics (buffers of floating-point numbers), in place."""
-    if world_size() > 1:
-        for buffer in model.buffers():
-            if buffer.is_floating_point():
-                dist.all_reduce(buffer)
-                buffer /= world_size()
 
 
 def choose_device(name: str = 'auto') -> torch.device:
