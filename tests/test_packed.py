@@ -1,14 +1,17 @@
-"""packed.py: layers of oneDNN compute what plain ones do, and notice new weights, gradients and odd inputs."""
+"""inference/onednn.py: layers compute what plain ones do, and notice new weights, gradients and odd inputs."""
 
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
+import norton_timm
 from norton_timm.inference import onednn as packed
+from norton_timm.inference.fuse import fuse_network
 from norton_timm.inference.onednn import FusedConv2d, FusedLinear, GlobalAverage, onednn_available, packed_bytes
 
 pytestmark = pytest.mark.skipif(not onednn_available(), reason='this PyTorch has no oneDNN')
@@ -99,3 +102,29 @@ def test_a_traced_global_average_has_no_window_of_the_traced_size():
     x = torch.randn(2, 3, 5, 7)
     torch.testing.assert_close(traced(x), x.mean((2, 3), keepdim=True))
     assert 'aten::adaptive_avg_pool2d' in str(traced.graph)
+
+
+@pytest.mark.parametrize(
+    'break_it',
+    [
+        lambda patch: patch.setattr(torch.ops, 'mkldnn', SimpleNamespace()),
+        lambda patch: patch.delattr(torch._C, '_AutoDispatchBelowAutograd'),
+        lambda patch: patch.delattr(torch._C, '_len_torch_dispatch_stack'),
+        lambda patch: patch.setattr(packed, '_product', lambda weight, bias, relu, rows: lambda x: x @ weight.T),
+    ],
+)
+def test_without_an_operator_layers_run_as_plain_pytorch_and_the_log_says_so(break_it, monkeypatch, caplog):
+    conv, x = nn.Conv2d(3, 4, 3), torch.randn(1, 3, 8, 8)
+    network = nn.Sequential(conv, nn.ReLU()).eval().requires_grad_(False)
+    fused, _ = fuse_network(network)
+    with monkeypatch.context() as patch:
+        break_it(patch)
+        onednn_available.cache_clear()
+        try:
+            assert not onednn_available() and not onednn_available()
+            torch.testing.assert_close(fused(x), network(x))
+            assert not any(isinstance(m, packed.Fused) for m in norton_timm.deploy(network, x).modules())
+        finally:
+            onednn_available.cache_clear()
+    assert len([r for r in caplog.records if 'plain PyTorch' in r.message]) == 1
+    assert onednn_available()

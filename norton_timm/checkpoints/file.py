@@ -47,7 +47,7 @@ def save(
         model: a network made from a timm or torchvision model.
         path: a name that ends in ``.safetensors``.
         architecture: the dense model's name, ``resnet50`` or ``torchvision/googlenet``; timm models know theirs.
-        model_kwargs: arguments of the dense model's constructor; by default what the model says of itself.
+        model_kwargs: arguments of the dense model's constructor; by default derived from the model.
         metadata: anything that JSON can hold; :func:`read_metadata` returns it.
 
     Raises:
@@ -250,7 +250,7 @@ def _weights_file(path: str | os.PathLike[str]) -> Path:
 
 
 def _read(path: Path) -> tuple[Recipe, dict[str, Tensor]]:
-    """Recipe and tensors of a file whose checksum holds."""
+    """Read a file's recipe and tensors, and verify its checksum."""
     with path.open('rb') as file:
         start = file.read(2)
     if start in (b'PK', b'\x80\x02', b'\x80\x03', b'\x80\x04', b'\x80\x05', b'\x1f\x8b'):

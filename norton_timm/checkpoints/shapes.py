@@ -131,7 +131,7 @@ def fit_tensors(model: nn.Module, tensors: Mapping[str, Tensor], maps: Mapping[s
 
     Args:
         model: the network before pruning, decomposed where the saved one is; weights may be on the meta device.
-        tensors: every persistent tensor by name, and those other buffers whose shape changed.
+        tensors: every persistent tensor by name, and the other buffers of changed shape.
         maps: input channels of every :class:`ChannelMap`.
 
     Raises:

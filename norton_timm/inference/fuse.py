@@ -28,6 +28,7 @@ from norton_timm.inference.onednn import (
     GlobalAverage,
     PackedCall,
     PixelProduct,
+    below_autograd,
     fusable,
 )
 
@@ -60,7 +61,7 @@ class FusedNetwork(fx.GraphModule):
             if program is not None and current and program.takes(args):
                 if not program.is_unobserved():
                     return by_modules(self, *args)
-                with torch._C._AutoDispatchBelowAutograd():  # which takes 8 us of each call without gradients
+                with below_autograd():
                     return program.run(*args)
             result = by_modules(self, *args)  # packs the weights
             if not current and all(m.packed() for m in self.modules() if isinstance(m, Fused)):

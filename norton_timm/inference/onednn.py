@@ -1,23 +1,70 @@
-"""Convolutions and linear layers that oneDNN runs with what follows them, their weights packed once; CPUs only."""
+"""Convolutions and linear layers that oneDNN runs with what follows them, their weights packed once; CPUs only.
+
+This module is the only one that uses private parts of PyTorch: the operators `torch.ops.mkldnn._*` and four functions
+of `torch._C`. `onednn_available` tries all of them out once. Where one is missing or takes other arguments, layers run
+as plain PyTorch, and the log says so.
+"""
 
 from __future__ import annotations
 
+import functools
+import logging
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+log = logging.getLogger(__name__)
+
 TO_LAST, TO_FIRST = (0, 2, 3, 1), (0, 3, 1, 2)  # channels
 _SMALL = 100_000_000  # MACs up to which a call's overhead tells
 PackedCall = Callable[..., Tensor]
 
 
+@functools.cache
 def onednn_available() -> bool:
-    """Whether this build of PyTorch has oneDNN's fused convolutions."""
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, '_convolution_pointwise')
+    """Whether this build of PyTorch has oneDNN's fused operators, and they compute what they should."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            same = _operators_agree()
+    except (AttributeError, TypeError, RuntimeError, ValueError) as error:
+        reason = str(error).partition('\n')[0]
+        log.warning("layers run as plain PyTorch, slower: oneDNN's operators cannot be used (%s)", reason)
+        return False
+    if not same:
+        log.warning("layers run as plain PyTorch, slower: oneDNN's operators compute something else")
+    return same
+
+
+def _operators_agree() -> bool:
+    """Call every private operator on a tiny layer and compare with the public ones."""
+    x, other = torch.randn(1, 3, 5, 5), torch.randn(1, 4, 5, 5)
+    conv, linear = nn.Conv2d(3, 4, 3, padding=1), nn.Linear(6, 5)
+    rows = torch.randn(7, 6)
+    geometry: list[Any] = [[1, 1], [1, 1], [1, 1], 1]
+    packed = torch.ops.mkldnn._reorder_convolution_weight(conv.weight.detach(), *geometry, tuple(x.shape))
+    plain = conv(x)
+    _is_plain_input(x)
+    with below_autograd():
+        found = [
+            _convolution(packed, conv.bias, geometry, True, False, False)(x),
+            _convolution(packed, conv.bias, geometry, True, True, False)(x, other),
+            _convolution(packed, conv.bias, geometry, False, True, True)(x, other.clone()),
+            _product(linear.weight.detach(), linear.bias, True, len(rows))(rows),
+        ]
+    expected = [plain.relu(), (plain + other).relu(), plain + other, linear(rows).relu()]
+    return all(torch.allclose(a, b, rtol=1e-3, atol=1e-4) for a, b in zip(found, expected))
+
+
+def below_autograd() -> AbstractContextManager[Any]:
+    """A context in which operators skip autograd, which takes 8 us of each call without gradients."""
+    return torch._C._AutoDispatchBelowAutograd()
 
 
 class Fused(nn.Module):
@@ -139,6 +186,10 @@ class GlobalAverage(nn.Module):
 
 def fusable(x: Any) -> bool:
     """Whether oneDNN's calls take this input now: float32 on the CPU, not empty, without autograd or a tracer."""
+    return onednn_available() and _is_plain_input(x)
+
+
+def _is_plain_input(x: Any) -> bool:
     return (
         isinstance(x, Tensor)
         and not torch.compiler.is_compiling()

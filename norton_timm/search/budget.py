@@ -174,7 +174,7 @@ class Budget:
         return allocator.order(choice, budget)[0], self.error(choice, allocator)
 
     def _settle(self, found: list[Choice], allocator: Allocator, budget: float) -> Choice:
-        """The best of ``found``; where a uniform setting comes close by the table, exact errors of all close ones decide.
+        """The best of ``found``; if a uniform setting comes close by the table, the exact errors of close ones decide.
 
         Random starts of the decomposition make the selection of a group vary by more than the table resolves. In
         networks of few channels this averages out less.

@@ -1,4 +1,4 @@
-"""Weights of the layers' errors: how much an error in each layer changes the outputs, on a few images without labels."""
+"""Weights of the layers' errors: how much an error in each layer changes the outputs on a few images."""
 
 from __future__ import annotations
 

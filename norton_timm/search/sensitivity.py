@@ -36,7 +36,7 @@ from norton_timm.profiling import make_input
 from norton_timm.tensors import cp_decompose, select_filters
 
 _KEPT_AT = np.linspace(0, 1, 17)  # fractions of a group's free channels at which the selection is run
-_EVERY_KEEP = 32  # groups of up to so many channels are selected at every number
+_EVERY_KEEP = 32  # in groups of at most so many free channels the selection is run at every number
 _MOST_RANKS = 12
 _LEAST_LEFT = 1e-9  # a layer always keeps this share of its energy, so that errors stay finite
 _CACHED = 16_384
@@ -95,7 +95,7 @@ def measure_sensitivity(model: nn.Module, graph: ChannelGraph, method: str = 'no
         else:
             table.reasons[name] = 'no rank would make it smaller'
     for number, (group, keep) in enumerate(zip(graph.groups, uniform.keep)):
-        if keep < len(group.classes):  # what a single rate may prune, all rates may
+        if keep < len(group.classes):  # a group that one rate for all prunes may have any rate
             table.least[number] = max(1, len(group.frozen))
     refresh_selection(table, graph, method, {})
     return table

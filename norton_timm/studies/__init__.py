@@ -1,5 +1,5 @@
-"""What the papers and the README tell, measured: benchmarks of networks and kernels, the table of the zoo, the
-papers' experiments, clustering, activation maps.
+"""Studies behind the figures of the README and the papers: benchmarks of networks and kernels, the table of the zoo,
+the papers' experiments, clustering, activation maps.
 """
 
 from norton_timm.studies.activation_maps import compare_looks

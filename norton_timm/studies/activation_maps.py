@@ -94,6 +94,10 @@ def compare_looks(
 
     Raises:
         ValueError: no picture, an unknown layer or class, networks of different outputs, grad-cam not installed.
+
+    Example:
+        >>> found = compare_looks(('dense', model), ('compressed', small), Path('cat.jpg'))
+        >>> plot_comparison(found, Path('looks.png'))
     """
     cfg = resolve_data_config(pretrained_cfg=getattr(dense[1], 'pretrained_cfg', None))
     if size is not None:
@@ -153,9 +157,9 @@ def find_layer(name: str, model: nn.Module, layer: str) -> nn.Module:
 
 
 def match_channels(dense: Tensor, compressed: Tensor) -> tuple[Tensor, Tensor]:
-    """For each map of a compressed network the dense network's map that correlates best.
+    """For each map of a compressed network, find the dense network's map that correlates best.
 
-    Pruning leaves no record of which channels went, and what follows may have been trained since.
+    Pruning leaves no record of which channels went, and the network may have been trained since.
 
     Args:
         dense: ``(C, h, w)``.

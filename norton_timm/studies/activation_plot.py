@@ -1,4 +1,4 @@
-"""The picture of a comparison of two looks."""
+"""The picture of what a dense and a compressed network look at: class-activation maps and feature maps."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """CORING's study of representations: do rank-1 tensor factors tell filters apart better than matrix factors?
 
-k-means on synthetic filters whose clusters are known, scored by the adjusted Rand index (ARI), as in the comparative
-efficacy study of CORING's authors (Neural Networks 178, 2024).
+k-means on synthetic filters of known clusters, scored by the adjusted Rand index (ARI), as in the comparative efficacy
+study of CORING's authors (Neural Networks 178, 2024).
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ def representation(filters: Tensor, method: str) -> list[Tensor]:
 def kmeans(filters: Tensor, method: str, clusters: int, generator: torch.Generator, *, starts: int = 10) -> Tensor:
     """Labels `(N,)` of the start with the least inertia.
 
-    Filters are compared by the mean Euclidean distance of their factors, signs (which the SVD leaves open) chosen for
-    the smallest; centroids are means of whole filters, and inertia sums the distances of whole filters to them.
+    Filters are compared by the mean Euclidean distance of their factors. The SVD leaves signs open; those with the
+    smallest distance count. Centroids are means of whole filters; inertia sums the distances of whole filters to them.
     """
     factors = representation(filters, method)
     best, least = torch.zeros(len(filters), dtype=torch.long), math.inf

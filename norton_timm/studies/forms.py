@@ -1,4 +1,4 @@
-"""The forms that deploy chooses against every layer in one fixed form, on compressed networks."""
+"""Benchmark of compressed networks: the forms that `deploy` chooses against every layer in one fixed form."""
 
 from __future__ import annotations
 

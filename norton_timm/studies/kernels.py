@@ -1,4 +1,6 @@
-"""Timings of the tensor core and of CPDConv2d's forms, each next to its baseline in one run."""
+"""Timings of the tensor mathematics (CPD, distances, selection), each next to its baseline in one run, and the
+project's goals for them and for training steps.
+"""
 
 from __future__ import annotations
 
@@ -166,7 +168,7 @@ def _peak_mb() -> float:
 
 
 def goals(results: dict[str, list[Row]]) -> list[tuple[str, float, str, bool]]:
-    """What the project promises of these figures: (what, measured, limit, met)."""
+    """The project's goals for these figures, as (what, measured, limit, met)."""
     found: list[tuple[str, float, str, bool]] = []
 
     def check(what: str, value: float, limit: float, at_least: bool = False) -> None:

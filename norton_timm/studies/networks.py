@@ -71,11 +71,11 @@ def allocator() -> str:
 
 
 def summaries(turns: Turns, images: int = 1) -> list[Row]:
-    """Of each network's timed runs, in milliseconds: median, 10th and 95th percentile, throughput at the median.
+    """Figures of each network's timed runs: median, 10th and 95th percentile in ms, images per second at the median.
 
     ``speedup`` over the first network is that of the median round, see :meth:`norton_timm.profiling.Turns.relative`.
-    ``speedup_p10`` is the ratio of the 10th percentiles, which a busy machine changes least: what else runs only ever
-    adds time, to a quick network more of it.
+    ``speedup_p10`` is the ratio of the 10th percentiles. A busy machine changes it least: other processes only ever add
+    time, and relatively more to a fast network.
     """
     rows: list[Row] = []
     for call, ratio in enumerate(turns.relative()):
@@ -101,7 +101,7 @@ def prepare(model: nn.Module, images: Tensor, runtime: str, folder: Path) -> Cal
         images: (N, C, H, W).
         runtime: ``eager`` is the network as it is, channels-last; ``deployed`` the result of :func:`deploy`; the others
             run the deployed network: compiled by torch.compile or ahead of time, or exported.
-        folder: for exported files; one that is there is not made again.
+        folder: for exported files; an existing one is used again.
 
     Raises:
         ValueError: an unknown runtime, or a package that is missing.
@@ -134,17 +134,17 @@ def benchmark_classifier(
     seconds: float = 4.0,
     cache: dict[Any, list[nn.Module]] | None = None,
 ) -> list[Row]:
-    """A compressed network, the dense one, and the dense one at the resolution that gives it at most as many MACs.
+    """Time a compressed network, the dense one, and the dense one at the largest resolution with no more MACs.
 
-    The three take turns of several passes in each runtime, weights are random: time does not depend on them. Images lie
-    channels-last in memory, as cameras and decoders give them.
+    The three take turns of several passes in each runtime. Weights are random, because time does not depend on them.
+    Images are channels-last in memory, as cameras and decoders deliver them.
 
     Args:
         name: a tag such as ``norton_resnet50.r078``.
         batches: images at a time.
         runtimes: some of ``RUNTIMES``.
         seconds: about how long to measure each runtime and batch.
-        cache: deployed dense networks of earlier calls, which are many tags' counterpart.
+        cache: deployed dense networks of earlier calls; many tags share one.
 
     Returns:
         One row for each batch, runtime and network, with the dense network's time over its own as ``speedup``, see
@@ -181,7 +181,7 @@ def _deployed(model: nn.Module, images: Tensor) -> list[nn.Module]:
 
 
 def multiple_for(exported: bool) -> int:
-    """Channels that layers are rounded up to for a runtime of an exported file, or for PyTorch."""
+    """The multiple to which channel counts are rounded up, for a runtime of exported files or for PyTorch."""
     return CHANNEL_MULTIPLES['onnx' if exported else 'pt2']
 
 
@@ -200,7 +200,7 @@ def _measure(
     folder: Path,
     seconds: float,
 ) -> list[Row]:
-    """Rows of one runtime and batch, one for each network, of which the runtime's fastest variant is taken."""
+    """Rows of one runtime and batch, one for each network, in the variant that is fastest in the runtime."""
     load, sources = os.getloadavg()[0], {}
     calls: list[Callable[[], Any]] = []
     sync = partial(synchronise, inputs['dense'])

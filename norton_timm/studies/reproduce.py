@@ -88,7 +88,7 @@ def reproduce_tag(
         folder: where runs are kept; this one gets a folder of its own in it.
         device: where to compute.
         control: one of `CONTROLS`.
-        config: YAML file of `norton_timm.train_config`.
+        config: YAML file of a `norton_timm.training.TrainConfig`.
         overrides: `key=value` texts over it.
         epochs: of tuning; 0 for none.
 
@@ -150,7 +150,8 @@ def run_study(
 ) -> Iterator[dict[str, Any]]:
     """Measure an ablation on ResNet-56 without tuning: accuracy after the repair without labels, and before it.
 
-    Each row is written when it is measured; rows that the file has are left, so that a study that was stopped goes on.
+    Each row is written as soon as it is measured. Rows that the file already has are skipped, so that a study that was
+    stopped can continue.
 
     Args:
         study: one of `STUDIES`.
@@ -158,7 +159,7 @@ def run_study(
         data: see `norton_timm.training.open_data`.
         path: CSV file.
         device: where to compute.
-        config: mean and standard deviation, and the number of calibration images.
+        config: gives mean and standard deviation, and the number of calibration images.
     """
     name = 'resnet56_cifar'
     images = open_data(data, preprocessing_of(name, config), device)
@@ -196,7 +197,7 @@ def mean_nmse(report: CompressionReport) -> float | None:
 
 
 def tensorly_nmse(model: nn.Module, layers: Sequence[str], rank: int) -> float:
-    """The same mean where TensorLy decomposes each filter by itself, from its SVD start with its own settings."""
+    """The same mean error when TensorLy decomposes each filter alone, from its SVD start with its default settings."""
     tensorly.set_backend('numpy')
     means = []
     for name in layers:
@@ -217,7 +218,7 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 
 def write_row(path: Path, row: Mapping[str, Any]) -> None:
-    """Add a row to a CSV file, in the place of one of the same run if there is one; several processes may do so."""
+    """Add a row to a CSV file, or replace the row of the same run; several processes may do so at once."""
     lock = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
     with FileLock(Path(tempfile.gettempdir()) / f'norton_timm-{lock}.lock'):
         rows: list[Mapping[str, Any]] = [known for known in read_rows(path) if _key(known) != _key(row)]

@@ -1,4 +1,4 @@
-"""Pictures of the rows that `norton_timm.reproduce` wrote."""
+"""Pictures of the ablations that `norton_timm.studies.reproduce` measured."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ Data = tuple[Tensor, Tensor, torch.dtype]  # images, labels, precision of the st
 
 @contextmanager
 def clock() -> Iterator[Callable[[], float]]:
-    """Seconds of the block, once it has ended."""
+    """Time the block; the function it gives returns the seconds, so far or once the block has ended."""
     start, end = time.perf_counter(), None
     yield lambda: (end if end is not None else time.perf_counter()) - start
     end = time.perf_counter()
@@ -61,7 +61,7 @@ class RankMajorCPD(nn.Module):
 
 
 def with_authors_block(model: nn.Module) -> nn.Module:
-    """A copy of `model` whose every CPDConv2d is the authors' block with the same factors."""
+    """A copy of `model` with the authors' block, of the same factors, in place of every CPDConv2d."""
     model = copy.deepcopy(model)
     for name, layer in list(model.named_modules()):
         if isinstance(layer, CPDConv2d):

@@ -1,4 +1,4 @@
-"""The table of the zoo: size, published accuracy, where weights are, and what a network costs on this machine."""
+"""The table of the zoo: size, published accuracy, source of weights, and latency of each network on this machine."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class ZooRow:
         weights: Where `pretrained=True` finds weights: shipped, a directory, url, hub, or none.
         dense_ms: Median latency of the dense network on this machine, in ms.
         ms: The same of the compressed one.
-        speedup: The first by the second.
+        speedup: `dense_ms` over `ms`.
         control_px: Largest image side at which the dense network needs no more MACs than the compressed one.
         control_ms: The dense network's latency at that side, in ms.
     """
@@ -68,7 +68,7 @@ class ZooRow:
 
 
 def zoo_names(patterns: Sequence[str] = ()) -> list[str]:
-    """Networks of the table: each dense one, then what was made of it; by default all that were published.
+    """Networks of the table: each dense one, then its compressed ones; by default all that were published.
 
     Raises:
         ValueError: A pattern that matches none.
@@ -146,8 +146,8 @@ def _measured(row: ZooRow, model: nn.Module, base: str, size: Sequence[int], bat
 def control_side(dense: nn.Module, macs: int, size: Sequence[int]) -> int | None:
     """Largest image side (pixels) below the network's own at which `dense` needs at most `macs`; None if there is none.
 
-    Sides are multiples of 4 pixels for networks of CIFAR's size, of 32 for others, and not so small that a pooling
-    layer has nothing left to pool.
+    Sides are multiples of 4 pixels for networks of CIFAR's size, of 32 for others, and large enough for every pooling
+    layer.
     """
     step = 4 if size[-1] <= 64 else 32
     for side in range(size[-1] - step, step - 1, -step):

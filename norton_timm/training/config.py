@@ -42,7 +42,7 @@ class OptimConfig:
     epochs: int = 15  # 0: compress and repair only
     warmup: float = 1.0  # epochs of linear warm-up
     batch_size: int = 128  # images of a step of one process, before accumulation
-    accumulate: int = 1  # batches whose gradients make one step
+    accumulate: int = 1  # batches per step; their gradients are averaged
     smoothing: float = 0.0  # of the labels
     clip: float | None = None  # bound on the norm of the gradient
     ema: float | None = None  # decay of the moving average of the weights that is evaluated

@@ -56,7 +56,7 @@ class Distillation:
 
 
 def shared_features(teacher: nn.Module, student: nn.Module) -> list[str]:
-    """Names of the modules in `feature_info` whose width is the same in both networks."""
+    """Names of the modules in `feature_info` with the same width in both networks."""
     infos = [getattr(model, 'feature_info', None) or [] for model in (teacher, student)]
     widths = [{row['module']: row['num_chs'] for row in info} for info in infos]
     return [name for name, width in widths[0].items() if widths[1].get(name) == width]

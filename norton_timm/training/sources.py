@@ -89,9 +89,7 @@ def read_archive(path: Path) -> tuple[Batch, Batch, list[str]]:
     try:
         with tarfile.open(path) as archive:
             for number, member in enumerate(archive):
-                if (
-                    member.size > _LARGEST_FILE or number >= _MOST_FILES
-                ):  # a few compressed bytes may unpack to any size
+                if member.size > _LARGEST_FILE or number >= _MOST_FILES:  # a few bytes may unpack to any size
                     raise ValueError(
                         f'{path}: {member.name[:80]} of {member.size:,} bytes, file {number + 1:,}; expected small '
                         f'images of at most {_LARGEST_FILE:,} bytes, {_MOST_FILES:,} at most'
@@ -105,7 +103,7 @@ def read_archive(path: Path) -> tuple[Batch, Batch, list[str]]:
     classes = sorted({name for name, _, _ in found['train']})
     splits = []
     for split, rows in found.items():
-        rows.sort(key=lambda row: row[:2])  # archives are in the order of some disk
+        rows.sort(key=lambda row: row[:2])  # the order in an archive depends on the disk that it was made from
         if not rows or {name for name, _, _ in rows} != set(classes):
             raise ValueError(f'{path}: expected {split}/CLASS/IMAGE for each class of the training split')
         sizes = {image.shape for _, _, image in rows}
