@@ -10,10 +10,9 @@ import pytest
 import torch
 import torchvision
 from torch import nn
-from torchvision.ops.misc import FrozenBatchNorm2d
 
 from detection.rcnn.build import build_detector
-from detection.rcnn.restore import detector_content, detector_tensors, start_from
+from detection.rcnn.restore import detector_content, start_from, state_of
 
 SMALL = {'num_classes': 3, 'fpn_channels': 16, 'box_head': 32, 'min_size': 64}
 
@@ -35,8 +34,8 @@ def trained(tmp_path: Path) -> Path:
 @pytest.mark.parametrize('name', ['model_25.pth', 'bare.pth'])
 def test_a_detector_starts_from_another(trained: Path, name: str) -> None:
     expected = detector(1).state_dict()
-    tensors = detector_tensors(trained / name)
-    assert tensors is not None and tensors.keys() == expected.keys()
+    tensors = state_of(detector_content(trained / name))
+    assert tensors.keys() == expected.keys()
     model = detector(2)
     start_from(model, tensors, trained / name)
     assert all(torch.equal(t, expected[k]) for k, t in model.state_dict().items())
@@ -47,12 +46,12 @@ def test_averaged_weights_go_first(tmp_path: Path) -> None:
     torch.save({'model': last, 'ema': averaged}, tmp_path / 'a.pt')
     torch.save({'model': last, 'ema': None}, tmp_path / 'b.pt')
     key = 'backbone.body.conv1.weight'
-    assert torch.equal(detector_tensors(tmp_path / 'a.pt')[key], averaged[key])
-    assert torch.equal(detector_tensors(tmp_path / 'b.pt')[key], last[key])
+    assert torch.equal(state_of(detector_content(tmp_path / 'a.pt'))[key], averaged[key])
+    assert torch.equal(state_of(detector_content(tmp_path / 'b.pt'))[key], last[key])
 
 
 def test_other_classes_keep_their_random_start_and_are_named(trained: Path, caplog) -> None:
-    tensors, model = detector_tensors(trained / 'model_25.pth'), detector(2, num_classes=7)
+    tensors, model = state_of(detector_content(trained / 'model_25.pth')), detector(2, num_classes=7)
     before = {k: t.clone() for k, t in model.state_dict().items()}
     with caplog.at_level(logging.INFO):
         start_from(model, tensors, 'model_25.pth')
@@ -73,18 +72,10 @@ def test_torchvisions_own_detector_fits_ours(tmp_path: Path) -> None:
             torch.testing.assert_close(ours(image)[0][key], expected)
 
 
-def test_freezing_makes_the_backbones_norms_constant(trained: Path) -> None:
-    model = detector(2)
-    start_from(model, detector_tensors(trained / 'bare.pth'), 'bare.pth', freeze=True)
-    norms = [m for m in model.backbone.body.modules() if isinstance(m, (nn.BatchNorm2d, FrozenBatchNorm2d))]
-    assert norms and not any(p.requires_grad for m in norms for p in m.parameters())
-    assert not any(isinstance(m, nn.BatchNorm2d) for m in norms)
-
-
 @pytest.mark.parametrize('name', ['resnet34', 'norton_resnet50.r078'])
 def test_another_backbone_is_refused(trained: Path, name: str) -> None:
     with pytest.raises(ValueError, match=r'bare\.pth has another backbone: backbone\.body\.'):
-        start_from(detector(2, name), detector_tensors(trained / 'bare.pth'), trained / 'bare.pth')
+        start_from(detector(2, name), state_of(detector_content(trained / 'bare.pth')), trained / 'bare.pth')
 
 
 def test_what_is_no_detector_is_left_to_other_readers(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from norton_timm.tensors.cp import CPFactors, cp_decompose, cp_reconstruct
 from norton_timm.tensors.distances import CRITERIA, SCORES, filter_distance, filter_scores
 from norton_timm.tensors.hosvd import HOSVDFactors, hosvd
-from norton_timm.tensors.selection import STRATEGIES, select_filters, select_top
+from norton_timm.tensors.selection import STRATEGIES, select_filters
 
 VALUES = [c for c in CRITERIA if c not in ('pabs', 'csa')]
 
@@ -288,7 +288,7 @@ def test_coupled_selection_weighs_layers_equally() -> None:
     assert torch.equal(select_filters([layers[0]], 5), select_filters(layers[0], 5))
 
 
-def test_scores_and_top_selection() -> None:
+def test_scores() -> None:
     weight = torch.randn(10, 4, 3, 3, dtype=torch.float64)
     flat = weight.flatten(1)
     torch.testing.assert_close(filter_scores(weight, 'l1'), flat.abs().sum(1))
@@ -296,8 +296,6 @@ def test_scores_and_top_selection() -> None:
     torch.testing.assert_close(filter_scores(weight, 'geometric_median'), torch.cdist(flat, flat).sum(1))
     one, two = (filter_scores(weight, 'random', torch.Generator().manual_seed(3)) for _ in range(2))
     assert torch.equal(one, two) and one.shape == (10,)
-    assert select_top(torch.tensor([3.0, 1.0, 3.0, 2.0, 3.0]), 2).tolist() == [0, 2]
-    assert select_top(filter_scores(weight, 'l2'), 10).tolist() == list(range(10))
     assert set(SCORES) == {'l1', 'l2', 'geometric_median', 'random'}
 
 
@@ -324,10 +322,6 @@ def test_bad_selection_arguments(distance, keep, strategy: str, message: str) ->
 def test_bad_scores() -> None:
     with pytest.raises(ValueError, match='criterion'):
         filter_scores(torch.ones(2, 3), 'l3')
-    with pytest.raises(ValueError, match='scores'):
-        select_top(torch.tensor([1.0, float('nan')]), 1)
-    with pytest.raises(ValueError, match='keep'):
-        select_top(torch.ones(3), 4)
     assert STRATEGIES == ('min_sum', 'min_min', 'sum', 'authors')
 
 

@@ -52,14 +52,6 @@ def test_repeat_factor_sampler_repeats_as_often_as_the_factors_say() -> None:
     assert counts[2] / 400 == pytest.approx(1.25, abs=0.1)
 
 
-def test_processes_share_the_indices_without_overlap() -> None:
-    factors = torch.tensor([1.0] * 8 + [2.0] * 3)
-    parts = [RepeatFactorSampler(factors, rank=rank, world=3) for rank in range(3)]
-    assert {len(list(part)) for part in parts} == {len(parts[0])} == {14 // 3}
-    together = [index for trio in zip(*parts) for index in trio]
-    assert together == parts[0].indices()[: len(together)]
-
-
 def square(height: int, width: int, *places: tuple[int, int, int]) -> tuple[torch.Tensor, dict]:
     """An image of one random colour with squares (y, x, side) as objects."""
     masks = torch.zeros(len(places), height, width, dtype=torch.uint8)

@@ -26,7 +26,7 @@ _FIELDS: dict[str, dict[str, type]] = {
     'categories': {'id': int, 'name': str},
     'annotations': {'id': int, 'image_id': int, 'category_id': int, 'bbox': list},
 }
-_LONGEST_OUTLINE = 1_000_000  # pixels; of an object in a picture of any size a camera makes
+_LONGEST_OUTLINE = 1_000_000  # pixels; enough for any object in a camera's picture
 
 
 def decode_mask(record: dict[str, Any], height: int, width: int) -> np.ndarray:
@@ -47,11 +47,11 @@ def decode_mask(record: dict[str, Any], height: int, width: int) -> np.ndarray:
 
 
 def check_outline(record: dict[str, Any], height: int, width: int) -> None:
-    """Look whether pycocotools' C code, which trusts its input, can be given an annotation's segmentation.
+    """Check an annotation's segmentation before pycocotools' C code reads it, which trusts its input.
 
     Raises:
-        ValueError: it is neither polygons of numbers nor a run-length code of the image's size, or an outline so long
-            that the C code, which keeps each fifth of a pixel along it, would run out of memory and crash.
+        ValueError: it is neither polygons of numbers nor a run-length code of the image's size, or its outline is too
+            long. The C code keeps every fifth of a pixel along it, and would run out of memory and crash.
     """
     outline, where = record['segmentation'], f'annotation {record["id"]}'
     if isinstance(outline, list):
@@ -81,10 +81,10 @@ def _walk(polygon: list[float]) -> float:
 
 
 def _length(code: str | bytes) -> int:
-    """Pixels that a compressed run-length code stands for; -1 for what is none.
+    """Pixels that a compressed run-length code stands for; -1 if it is malformed.
 
-    Five bits to a character, the sixth says that more follow; from the third on, counts are differences to the one
-    before the last (pycocotools' rleToString).
+    Each character holds five bits of a count, and a sixth that says whether more follow. From the fourth on, counts are
+    differences to the count two places before (pycocotools' rleToString).
     """
     counts: list[int] = []
     value, shift = 0, 0
@@ -106,7 +106,7 @@ def _length(code: str | bytes) -> int:
 
 
 def load_coco(path: str | os.PathLike[str]) -> COCO:
-    """An annotation file as pycocotools' index, checked; missing ``iscrowd``, ``area``, counts are filled in.
+    """Check an annotation file and index it by pycocotools; missing ``iscrowd``, ``area`` and counts are filled in.
 
     Raises:
         ValueError: If the file is missing, not JSON, or not in COCO's object format; the message names the entry.
@@ -204,7 +204,7 @@ def class_map(coco: COCO, task: str, source: object = 'annotations') -> tuple[di
 
 
 def mirror_indices(names: Sequence[str], pairs: Sequence[tuple[str | int, str | int]] | None = None) -> tuple[int, ...]:
-    """For each keypoint the index of the one it trades places with in a mirror.
+    """For each keypoint, the index of its partner in a mirrored image (itself if it has none).
 
     Args:
         names: Keypoint names.
@@ -268,7 +268,7 @@ def _is_coco(category: dict[str, Any]) -> bool:
 
 
 def content_problems(content: Any) -> Iterator[tuple[str, str]]:
-    """What in an annotation file would break training or evaluation: pairs of a kind and a message naming the entry."""
+    """Problems of an annotation file that would break training or evaluation: (kind, message naming the entry)."""
     if not isinstance(content, dict):
         yield 'format', f'the file holds a {type(content).__name__}; expected an object with images, annotations, ...'
         return
@@ -333,7 +333,7 @@ def _image_problems(record: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def leads_away(name: str) -> bool:
-    """Whether a file name in an annotation file is no path below the image folder."""
+    """Whether a file name in an annotation file is not a valid path below the image folder."""
     parts = PurePosixPath(name.replace('\\', '/')).parts
     return not parts or parts[0] == '/' or '..' in parts or '\0' in name or len(name) > 1000
 

@@ -42,6 +42,10 @@ def find_data(path: str | os.PathLike[str] | None = None) -> DataSource:
 
     Raises:
         ValueError: If ``path`` is no folder or holds no annotation files.
+
+    Example:
+        >>> source = find_data()
+        >>> dataset = CocoDataset(source.root, 'val', 'keypoint')
     """
     if path is not None:
         root = Path(path)
@@ -59,7 +63,7 @@ def find_data(path: str | os.PathLike[str] | None = None) -> DataSource:
 
 
 class Draw(NamedTuple):
-    """An item of an epoch: an image that comes again in it has another position, hence another augmentation."""
+    """An item of an epoch: the image's index and its position. A repeated image is augmented anew at each position."""
 
     image: int
     position: int
@@ -74,7 +78,7 @@ class CocoDataset(Dataset):
     needs are left out of targets; the evaluator reads the annotations themselves (``coco``). Images without objects
     stay, as N = 0.
 
-    Items are asked for by index, or by a ``Draw`` that also says where in the epoch it stands.
+    Items are requested by index, or by a ``Draw`` that also gives the position in the epoch.
 
     Args:
         root: Folder with ``annotations/{instances,person_keypoints}_{split}*.json`` and the images.
@@ -82,8 +86,8 @@ class CocoDataset(Dataset):
         task: 'box', 'mask' or 'keypoint'.
         transforms: What ``build_transforms`` returns.
         min_keypoints: In the keypoint task, objects with fewer labelled keypoints are left out. By default none is:
-            a person without keypoints teaches the box head, and left out it would be taught as background.
-        flip_pairs: Names or indices of keypoints that trade places in a mirror; by default those whose names differ
+            a person without keypoints still trains the box head, and would count as background if left out.
+        flip_pairs: Names or indices of keypoints that trade places in a mirrored image; by default, names that differ
             in left / right only.
         annotations: Annotation file, if its name or place is not the usual one.
         images: Image folder, likewise.
@@ -100,11 +104,15 @@ class CocoDataset(Dataset):
         num_keypoints: K, 0 in the other tasks.
         keypoint_names: Their names.
         skeleton: Edges between keypoints, counted from 0.
-        flip_indices: For each keypoint the one it trades places with in a mirror.
+        flip_indices: For each keypoint, its partner in a mirrored image.
 
     Raises:
         ValueError: On an unknown task or split, a missing or malformed annotation file; an item raises it on an
             image that cannot be read or has another size than the annotations say.
+
+    Example:
+        >>> dataset = CocoDataset('data/sample', 'train', 'mask', build_transforms('mask', True), seed=0)
+        >>> image, target = dataset[0]  # (3, H, W); boxes, labels, masks, ...
     """
 
     def __init__(
@@ -147,7 +155,7 @@ class CocoDataset(Dataset):
         return len(self.image_ids)
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose random augmentation comes next; only matters with a ``seed``."""
+        """Set the epoch, which decides the random augmentation; only matters with a ``seed``."""
         self._epoch.fill_(epoch)
 
     def __getitem__(self, item: int | Draw) -> tuple[torch.Tensor, dict[str, Any]]:
@@ -168,7 +176,7 @@ class CocoDataset(Dataset):
         return image, self._target(image_id, *image.shape[:2])
 
     def read_image(self, image_id: int) -> np.ndarray:
-        """RGB uint8 image ``(H, W, 3)``, without its EXIF rotation, which COCO's annotations do not know of."""
+        """RGB uint8 image ``(H, W, 3)``, without its EXIF rotation, which COCO's annotations ignore."""
         record = self.coco.imgs[image_id]
         image = read_picture(self.image_folder / record['file_name'], oriented=False)
         expected = (record['height'], record['width'])

@@ -1,4 +1,4 @@
-"""Encoded pictures to pixels with OpenCV, after a look at what their headers announce."""
+"""Decodes pictures with OpenCV, after a check of the size that their headers announce."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def decode_rgb(data: bytes, name: object, *, oriented: bool, most_pixels: int = 
     Args:
         data: the encoded picture.
         name: for messages.
-        oriented: turn it as its EXIF data say.
+        oriented: rotate it as its EXIF data say.
         most_pixels: larger ones are not decoded.
 
     Raises:

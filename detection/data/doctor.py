@@ -1,4 +1,4 @@
-"""The data doctor: reads all of a data set and lists what is wrong with it, before a run trips over it."""
+"""The data doctor: reads all of a data set and lists its problems before a run fails on them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _SLACK = 2.0  # pixels by which a box or keypoint may stick out: real COCO round
 
 @dataclass(frozen=True)
 class Problem:
-    """One finding. A fatal one breaks training or falsifies its figures; others are dealt with, but worth a look."""
+    """One finding. A fatal one breaks training or falsifies its figures; others are handled, but worth a look."""
 
     kind: str
     message: str
@@ -102,6 +102,10 @@ def check_data(
 
     Raises:
         ValueError: On an unknown task; anything wrong with the data is in the report instead.
+
+    Example:
+        >>> report = check_data('data/coco', 'keypoint')
+        >>> print(report)
     """
     check_task(task)
     report = DataReport(str(root))

@@ -113,7 +113,7 @@ def random_look(rng: np.random.Generator) -> Appearance:
 
 
 def person_joints(hip: tuple[float, float], height: float, pose: Pose) -> np.ndarray:
-    """COCO's 17 keypoints ``(17, 2)`` of a person ``height`` pixels tall whose hips are centred at ``hip``.
+    """COCO's 17 keypoints ``(17, 2)`` of a person ``height`` pixels tall, with the hips centred at ``hip``.
 
     Persons face the viewer: their left is at the right of the picture.
     """

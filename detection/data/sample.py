@@ -1,4 +1,4 @@
-"""The built-in sample data set, drawn by code in COCO's 2017 layout, so that everything runs with nothing downloaded.
+"""The built-in sample data set, drawn by code in COCO's 2017 layout, so that everything runs without a download.
 
 Persons with 17 keypoints (visible, occluded and outside the picture), balls, boxes and trees on textured
 backgrounds; every tenth picture is empty, every twentieth holds a crowd, annotated as COCO does: one region,
@@ -26,11 +26,11 @@ _log = logging.getLogger(__name__)
 
 VERSION = 1  # raise it when the drawings change: an older set on disk is then drawn anew
 _MANIFEST = 'sample.json'
-_MIN_VISIBLE = 0.45  # no object is covered by more than the rest
+_MIN_VISIBLE = 0.45  # share of every object that the others leave visible
 
 
 class _Scene:
-    """A picture under construction: the image and, per object, its whole mask and what later ones left visible."""
+    """A picture under construction: the image and, per object, its full area and the mask that later ones left."""
 
     def __init__(self, size: tuple[int, int], rng: np.random.Generator) -> None:
         self.width, self.height = size

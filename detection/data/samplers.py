@@ -1,4 +1,4 @@
-"""Which images come how often, and together: aspect-ratio groups, repeat-factor sampling, copy-paste."""
+"""How often images come, and which come together: aspect-ratio groups, repeat-factor sampling, copy-paste."""
 
 from __future__ import annotations
 
@@ -51,19 +51,17 @@ class RepeatFactorSampler(Sampler[int]):
     Args:
         factors: What ``repeat_factors`` returns.
         seed: With the epoch, decides order and rounding.
-        rank: This process, which gets every ``world``-th index.
-        world: Number of processes; all get equally many indices.
     """
 
-    def __init__(self, factors: torch.Tensor, seed: int = 0, rank: int = 0, world: int = 1) -> None:
-        self.factors, self.seed, self.rank, self.world, self.epoch = factors, seed, rank, world, 0
+    def __init__(self, factors: torch.Tensor, seed: int = 0) -> None:
+        self.factors, self.seed, self.epoch = factors, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch."""
         self.epoch = epoch
 
     def indices(self) -> list[int]:
-        """Indices of all processes in this epoch."""
+        """All indices of this epoch."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         whole = self.factors.floor()
         extra = torch.rand(len(whole), generator=generator) < self.factors - whole
@@ -71,11 +69,10 @@ class RepeatFactorSampler(Sampler[int]):
         return repeated[torch.randperm(len(repeated), generator=generator)].tolist()
 
     def __iter__(self) -> Iterator[int]:
-        order = self.indices()
-        return iter(order[self.rank : len(order) - len(order) % self.world : self.world])
+        return iter(self.indices())
 
     def __len__(self) -> int:
-        return len(self.indices()) // self.world
+        return len(self.indices())
 
 
 class CopyPaste(Dataset):
@@ -118,7 +115,7 @@ def paste(
     chosen: torch.Tensor,
     min_visible: float = 0.1,
 ) -> tuple[torch.Tensor, dict[str, Any]]:
-    """Paste objects ``chosen`` (M,) of one sample onto another; masks, boxes and areas are those of what is visible."""
+    """Paste objects ``chosen`` (M,) of one sample onto another; masks, boxes and areas are of the visible parts."""
     height, width = image.shape[1:]
     rows, columns = min(height, other_image.shape[1]), min(width, other_image.shape[2])
     masks = torch.zeros(len(chosen), height, width, dtype=torch.uint8)

@@ -1,6 +1,6 @@
 """Augmentation for training: albumentations pipelines in which a box, its mask and its keypoints stay together.
 
-Every object carries its row number through the pipeline; what loses its box (or its whole mask) is dropped with all
+Every object carries its row number through the pipeline; one that loses its box (or its whole mask) is dropped with all
 its parts. Nothing is resized or normalised for the network here: torchvision's ``GeneralizedRCNNTransform`` does it.
 """
 
@@ -22,52 +22,36 @@ Transform = Callable[[np.ndarray, Target, Sequence[int], int], tuple[np.ndarray,
 
 
 class RandomResize(MaxSizeTransform):
-    """Resize, keeping the aspect ratio, to a random short side under a cap, or to a random multiple of a fit.
+    """Resize by a random factor with the aspect ratio kept.
 
     Args:
-        short: Sizes in pixels of the short side to choose from; empty keeps the size.
-        longest: Cap in pixels on the long side.
-        jitter: Range of a factor on top; with ``fit`` this is large-scale jittering (Ghiasi et al., 2021).
-        fit: Height and width that factor 1 just fills; excludes ``short``.
+        jitter: Range of the factor; with ``fit`` this is large-scale jittering (Ghiasi et al., 2021).
+        fit: Height and width into which the image just fits at factor 1; None: the image's own size.
     """
 
     class InitSchema(A.BasicTransform.InitSchema):
         """Arguments as albumentations validates them."""
 
-        short: Any
-        longest: Any
         jitter: Any
         fit: Any
 
     def __init__(
-        self,
-        short: Sequence[int] = (),
-        longest: int | None = None,
-        jitter: tuple[float, float] = (1.0, 1.0),
-        fit: tuple[int, int] | None = None,
-        p: float = 1,
+        self, jitter: tuple[float, float] = (1.0, 1.0), fit: tuple[int, int] | None = None, p: float = 1
     ) -> None:
         super().__init__(max_size=1, interpolation=cv2.INTER_LINEAR, area_for_downscale='image', p=p)
-        self.short, self.longest, self.jitter, self.fit = tuple(short), longest, jitter, fit
+        self.jitter, self.fit = jitter, fit
 
     def get_params_dependent_on_data(self, params: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
         """Draw the factor."""
         height, width = params['shape'][:2]
-        scale = 1.0
-        if self.fit is not None:
-            scale = min(self.fit[0] / height, self.fit[1] / width)
-        elif self.short:
-            scale = self.py_random.choice(self.short) / min(height, width)
-        scale *= self.py_random.uniform(*self.jitter)
-        if self.longest is not None:
-            scale = min(scale, self.longest / max(height, width))
-        return {'scale': scale}
+        scale = 1.0 if self.fit is None else min(self.fit[0] / height, self.fit[1] / width)
+        return {'scale': scale * self.py_random.uniform(*self.jitter)}
 
 
 class SafeCrop(A.BBoxSafeRandomCrop):
     """A random crop that keeps every object whole; without objects, the image as it is.
 
-    Albumentations' own rounds the far side down, which can cut a pixel off, and raises on boxes below one pixel.
+    Albumentations' own crop rounds the far side down, which can cut a pixel off, and raises on boxes below one pixel.
     """
 
     def get_params_dependent_on_data(self, params: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
@@ -90,7 +74,7 @@ class DetectionTransform:
 
     Args:
         steps: Albumentations transforms, applied in order.
-        min_visibility: An object goes when a step leaves a smaller fraction of its box's area inside the image.
+        min_visibility: An object is dropped when a step leaves a smaller fraction of its box inside the image.
         min_size: Smallest box side in pixels that is kept.
     """
 
@@ -121,7 +105,7 @@ class DetectionTransform:
             target: NumPy arrays with a row per object: ``boxes (N, 4)`` xyxy in pixels, and any of ``labels (N,)``,
                 ``masks (N, H, W)`` uint8, ``keypoints (N, K, 3)``, ``area (N,)``, ``iscrowd (N,)``; other entries
                 pass through.
-            flip_indices: For each of K keypoints the one it trades places with in a mirrored image.
+            flip_indices: For each of K keypoints, its partner in a mirrored image.
             seed: Decides every random choice.
 
         Returns:
@@ -183,13 +167,10 @@ def build_transforms(
     task: str,
     train: bool,
     *,
-    min_size: int | Sequence[int] | None = None,
-    max_size: int | None = None,
     flip: float = 0.5,
     jitter: tuple[float, float] = (1.0, 1.0),
     crop: tuple[int, int] | None = None,
     safe_crop: float = 0.0,
-    rotate: float = 0.0,
     color: float = 0.0,
     min_visibility: float = 0.1,
 ) -> DetectionTransform | None:
@@ -198,33 +179,29 @@ def build_transforms(
     Args:
         task: 'box', 'mask' or 'keypoint'.
         train: False gives None.
-        min_size: Short side in pixels, or several to choose from at random (multi-scale); None keeps the size.
-        max_size: Cap on the long side in pixels.
         flip: Probability of a horizontal flip; left and right keypoints trade places.
         jitter: Range of a random scale factor.
-        crop: (height, width) of a random crop, padded at the right and bottom; the factor is then relative to the
+        crop: (height, width) of a random crop, padded at the right and bottom; ``jitter`` is then relative to the
             size that just fits, so ``jitter=(0.1, 2.0), crop=(1024, 1024)`` is large-scale jittering.
         safe_crop: Probability of a random crop that keeps every object whole.
-        rotate: Largest rotation in degrees, either way.
         color: Strength of brightness, contrast, saturation and hue changes, 0 to 1.
         min_visibility: Smallest fraction of a box's area that may remain in view.
 
     Raises:
         ValueError: On a task or a number out of range.
+
+    Example:
+        >>> augment = build_transforms('mask', True, flip=0.5, color=0.4)
     """
     check_task(task)
-    sizes = () if min_size is None else (min_size,) if isinstance(min_size, int) else tuple(min_size)
     _check_range('flip', flip, 0, 1)
     _check_range('safe_crop', safe_crop, 0, 1)
     _check_range('color', color, 0, 1)
-    _check_range('rotate', rotate, 0, 180)
     _check_range('min_visibility', min_visibility, 0, 1)
-    if any(size < 1 for size in sizes) or (max_size is not None and max_size < 1) or (crop and min(crop) < 1):
-        raise ValueError(f'got min_size={min_size}, max_size={max_size}, crop={crop}; expected sizes of 1 or more')
+    if crop and min(crop) < 1:
+        raise ValueError(f'got crop={crop}; expected sizes of 1 or more')
     if not 0 < jitter[0] <= jitter[1]:
         raise ValueError(f'got jitter={jitter}; expected two factors above 0, the smaller one first')
-    if crop and sizes:
-        raise ValueError('got both min_size and crop; expected one of them: a crop sets the size itself')
     if not train:
         return None
     steps: list[A.BasicTransform] = []
@@ -232,10 +209,8 @@ def build_transforms(
         steps.append(SafeCrop(p=safe_crop))
     if flip > 0:
         steps.append(A.HorizontalFlip(p=flip))
-    if rotate > 0:
-        steps.append(A.Affine(rotate=(-rotate, rotate), border_mode=cv2.BORDER_CONSTANT, fill=114, p=1.0))
-    if crop or sizes or max_size or jitter != (1.0, 1.0):
-        steps.append(RandomResize(sizes, max_size, (float(jitter[0]), float(jitter[1])), crop))
+    if crop or jitter != (1.0, 1.0):
+        steps.append(RandomResize((float(jitter[0]), float(jitter[1])), crop))
     if crop:
         steps.append(A.RandomCrop(crop[0], crop[1], pad_if_needed=True, pad_position='top_left', fill=114))
     if color > 0:

@@ -1,4 +1,4 @@
-"""What the video demo puts around the pipeline: which models, which outputs, which report files."""
+"""The video demo around the pipeline: checks options, chooses models, and writes pictures and reports."""
 
 from __future__ import annotations
 
@@ -91,7 +91,11 @@ def random_model(task: str, backbone: str) -> tuple[nn.Module, ModelFacts]:
 
 
 def check_options(args: argparse.Namespace) -> None:
-    """Refuse what cannot work before a model is loaded. The tool's parsed arguments in, ``ValueError`` out."""
+    """Check the tool's parsed arguments before a model is loaded.
+
+    Raises:
+        ValueError: options that cannot work, or exclude each other.
+    """
     if args.warmup < 0:
         raise ValueError(f'--warmup {args.warmup}, expected 0 or more')
     if args.frames is not None and args.frames < 1:
@@ -153,12 +157,12 @@ def distinct(models: list[tuple[nn.Module, ModelFacts]], weights: list[str]) -> 
 
 
 def wants_window(args: argparse.Namespace) -> bool:
-    """A window is the output when no other was named."""
+    """Whether the output is a window: it is where no other output was named."""
     return args.output is None and not args.headless and args.serve is None
 
 
 def window_problem() -> str | None:
-    """Why no window can be opened here; ``None`` when one can."""
+    """The reason why no window can be opened here; ``None`` when one can."""
     gui = next((line for line in cv2.getBuildInformation().splitlines() if line.strip().startswith('GUI:')), '')
     if 'NONE' in gui:
         return 'this OpenCV has no windows (opencv-python-headless)'

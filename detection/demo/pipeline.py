@@ -55,7 +55,7 @@ class Handover(Generic[_T]):
             return not self._closed
 
     def close(self, error: BaseException | None = None, *, discard: bool = False) -> None:
-        """No more items; what is inside can still be read unless it is discarded."""
+        """Accept no more items; those inside can still be read unless they are discarded."""
         with self._changed:
             self._closed = True
             self._error = self._error or error
@@ -99,7 +99,7 @@ class Report:
         return {p.facts.name: p.total() for p in self.predictors}
 
     def network_fps(self) -> float:
-        """Frames per second if there were nothing but the networks: what end-to-end FPS is measured against."""
+        """Frames per second of the networks alone, to compare end-to-end FPS with."""
         spent = [s.mean for p in self.predictors if (s := p.recorder.summary().get('network'))]
         return 1000 / sum(spent) if spent else math.nan
 
@@ -314,5 +314,5 @@ def _limited(source: FrameSource, limit: int | None) -> Iterator[Frame]:
 
 
 def _finite(value: float) -> float | None:
-    """NaN is no JSON."""
+    """None instead of NaN or infinity, which JSON does not have."""
     return value if math.isfinite(value) else None

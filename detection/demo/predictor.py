@@ -40,7 +40,7 @@ class ModelFacts:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A picture on the device: the network's input, its original (height, width), and what preparing it took."""
+    """A picture on the device: the network's input, its original (height, width), and the time of preparing it."""
 
     images: Any
     size: tuple[int, int]
@@ -60,9 +60,17 @@ class Predictor:
         score: detections below it are dropped before the mask or keypoint head spends time on them. Those above it
             are the same as with any lower threshold, as non-maximum suppression works from the highest score down.
             May be set between frames.
-        warmup: frames whose timings are not counted.
-        tracker: name of a tracker that numbers the objects, see `detection.tracking`; frames must then come in order.
+        warmup: first frames that do not count in the timings.
+        tracker: name of a tracker that numbers the objects, one of `detection.demo.TRACKERS`; frames must then come in
+            order.
         deploy: tune the network to this device on the first picture, see `norton_timm.deploy`; that takes a while.
+
+    Raises:
+        ValueError: `imgsz`, `score`, `tracker` or `compile` that the model does not allow.
+
+    Example:
+        >>> predictor = Predictor(model, ModelFacts('resnet50', 'box', class_names), score=0.7)
+        >>> output = predictor(image)  # boxes, labels, scores, on the CPU
     """
 
     def __init__(

@@ -60,7 +60,7 @@ def build_app(studio: Studio, *, token: str | None = None) -> Starlette:
     Args:
         studio: what runs the models; started and closed by the caller.
         token: when given, every request must carry ``?token=...``. Without one only requests that name this machine
-            by a loopback address are answered, so that a foreign page cannot reach the server by a trick with names.
+            by a loopback address are answered, so that a foreign page cannot reach the server by DNS rebinding.
     """
 
     def allowed(connection: HTTPConnection) -> bool:
@@ -79,7 +79,7 @@ def build_app(studio: Studio, *, token: str | None = None) -> Starlette:
         return HTMLResponse(html, headers=_HEADERS)
 
     async def watch(peer: WebSocket) -> None:
-        """Sends facts, then statistics and JPEG in turn; a slow viewer misses pictures, it gets no old ones."""
+        """Sends facts, then statistics and JPEG in turn; a slow viewer misses pictures, but gets no old ones."""
         await peer.accept()
         if not allowed(peer):
             await peer.close(_REFUSED)

@@ -47,9 +47,9 @@ class Snapshot:
 
 
 class Studio:
-    """Runs in a thread of its own from ``start`` to ``close``; it rests while nobody watches.
+    """Runs in its own thread from ``start`` to ``close``; it rests while nobody watches.
 
-    Files and the drawn clip are repeated for ever, at no more than their own frame rate.
+    Files and the drawn clip are repeated for ever, at most at their own frame rate.
 
     Args:
         open_source: opens the source, again for every repetition.
@@ -108,7 +108,7 @@ class Studio:
         self.key, self.score = key, float(score)
 
     def facts(self) -> dict[str, Any]:
-        """What the page needs once."""
+        """Facts that the page needs once: the models, the settings and the source."""
         choices = [{'key': c.key, 'task': c.task, 'name': c.name} for c in self.choices.values()]
         return {'choices': choices, 'model': self.key, 'score': self.score, 'source': self._source.name}
 

@@ -1,4 +1,4 @@
-"""The same number for the same object from frame to frame, by a tracker of the package `trackers`."""
+"""Tracking: an object keeps its number from frame to frame, by a tracker of the package `trackers`."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Tracker:
         self._tracker: Any = getattr(trackers, TRACKERS[name])(**options)
 
     def __call__(self, output: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The output with `track_ids (N,)`, -1 for what has been seen in too few frames to be sure of.
+        """The output with `track_ids (N,)`, -1 for objects that were seen in too few frames so far.
 
         Args:
             output: boxes (N, 4), scores (N,) and labels (N,) of the next frame, on the CPU.

@@ -1,8 +1,8 @@
-"""Where frames come from: files, picture folders, webcams, network streams, and a clip drawn by code.
+"""Sources of frames: files, picture folders, webcams, network streams, and a clip drawn by code.
 
-A source is iterated once and gives `Frame`s with RGB pictures. Files are read at the pace of whoever iterates; live
-sources are read by a thread of their own that keeps only the newest frame, so that a slow network sees the present
-and not a growing past. Writing is in ``video_writer.py``.
+A source is iterated once and gives `Frame`s with RGB pictures. Files are read at the pace of the reader; live sources
+are read by their own thread, which keeps only the newest frame, so that a slow network sees the present and not a
+growing past. Writing is in ``video_writer.py``.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ class ImageSource(FrameSource):
 
 
 class DrawnSource(FrameSource):
-    """Moving figures drawn by ``detection.sample``: a clip that is always there."""
+    """Moving figures drawn by ``detection.data.draw_frames``: a clip that is always there."""
 
     def __init__(self, count: int = 150, size: tuple[int, int] = (640, 480), seed: int = 0):
         self.name, self.fps, self.count = 'drawn clip', Fraction(25), count
@@ -277,6 +277,10 @@ def open_source(name: str | None, *, frames: int = 150) -> FrameSource:
         FileNotFoundError: for a path that does not exist.
         ValueError: for a file that cannot be decoded, a folder without pictures, a webcam or stream that does not
             answer.
+
+    Example:
+        >>> with open_source('clip.mp4') as source:
+        ...     pictures = [frame.image for frame in source]
     """
     if name is None:
         return DrawnSource(frames)
@@ -312,5 +316,5 @@ def _rgb(bgr: Any) -> Image:
 
 
 def quiet_ffmpeg() -> None:
-    """FFmpeg's own chatter on stderr would bury our one-line errors; a user's setting wins."""
+    """Silence FFmpeg on stderr, where it would bury our one-line errors; a user's setting wins."""
     os.environ.setdefault('OPENCV_FFMPEG_LOGLEVEL', '-8')

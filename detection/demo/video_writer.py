@@ -109,8 +109,8 @@ _BACKENDS: tuple[tuple[str, _Opener], ...] = (
 class VideoWriter:
     """Writes RGB frames to an .mp4 without sound; a context manager.
 
-    Leaving the block finishes the file whatever ended it (so an interrupted run leaves a playable, shorter one),
-    except a failure to write.
+    Leaving the block finishes the file, also after an exception, so that an interrupted run leaves a playable, shorter
+    one. Only a failure to write leaves none.
 
     Args:
         path: the file, ending in .mp4; replaced only by a finished one.
@@ -121,6 +121,10 @@ class VideoWriter:
     Raises:
         ValueError: for another suffix, an unknown codec, or one that cannot be encoded here.
         VideoWriteError: when the folder cannot be written, and later when the disk is full.
+
+    Example:
+        >>> with VideoWriter('out.mp4', Fraction(25), (640, 480)) as writer:
+        ...     writer.write(image)  # RGB uint8 (480, 640, 3)
     """
 
     def __init__(self, path: str | Path, fps: Fraction, size: tuple[int, int], codec: str = 'auto'):
@@ -205,7 +209,11 @@ class VideoWriter:
 
 
 def check_video_output(path: Path, codec: str = 'auto') -> None:
-    """Refuse what cannot work before any work is done: suffix, codec name, folder."""
+    """Check suffix, codec name and folder of a video before any work is done.
+
+    Raises:
+        ValueError: the video cannot be written there.
+    """
     if path.suffix.lower() != '.mp4':
         raise ValueError(f'output {path} ends in {path.suffix or "nothing"!r}, expected .mp4')
     if codec not in CODECS:

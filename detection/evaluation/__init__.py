@@ -1,4 +1,4 @@
-"""How well a detector does: COCO's figures, the one evaluation loop, and where the errors are."""
+"""Evaluation of detectors: COCO's metrics, the one evaluation loop, and an analysis of the errors."""
 
 from detection.evaluation.analysis import write_report
 from detection.evaluation.coco_metrics import IOU_TYPES, CocoEvaluator, Metrics

@@ -27,7 +27,7 @@ FALSE, CONFUSED, MISSED = 'red', 'darkorange', 'yellow'
 
 @dataclass
 class ImageErrors:
-    """Boxes of one image that are wrong; each a dict with `bbox` (x, y, width, height in pixels) and `category_id`.
+    """Wrong boxes of one image, each a dict with `bbox` (x, y, width, height in pixels) and `category_id`.
 
     Attributes:
         image_id: of the annotations.
@@ -52,7 +52,7 @@ def image_errors(evaluator: CocoEvaluator, *, score: float = 0.5, iou: float = 0
     Args:
         evaluator: after `evaluate`; in process 0.
         score: detections below it are not looked at.
-        iou: overlap from which a detection matches an object. Crowd regions forgive what lies in them.
+        iou: overlap from which a detection matches an object. Detections in crowd regions are no errors.
     """
     for name, value in (('score', score), ('iou', iou)):
         if not 0 <= value <= 1:

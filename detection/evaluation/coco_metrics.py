@@ -45,8 +45,8 @@ def metric_names(iou_type: str) -> tuple[str, ...]:
 class CocoEvaluator:
     """Collects detections image by image, then computes COCO's average precision and recall.
 
-    Every image of ``coco`` counts, also those never passed to ``process`` (as without detections); an image passed
-    twice, as distributed samplers do to fill up, counts once.
+    Every image of ``coco`` counts; one that is never passed to ``process`` counts as without detections. An image that
+    is passed twice, as by distributed samplers that fill up, counts once.
 
     Args:
         coco: Ground truth, crowd regions included.
@@ -60,6 +60,11 @@ class CocoEvaluator:
 
     Raises:
         ValueError: On an unknown task, backend or image id, or sigmas that do not fit.
+
+    Example:
+        >>> evaluator = CocoEvaluator(dataset.coco, 'box')
+        >>> evaluator.process(targets, model(images))
+        >>> evaluator.evaluate()['bbox']['AP']
     """
 
     def __init__(
@@ -150,7 +155,7 @@ class CocoEvaluator:
     def results(self, iou_type: str) -> list[dict[str, Any]]:
         """Detections in COCO's submission format, one dict each, ordered by image id.
 
-        A detection all of whose keypoints have v = 0 says nothing about keypoints and is left out of that type.
+        A detection with v = 0 for every keypoint says nothing about keypoints and is left out of that type.
         """
         if iou_type not in self.iou_types:
             raise ValueError(f'unknown type {iou_type!r} for task {self.task!r}; expected one of {self.iou_types}')
@@ -263,7 +268,7 @@ class CocoEvaluator:
 
 
 def with_masks(coco: COCO) -> COCO:
-    """Ground truth for masks: an object without one neither counts nor makes detections on it wrong, as a crowd.
+    """Ground truth for masks: an object without a mask becomes a crowd, so that detections on it are not wrong.
 
     Raises:
         ValueError: a malformed mask.
@@ -318,7 +323,7 @@ def _encode(masks: torch.Tensor) -> list[dict[str, Any]]:
 
 @contextlib.contextmanager
 def _without_collection() -> Iterator[None]:
-    """Garbage collection off: half a million small dicts, none of them in a cycle, make it visit them all again."""
+    """Turn garbage collection off: it would visit half a million small dicts again and again, none in a cycle."""
     was_on = gc.isenabled()
     gc.disable()
     try:

@@ -17,7 +17,7 @@ class BoxEvaluation(COCOeval_faster):
 
     Args:
         coco: ground truth.
-        images: for an image id `bbox (N, 4)` as x, y, width, height, `categories (N,)` and `scores (N,)`.
+        images: by image id, `bbox (N, 4)` as x, y, width, height, `categories (N,)` and `scores (N,)`.
         image_ids: the images that count.
         category_ids: the categories that count.
     """

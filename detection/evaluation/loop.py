@@ -1,4 +1,4 @@
-"""The one evaluation loop of detection."""
+"""The one evaluation loop of detection, and a detector that also looks at mirrored images."""
 
 from __future__ import annotations
 
@@ -43,8 +43,12 @@ def evaluate_detector(
         progress: show a progress bar.
 
     Raises:
-        FloatingPointError: NaN or infinite weights or activations; torchvision's R-CNNs would drop what comes of them
-            and seem to find nothing.
+        FloatingPointError: NaN or infinite weights or activations; torchvision's R-CNNs would silently drop their
+            detections and seem to find nothing.
+
+    Example:
+        >>> dataset = CocoDataset('data/sample', 'val', 'box')
+        >>> evaluate_detector(model, dataset, device=torch.device('cpu'))['bbox']['AP']
     """
     check_weights(model, 'the network to evaluate')
     if evaluator is None:
@@ -69,13 +73,13 @@ def evaluate_detector(
 class FlipDetector(nn.Module):
     """A detector that also looks at the mirrored images; inputs and outputs are those of torchvision's R-CNNs.
 
-    Of two detections of one class that overlap, the one with the lower score goes (non-maximum suppression, as within
-    one image), and no more are kept than the detector itself gives at most.
+    The detections of both images are merged by non-maximum suppression, class by class and with the detector's own
+    threshold; the detector's limit on the number of detections holds for the result.
 
     Args:
         model: a torchvision R-CNN in evaluation mode.
-        flip_indices: for each of K keypoints the one it trades places with in a mirror, as in
-            `CocoDataset.flip_indices`; needed where the detector finds keypoints.
+        flip_indices: for each of K keypoints, its partner in a mirrored image, as in `CocoDataset.flip_indices`; needed
+            if the detector finds keypoints.
     """
 
     def __init__(self, model: nn.Module, flip_indices: Sequence[int] = ()) -> None:
@@ -98,16 +102,16 @@ class FlipDetector(nn.Module):
 
 
 def mirror_output(output: dict[str, Tensor], width: int, flip_indices: Sequence[int] = ()) -> dict[str, Tensor]:
-    """Detections of a mirrored image as they are in the image itself.
+    """Map the detections of a mirrored image back to the image itself.
 
     Args:
         output: `boxes (N, 4)` xyxy in pixels and, by task, `masks (N, 1, H, W)` or `keypoints (N, K, 3)` with
             `keypoints_scores (N, K)`; other entries stay as they are.
         width: of the image, in pixels.
-        flip_indices: for each of K keypoints the one it trades places with.
+        flip_indices: for each of K keypoints, its partner in the mirrored image.
 
     Raises:
-        ValueError: not as many flip indices as keypoints.
+        ValueError: the number of flip indices is not that of the keypoints.
     """
     result = dict(output)
     left, top, right, bottom = output['boxes'].unbind(1)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.layers import freeze_batch_norm_2d
 from torch import Tensor, nn
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
@@ -139,20 +138,13 @@ def state_of(content: Mapping[str, Any]) -> dict[str, Tensor]:
     return dict(content['ema'] if content.get('ema') is not None else content['model'])
 
 
-def detector_tensors(path: str | Path) -> dict[str, Tensor] | None:
-    """The weights in a file of a whole detector, averaged ones if it has them; None where it is something else."""
-    content = detector_content(path)
-    return None if content is None else state_of(content)
-
-
-def start_from(model: GeneralizedRCNN, tensors: Mapping[str, Tensor], path: str | Path, freeze: bool = False) -> None:
+def start_from(model: GeneralizedRCNN, tensors: Mapping[str, Tensor], path: str | Path) -> None:
     """Load a detector's weights, in place; layers of other classes or keypoints keep their random start.
 
     Args:
         model: the detector.
-        tensors: the weights, as `detector_tensors` gives them.
+        tensors: the weights, as `state_of` gives them.
         path: their file, for messages.
-        freeze: make the backbone's batch norms constant afterwards.
 
     Raises:
         ValueError: the backbones differ.
@@ -167,6 +159,3 @@ def start_from(model: GeneralizedRCNN, tensors: Mapping[str, Tensor], path: str 
     model.load_state_dict(fits, strict=False)
     if left:
         log.info('%s: %d tensors keep their random start: %s', path, len(left), ', '.join(left[:6]))
-    if freeze:
-        body: nn.Module = model.backbone.body
-        model.backbone.body = freeze_batch_norm_2d(body)

@@ -102,7 +102,7 @@ def _stages(model: GeneralizedRCNN, images: list[Tensor], passes: int = 3) -> di
 
 
 def _prepare(model: GeneralizedRCNN, image: Tensor, runtime: str, folder: Path) -> tuple[Callable[[], Any], Any]:
-    """One inference as a call without arguments, and the PyTorch model in it, if it is one."""
+    """One inference as a call without arguments, and the PyTorch model in it, if any."""
     if runtime in ('eager', 'deployed'):
         return partial(model, [image]), model
     if runtime == 'compile':
@@ -127,11 +127,11 @@ def benchmark_detector(
     seconds: float = 20.0,
     image: Tensor | None = None,
 ) -> list[Row]:
-    """A compressed detector, the dense one, and the dense one at the resolution that gives it at most as many MACs.
+    """Time a compressed detector, the dense one, and the dense one at the largest resolution with no more MACs.
 
     Args:
         task: ``box``, ``mask`` or ``keypoint``.
-        backbone: of the compressed detector; the dense one has the backbone that it was made of.
+        backbone: of the compressed detector; the dense detector has the dense network of that backbone.
         recipe: what is compressed, see :func:`detection.rcnn.build_detector`.
         size: (H, W) of the image inside the network, in pixels.
         runtimes: some of ``RUNTIMES_OF_DETECTORS``; ``compile`` compiles backbone and FPN.

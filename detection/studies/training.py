@@ -1,4 +1,4 @@
-"""The training loop against torchvision's reference loop: images a second, side by side in one run."""
+"""The training loop against torchvision's reference loop: images per second, side by side in one run."""
 
 from __future__ import annotations
 

@@ -16,11 +16,11 @@ from norton_timm.checkpoints import dense_name
 from norton_timm.utils import load_plain, replacing, write_plain
 
 _KEYS = ('model', 'config', 'meta')
-_MOST_CLASSES = 10_000  # of a file that nobody vouches for: larger networks would be built before it is refused
+_MOST_CLASSES = 10_000  # limit for untrusted files: a larger network would be built before the file is refused
 
 
 class Described(Protocol):
-    """What a data set says of its classes, as `detection.data.CocoDataset` does."""
+    """A data set that describes its classes, as `detection.data.CocoDataset` does."""
 
     num_classes: int
     class_names: list[str]
@@ -43,7 +43,7 @@ def describe_data(dataset: Described, task: str) -> dict[str, Any]:
 
 
 def detector_from_config(config: RunConfig, meta: dict[str, Any]) -> GeneralizedRCNN:
-    """The detector that a configuration and a data set (`describe`) ask for, with the weights that it starts from.
+    """The detector for a configuration and a data set (`describe_data`), with the weights that training starts from.
 
     Raises:
         ValueError: `model.weights` does not fit, or the configuration asks for what cannot be built.
@@ -62,7 +62,7 @@ def detector_from_config(config: RunConfig, meta: dict[str, Any]) -> Generalized
 
 
 def save_checkpoint(path: str | Path, content: dict[str, Any]) -> Path:
-    """Write a dict of tensors and plain types; under the final name there is only ever a whole file."""
+    """Write a dict of tensors and plain types; the file appears whole or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
@@ -73,8 +73,8 @@ def save_checkpoint(path: str | Path, content: dict[str, Any]) -> Path:
 def save_latest(folder: str | Path, content: dict[str, Any], keep: int = 1) -> Path:
     """Write `checkpoint.pt`; with `keep` above 1 the newest `keep` also stay as `checkpoint_ITERATION.pt`.
 
-    At every moment `checkpoint.pt` is a whole checkpoint, the newest or the one before. It is a second name of the
-    newest numbered file, and a copy of it only where the file system knows no hard links.
+    At every moment `checkpoint.pt` is a whole checkpoint, the newest or the one before. It is a hard link to the newest
+    numbered file, or a copy where the file system has no hard links.
     """
     latest = Path(folder) / 'checkpoint.pt'
     if keep == 1:
@@ -113,11 +113,19 @@ def load_detector(path: str | Path) -> tuple[GeneralizedRCNN, dict[str, Any]]:
     Returns:
         The detector and a dict with `task`, `class_names`, `label_to_category`, `num_classes`, `num_keypoints`,
         `keypoint_names`, `skeleton`, `iteration`, `results` and `config` (a `RunConfig`).
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no checkpoint, or does not fit its own configuration.
+
+    Example:
+        >>> model, meta = load_detector('runs/keypoint/checkpoint.pt')
+        >>> output = model([image])[0]  # image: (3, H, W) in 0..1
     """
     content = load_checkpoint(path)
     try:
         model, config = _rebuilt(content)
-    # what a file says of itself may be anything, and then fails wherever it is first used
+    # a file may claim anything, and fails wherever a false claim is first used
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
         told = ' '.join(str(error).split())[:300]
         raise ValueError(f'{path} does not fit its own configuration: {told}') from None
@@ -134,7 +142,7 @@ def _rebuilt(content: dict[str, Any]) -> tuple[GeneralizedRCNN, RunConfig]:
     config, meta = config_from_dict(tree), content['meta']
     _check_meta(meta, config.task)
     dense = config
-    if content.get('surgery') is not None:  # it says what was cut, so that the dense detector is what to begin with
+    if content.get('surgery') is not None:  # the surgery says what was cut: begin with the dense detector
         options = dataclasses.replace(config.model, backbone=dense_name(config.model.backbone), recipe='backbone')
         dense = dataclasses.replace(config, model=options)
     model = detector_from_config(dense, meta)
@@ -147,7 +155,7 @@ def _is_int(value: Any) -> bool:
 
 
 def _check_meta(meta: Any, task: str) -> None:
-    """What a checkpoint says of classes and keypoints; ValueError names what is wrong."""
+    """Check what a checkpoint says of classes and keypoints; the ValueError names the wrong entry."""
     known = isinstance(meta, dict)
     said: Any = meta if known else {}
     several = (list, tuple)

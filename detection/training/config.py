@@ -27,19 +27,19 @@ _MOST_LAYERS = 16  # of a mask or keypoint head
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What is read, and how."""
+    """Which data are read, and how they are augmented."""
 
     root: str | None = None  # COCO folder; None: data/coco if it is there, else the sample set
     train_split: str = 'train'  # names of annotation files; the same one twice shows whether a network can overfit
     val_split: str = 'val'
-    images: int | None = None  # train and evaluate on this many images with objects, the first ones, only
+    images: int | None = None  # train and evaluate only on the first so many images with objects
     batch_size: int = 2  # images of one process
     workers: int = 4  # loading processes
     flip: float = 0.5  # probability of a horizontal flip
     color: float = 0.0  # strength of colour changes, 0 to 1
     jitter: tuple[float, float] = (1.0, 1.0)  # range of a random scale factor
-    crop: tuple[int, int] | None = None  # height, width of a random crop; the factor is then relative to its size
-    safe_crop: float = 0.0  # probability of a random crop that cuts no object off entirely
+    crop: tuple[int, int] | None = None  # height, width of a random crop; jitter is then relative to its size
+    safe_crop: float = 0.0  # probability of a random crop that keeps every object whole
     copy_paste: float = 0.0  # probability of pasting objects of another image (task mask only)
     flip_pairs: tuple[str, ...] | None = None  # keypoints that a mirror swaps, LEFT:RIGHT; None: by their names
     repeat_threshold: float | None = None  # classes in a smaller fraction of the images come more often (LVIS)
@@ -88,7 +88,7 @@ class OptimConfig:
     steps: tuple[int, ...] = (16, 22)  # epochs at which lr falls to a tenth (multistep)
     warmup: int = 1000  # iterations of linear warm-up
     clip: float | None = None  # bound on the norm of the gradient
-    accumulate: int = 1  # batches whose gradients make one step
+    accumulate: int = 1  # batches per step; their gradients are averaged
     amp: str = 'none'
     ema: float | None = None  # decay of the moving average of the weights that is evaluated
 
@@ -125,12 +125,15 @@ def load_config(
     Raises:
         ConfigError: with all problems found.
         FileNotFoundError: the file or a base is missing.
+
+    Example:
+        >>> config = load_config('configs/detection/keypoint_strong.yaml', ['optim.lr=0.01'])
     """
     return config_from_dict(*read_tree(path, overrides, values))
 
 
 def config_from_dict(tree: dict[str, Any], problems: Sequence[str] = ()) -> RunConfig:
-    """A checked configuration from nested plain types; `problems` found before are reported with its own."""
+    """A checked configuration from nested plain types; earlier `problems` are reported with the new ones."""
     return checked(RunConfig, tree, problems, _check)
 
 
@@ -160,7 +163,7 @@ def _check(config: RunConfig) -> list[str]:
         'optim.lr_batch': optim.lr_batch, 'optim.accumulate': optim.accumulate,
         **{f'model.anchor_sizes[{k}]': n for k, n in enumerate(model.anchor_sizes[:5])},
     }, 0, 2**20, above=True)  # fmt: skip
-    # a checkpoint brings a configuration along: what it may make a reader build is bounded
+    # a checkpoint brings its own configuration: bound the size of what its reader builds
     problems += outside({
         'model.fpn_channels': model.fpn_channels,
         **{f'model.{key}[{k}]': n for key in ('mask_layers', 'keypoint_layers')

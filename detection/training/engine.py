@@ -34,8 +34,8 @@ log = logging.getLogger(__name__)
 class DetectorTrainer:
     """Trains a detector as a configuration says, with exact resume.
 
-    All that is random in a step follows from seed, step and process, and the learning rate from the step alone, so
-    that a checkpoint needs no more than weights, optimiser and step.
+    Seed, step and process determine all that is random in a step, and the step alone determines the learning rate. A
+    checkpoint therefore needs no more than weights, optimiser and step.
 
     Args:
         config: the run.
@@ -46,6 +46,14 @@ class DetectorTrainer:
             ones as `checkpoint_ITERATION.pt`), `best.pt` (with `eval_every`) and `results.json`.
         device: where to train.
         progress: show a progress bar.
+
+    Raises:
+        ValueError: `optim.accumulate` above the number of batches of an epoch.
+
+    Example:
+        >>> train_set, val_set = training_sets(config, find_data().root)
+        >>> model = detector_from_config(config, describe_data(train_set, config.task))
+        >>> DetectorTrainer(config, model, train_set, val_set, 'runs/box', device=torch.device('cpu')).run()
     """
 
     def __init__(
@@ -91,8 +99,12 @@ class DetectorTrainer:
     def resume(self, path: str | Path) -> None:
         """Continue from a checkpoint of a run with the same model and data.
 
-        With another number of images a step (processes may come and go), a run whose length is given in epochs goes
-        on after as many images, one whose length is given in iterations after as many steps.
+        If a step now has another number of images (the number of processes may change), a run with its length in epochs
+        continues after the same number of images, and one with its length in iterations after the same number of steps.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is no checkpoint, lacks what a resume needs, or is of another model, data set or task.
         """
         content = load_checkpoint(path)
         lacking = [key for key in ('scaler', 'iteration', 'best', 'results') if key not in content]

@@ -1,4 +1,4 @@
-"""Batches in an order that is a function of seed, epoch and step alone, so that a resumed run sees the same ones."""
+"""Batches in an order that depends on seed, epoch and step alone, so that a resumed run sees the same ones."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class BatchStream(Sampler[list[Draw]]):
     ) -> None:
         self.groups, self.batch_size, self.seed = list(groups), batch_size, seed
         self.repeats = None if factors is None else RepeatFactorSampler(factors, seed)
-        # epochs of one length, or the step of a resumed run would not tell its epoch
+        # all epochs have one length, so that the step of a resumed run tells its epoch
         self.size = len(self.groups) if factors is None else int(factors.sum())
         self.epoch, self.start = 0, 0
 
@@ -79,7 +79,7 @@ class BatchStream(Sampler[list[Draw]]):
 
 
 def training_sets(config: RunConfig, root: Path) -> tuple[CocoDataset, CocoDataset]:
-    """The split to train on, augmented as configured, and the one to evaluate, of a folder in COCO layout."""
+    """The training split, augmented as configured, and the evaluation split of a folder in COCO layout."""
     data = config.data
     augment = build_transforms(
         config.task,

@@ -1,4 +1,4 @@
-"""What a run shows at its end: the table of COCO figures and a picture of detections."""
+"""What a run shows: its facts at the start, and the table of COCO's metrics and a picture of detections at the end."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from norton_timm.utils import world_size
 
 
 def format_table(results: Mapping[str, Mapping[str, float]]) -> str:
-    """The figures of each kind of evaluation, side by side, one name and value a line; -1 where nothing counts."""
+    """The figures of each kind of evaluation, side by side, one name and value a line; -1: no ground truth."""
     columns = [
         [kind.ljust(16), *(f'{name.ljust(9)} {value:6.3f}' for name, value in figures.items())]
         for kind, figures in results.items()
@@ -30,7 +30,7 @@ def format_table(results: Mapping[str, Mapping[str, float]]) -> str:
 
 
 def describe_run(trainer: DetectorTrainer, data_name: str) -> str:
-    """What is trained on what, in a few lines, before the work starts."""
+    """A few lines on model, data, device and schedule, to show before the work starts."""
     config, model, device = trainer.config, trainer.model, trainer.device
     total, trained = count_params(model), sum(p.numel() for p in model.parameters() if p.requires_grad)
     if config.model.weights is not None:

@@ -1,7 +1,7 @@
 """Draws detections on RGB pictures: boxes with names and scores, translucent masks, keypoints with skeleton.
 
-Every picture here is RGB ``uint8 (H, W, 3)``. OpenCV draws into whatever channel order it is given, so no
-conversion takes place; only reading and writing files (``video.py``) know of BGR.
+Every picture here is RGB ``uint8 (H, W, 3)``. OpenCV draws into any channel order, so nothing is converted here; only
+code that reads, writes or shows pictures converts from or to BGR.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def draw_detections(
         output: one element of the detector's list: ``boxes (N, 4)`` as x1, y1, x2, y2 in pixels, ``labels (N,)``,
             ``scores (N,)`` (taken as 1 where there are none, as in a target), and optionally
             ``masks (N, 1, H, W)`` or ``(N, H, W)`` as probabilities or 0/1, ``keypoints (N, K, 3)`` as x, y,
-            visibility (0 = not drawn) and ``track_ids (N,)``, which then choose the colours (-1: no track). Tensors
+            visibility (0 = not drawn) and ``track_ids (N,)``, which then decide the colours (-1: no track). Tensors
             or arrays.
         class_names: indexed by label; labels without a name are drawn as ``class 7``.
         score: detections below it are not drawn.
@@ -66,7 +66,11 @@ def draw_detections(
         A new RGB ``uint8 (H, W, 3)``.
 
     Raises:
-        ValueError: for another picture format, or arrays whose lengths differ.
+        ValueError: for another picture format, or arrays of different lengths.
+
+    Example:
+        >>> output = model([to_tensor(image)])[0]
+        >>> picture = draw_detections(image, output, dataset.class_names, score=0.7)
     """
     _check_image(image)
     found = {k: _array(output[k]) for k in ('boxes', 'labels', 'masks', 'keypoints', 'track_ids') if k in output}

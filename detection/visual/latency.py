@@ -1,4 +1,4 @@
-"""Honest timing of a frame's stages: warm-up left out, accelerators synchronised, percentiles instead of means."""
+"""Timing of a frame's stages: warm-up left out, accelerators synchronised, percentiles beside means."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import torch
 from norton_timm.profiling import synchronise
 from norton_timm.utils import new_figure, write_png
 
-# In the order in which a frame passes through them; total is what the model took, pre- to post-process.
+# In the order in which a frame passes through them; total is the model's time, pre- to post-process.
 FRAME_STAGES = ('read', 'preprocess', 'network', 'postprocess', 'total', 'draw', 'write')
 
 
@@ -60,7 +60,7 @@ class LatencyRecorder:
     different frames at one moment. Safe to use from several threads.
 
     Args:
-        warmup: frames per stage whose timings are thrown away (first-use allocations, cuDNN's search, compilation).
+        warmup: first frames per stage that do not count (first-use allocations, cuDNN's search, compilation).
         device: what to synchronise around a stage that asks for it.
         window: number of newest frames that ``recent`` looks at.
         limit: number of newest timings kept per stage: bounds the memory of a camera that runs for days.
@@ -101,7 +101,7 @@ class LatencyRecorder:
             return list(self._times.get(name, ()))
 
     def summary(self) -> dict[str, Summary]:
-        """Summary of every stage that has timings, in the order of ``STAGES``."""
+        """Summary of every stage that has timings, in the order of ``FRAME_STAGES``."""
         with self._lock:
             names = [*(s for s in FRAME_STAGES if s in self._times), *(s for s in self._times if s not in FRAME_STAGES)]
             copies = {name: list(self._times[name]) for name in names}
@@ -119,7 +119,7 @@ class LatencyRecorder:
 class RateMeter:
     """Frames per second over the wall clock, from the end of the warm-up to the newest frame.
 
-    ``tick()`` is called once per finished frame. Of the frames after the warm-up the first only starts the clock.
+    Call ``tick()`` once per finished frame. The first frame after the warm-up only starts the clock.
     """
 
     warmup: int = 0

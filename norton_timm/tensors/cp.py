@@ -34,7 +34,6 @@ def cp_decompose(
     restarts: int = 3,
     tol: float = 1e-4,
     generator: torch.Generator | None = None,
-    covariance: Tensor | None = None,
 ) -> CPFactors:
     """Rank-`rank` CPD of each filter of a convolution.
 
@@ -51,8 +50,6 @@ def cp_decompose(
         restarts: random starts beside the HOSVD's.
         tol: a start has converged when its squared relative error fell by less than this fraction in a sweep.
         generator: source of the random starts; without one, a fixed seed, so that results repeat.
-        covariance: `(I, I)` positive semi-definite second moment of the layer's input channels: the error (and
-            `nmse`) is then that of the filter's response to its input, not that of the weight.
 
     Raises:
         ValueError: wrong shape, type or argument; NaN or infinity (names the filter).
@@ -62,11 +59,10 @@ def cp_decompose(
         >>> low_rank = cp_reconstruct(factors)  # (64, 32, 3, 3)
         >>> error = factors.nmse.mean()
     """
-    _check(weight, rank, n_iter, restarts, tol, covariance)
+    _check(weight, rank, n_iter, restarts, tol)
     filters, i, kh, kw = weight.shape
     if generator is None:
         generator = torch.Generator().manual_seed(0)  # on the CPU, so that every device starts alike
-    root = None if covariance is None else _square_root(covariance.detach().to(weight.device, torch.float64))
     # all filters share their starts, so that equal filters get equal factors; lower ranks use the first columns
     draw: dict[str, Any] = {'generator': generator, 'device': generator.device, 'dtype': torch.float64}
     columns = [torch.randn((restarts, 1, kh + kw), **draw) for _ in range(rank)]
@@ -79,7 +75,7 @@ def cp_decompose(
     chunks = torch.arange(filters).split(max(1, _CHUNK // (i * kh * kw)))
     chunks = [slice(int(c[0]), int(c[-1]) + 1) for c in chunks]
     weight = weight.detach().flatten(2)
-    cores = [compress_input_mode(_scaled(weight[c], scale[c], root), kh, kw) for c in chunks]
+    cores = [compress_input_mode(_scaled(weight[c], scale[c]), kh, kw) for c in chunks]
     core = torch.cat(cores)
     if rank >= min(i * kh, i * kw, kh * kw):
         a, b = solve_exact(core, rank)
@@ -87,7 +83,7 @@ def cp_decompose(
         a, b = solve_matrix(core, rank)
     else:
         a, b = solve_iteratively(core, rank, noise, n_iter, tol)
-    parts = [_finish(weight[c], scale[c], a[c], b[c], root) for c in chunks]
+    parts = [_finish(weight[c], scale[c], a[c], b[c]) for c in chunks]
     return CPFactors(*(torch.cat(field) for field in zip(*parts)))
 
 
@@ -96,7 +92,7 @@ def cp_reconstruct(factors: CPFactors) -> Tensor:
     return torch.einsum('ohr,owr,oir->oihw', factors.A, factors.B, factors.C)
 
 
-def _check(weight: Tensor, rank: int, n_iter: int, restarts: int, tol: float, covariance: Tensor | None) -> None:
+def _check(weight: Tensor, rank: int, n_iter: int, restarts: int, tol: float) -> None:
     if weight.ndim != 4 or not weight.is_floating_point() or weight.numel() == 0:
         got = f'{weight.dtype} {tuple(weight.shape)}'
         raise ValueError(f'weight: expected a non-empty floating-point tensor (O, I, Kh, Kw), got {got}')
@@ -105,10 +101,6 @@ def _check(weight: Tensor, rank: int, n_iter: int, restarts: int, tol: float, co
             raise ValueError(f'{name}: expected an integer >= {low}, got {value!r}')
     if not 0 <= tol < 1:
         raise ValueError(f'tol: expected a number in [0, 1), got {tol!r}')
-    if covariance is not None:
-        i = weight.shape[1]
-        if covariance.shape != (i, i) or not torch.isfinite(covariance).all():
-            raise ValueError(f'covariance: expected finite values ({i}, {i}), got shape {tuple(covariance.shape)}')
 
 
 def _peak(weight: Tensor) -> Tensor:
@@ -116,34 +108,22 @@ def _peak(weight: Tensor) -> Tensor:
     return torch.linalg.vector_norm(weight.detach().flatten(1), ord=float('inf'), dim=1)
 
 
-def _square_root(covariance: Tensor) -> Tensor:
-    """`L^T` with `L L^T` the symmetric covariance, scaled to a largest eigenvalue of 1."""
-    values, vectors = torch.linalg.eigh((covariance + covariance.mT) / 2)
-    top = values[-1]
-    if top <= 0 or values[0] < -1e-6 * top:
-        raise ValueError(f'covariance: expected positive semi-definite, got eigenvalues {values[0]:.3g} to {top:.3g}')
-    return (values.clamp_min(0) / top).sqrt()[:, None] * vectors.mT
+def _scaled(weight: Tensor, scale: Tensor) -> Tensor:
+    """Filters in float64, scaled to a largest magnitude of 1."""
+    return weight.to(torch.float64, copy=True).div_(scale.where(scale > 0, 1))
 
 
-def _scaled(weight: Tensor, scale: Tensor, root: Tensor | None) -> Tensor:
-    """Filters in float64, scaled to a largest magnitude of 1 and, where there is a root, multiplied by it."""
-    x = weight.to(torch.float64, copy=True).div_(scale.where(scale > 0, 1))
-    return x if root is None else root @ x
-
-
-def _finish(
-    weight: Tensor, scale: Tensor, a: Tensor, b: Tensor, root: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _finish(weight: Tensor, scale: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """C by least squares, norms balanced, and the NMSE of what is returned, rounding included."""
-    x = _scaled(weight, scale, None)
+    x = _scaled(weight, scale)
     design = khatri_rao(a, b)
     c = (x @ _pseudo_inverse(design).mT).masked_fill(~design.any(1, keepdim=True), 0)
     a, b = unit(a), unit(b)  # a component that was not needed has zero columns
     a, b, c = (f.to(weight.dtype) for f in _balance(a, b, c, scale))
-    energy = _energy(x if root is None else root @ x)
+    energy = _energy(x)
     design = khatri_rao(a.double(), b.double())
     rest = x.baddbmm_(c.double() / scale.where(scale > 0, 1), design.mT, alpha=-1)
-    nmse = _energy(rest if root is None else root @ rest) / energy.where(energy > 0, 1)
+    nmse = _energy(rest) / energy.where(energy > 0, 1)
     return a, b, c, nmse.to(weight.dtype)
 
 

@@ -52,14 +52,6 @@ def select_filters(distance: Tensor | Sequence[Tensor], keep: int, strategy: str
     return torch.from_numpy(np.sort(kept).astype(np.int64))
 
 
-def select_top(scores: Tensor, keep: int) -> Tensor:
-    """Sorted indices of the `keep` largest scores; of equal ones the first."""
-    if scores.ndim != 1 or not torch.isfinite(scores).all():
-        raise ValueError(f'scores: expected finite values (O,), got shape {tuple(scores.shape)}')
-    _check_keep(keep, len(scores))
-    return torch.sort(scores.detach().cpu(), descending=True, stable=True).indices[:keep].sort().values
-
-
 def _average(distances: list[Tensor]) -> np.ndarray:
     if not distances:
         raise ValueError('distance: expected at least one (O, O) matrix, got none')
