@@ -69,7 +69,7 @@ def silence(graph: ChannelGraph, gone: Iterable[int]) -> None:
             module.set_index([-1 if i in index else i for i in module.index.tolist()])
         elif isinstance(module, nn.Linear):
             module.weight[:, index] = 0
-        elif isinstance(module, nn.ConvTranspose2d):
+        elif getattr(module, 'transposed', False):
             module.weight[index] = 0
         else:
             weight = module.pointwise if isinstance(module, CPDConv2d) else module.weight

@@ -10,8 +10,13 @@ from torch import Tensor
 
 from norton_timm.tensors.principal_angles import drop_empty_components, largest_angle
 
-CRITERIA = ('pabs', 'csa', 'vbd', 'snr', 'cosine', 'euclidean', 'manhattan', 'pearson')
-SCORES = ('l1', 'l2', 'geometric_median', 'random')
+CRITERIA = ['pabs', 'csa']  # names of all distances: `value_criterion` adds to these two
+SCORES: list[str] = []  # names of all scores, see `score_criterion`
+
+ValueDistance = Callable[[Tensor, bool], Tensor]
+Score = Callable[[Tensor, torch.Generator | None], Tensor]
+_DISTANCES: dict[str, ValueDistance] = {}
+_SCORES: dict[str, Score] = {}
 
 
 class Factors(Protocol):
@@ -23,6 +28,35 @@ class Factors(Protocol):
     def B(self) -> Tensor: ...
     @property
     def C(self) -> Tensor: ...
+
+
+def value_criterion(name: str) -> Callable[[ValueDistance], ValueDistance]:
+    """Make a distance between filters known by a name; a decorator.
+
+    The function takes filters `(O, d)` in float64, and whether a filter counts as equal to its negative. It returns
+    `(O, O)`, of which the upper half is read.
+    """
+
+    def register(function: ValueDistance) -> ValueDistance:
+        _DISTANCES[name] = function
+        CRITERIA.append(name)
+        return function
+
+    return register
+
+
+def score_criterion(name: str) -> Callable[[Score], Score]:
+    """Make a score of single filters known by a name; a decorator.
+
+    The function takes filters `(O, d)` in float64 and a generator. It returns `(O,)`; large scores are worth keeping.
+    """
+
+    def register(function: Score) -> Score:
+        _SCORES[name] = function
+        SCORES.append(name)
+        return function
+
+    return register
 
 
 def filter_distance(
@@ -106,12 +140,28 @@ def filter_scores(weight: Tensor, criterion: str, generator: torch.Generator | N
         raise ValueError(f'criterion: got {criterion!r}, expected one of {", ".join(SCORES)}')
     flat = weight.detach().flatten(1)
     _check_finite(flat)
-    if criterion == 'random':
-        device = generator.device if generator is not None else flat.device
-        return torch.rand(len(flat), generator=generator, device=device).to(flat)
-    if criterion == 'geometric_median':
-        return filter_distance(flat, 'euclidean').to(torch.float64).sum(1).to(flat.dtype)
-    return torch.linalg.vector_norm(flat.to(torch.float64), ord=1 if criterion == 'l1' else 2, dim=1).to(flat.dtype)
+    return _SCORES[criterion](flat.to(torch.float64), generator).to(flat.dtype)
+
+
+@score_criterion('l1')
+def _l1(filters: Tensor, generator: torch.Generator | None) -> Tensor:
+    return torch.linalg.vector_norm(filters, ord=1, dim=1)
+
+
+@score_criterion('l2')
+def _l2(filters: Tensor, generator: torch.Generator | None) -> Tensor:
+    return torch.linalg.vector_norm(filters, dim=1)
+
+
+@score_criterion('geometric_median')
+def _geometric_median(filters: Tensor, generator: torch.Generator | None) -> Tensor:
+    return filter_distance(filters, 'euclidean').sum(1)
+
+
+@score_criterion('random')
+def _random(filters: Tensor, generator: torch.Generator | None) -> Tensor:
+    device = generator.device if generator is not None else filters.device
+    return torch.rand(len(filters), generator=generator, device=device)
 
 
 def _check_finite(x: Tensor) -> None:
@@ -125,21 +175,50 @@ _CHUNK = 2**21  # float64 values per temporary: 16 MiB
 
 def value_distance(x: Tensor, criterion: str, free_sign: bool) -> Tensor:
     """`x (O, d, R)` -> `(O, O)`, upper half valid; with `free_sign` each column may be flipped."""
+    distance = _DISTANCES[criterion]
     if not free_sign or x.shape[2] == 1:
-        return _pair_distance(x.flatten(1), criterion, free_sign)
-    flips = x.unbind(2)
+        return distance(x.flatten(1), free_sign)
+    columns = [distance(column, True) for column in x.unbind(2)]
     if criterion == 'euclidean':
-        return sum(_pair_distance(c, criterion, True).square_() for c in flips).sqrt_()  # type: ignore[union-attr]
-    if criterion == 'manhattan':
-        return sum(_pair_distance(c, criterion, True) for c in flips)  # type: ignore[return-value]
-    return sum(_pair_distance(c, criterion, True) for c in flips) / len(flips)  # type: ignore[return-value]
+        return sum(column.square_() for column in columns).sqrt_()  # type: ignore[union-attr]
+    total: Tensor = sum(columns)  # type: ignore[assignment]
+    return total if criterion == 'manhattan' else total / len(columns)
 
 
-def _pair_distance(x: Tensor, criterion: str, free_sign: bool) -> Tensor:
+@value_criterion('vbd')
+def _vbd(x: Tensor, free_sign: bool) -> Tensor:
+    return _product_distance(x, 'vbd', free_sign)
+
+
+@value_criterion('snr')
+def _snr(x: Tensor, free_sign: bool) -> Tensor:
+    return _product_distance(x, 'snr', free_sign)
+
+
+@value_criterion('cosine')
+def _cosine(x: Tensor, free_sign: bool) -> Tensor:
+    return _product_distance(x, 'cosine', free_sign)
+
+
+@value_criterion('euclidean')
+def _euclidean(x: Tensor, free_sign: bool) -> Tensor:
+    return _product_distance(x, 'euclidean', free_sign)
+
+
+@value_criterion('manhattan')
+def _manhattan(x: Tensor, free_sign: bool) -> Tensor:
+    plain = torch.cdist(x, x, p=1)
+    return torch.minimum(plain, torch.cdist(x, -x, p=1)) if free_sign else plain
+
+
+@value_criterion('pearson')
+def _pearson(x: Tensor, free_sign: bool) -> Tensor:
+    return _product_distance(x, 'pearson', free_sign)
+
+
+def _product_distance(x: Tensor, criterion: str, free_sign: bool) -> Tensor:
+    """A distance that follows from the inner products of all pairs, in pieces that stay in cache."""
     o = len(x)
-    if criterion == 'manhattan':
-        plain = torch.cdist(x, x, p=1)
-        return torch.minimum(plain, torch.cdist(x, -x, p=1)) if free_sign else plain
     peak = x.abs().max().clamp_min(torch.finfo(x.dtype).tiny)
     x = x / peak
     if criterion in ('vbd', 'snr', 'pearson'):
