@@ -315,10 +315,10 @@ def test_keypoints_are_paired_as_configured(sample: Path) -> None:
 
 def test_processes_share_the_evaluation_without_overlap(sample: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = CocoDataset(sample, 'train', 'box')
-    monkeypatch.setattr('detection.training.loader.world_size', lambda: 3)
+    monkeypatch.setattr('detection.data.loader.world_size', lambda: 3)
     seen = []
     for r in range(3):
-        monkeypatch.setattr('detection.training.loader.rank', lambda r=r: r)
+        monkeypatch.setattr('detection.data.loader.rank', lambda r=r: r)
         seen += [t['image_id'] for _, targets in eval_loader(dataset, 2, 0) for t in targets]
     assert sorted(seen) == dataset.image_ids
 

@@ -2,10 +2,10 @@
 page.
 """
 
-from detection.demo.predictor import Predictor
+from detection.demo.predictor import ModelFacts, Predictor
 from detection.demo.serve import serve
 from detection.demo.tracking import TRACKERS
 from detection.demo.video import open_source
-from detection.demo.video_writer import CODECS, VideoWriteError
+from detection.demo.video_writer import CODECS, VideoWriteError, VideoWriter
 
-__all__ = ['CODECS', 'TRACKERS', 'Predictor', 'VideoWriteError', 'open_source', 'serve']
+__all__ = ['CODECS', 'TRACKERS', 'ModelFacts', 'Predictor', 'VideoWriteError', 'VideoWriter', 'open_source', 'serve']

@@ -26,6 +26,7 @@ from pycocotools.cocoeval import COCOeval
 
 from detection.data import check_outline, class_map
 from detection.tasks import check_task
+from norton_timm.utils import write_text
 
 _log = logging.getLogger(__name__)
 
@@ -174,15 +175,10 @@ class CocoEvaluator:
 
     def write_results(self, folder: str | os.PathLike[str]) -> list[Path]:
         """Write ``{bbox,segm,keypoints}_results.json`` for COCO's server; in process 0 after ``evaluate``."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        paths = []
+        paths, folder = [], Path(folder)
         for iou_type in self.iou_types:
-            path = folder / f'{iou_type}_results.json'
-            temporary = path.with_name(f'.{path.name}.{os.getpid()}')
-            temporary.write_text(json.dumps(self.results(iou_type)))
-            os.replace(temporary, path)
-            paths.append(path)
+            text = json.dumps(self.results(iou_type))
+            paths.append(write_text(folder / f'{iou_type}_results.json', text))
         return paths
 
     def _pack(self, output: Mapping[str, torch.Tensor]) -> dict[str, Any]:

@@ -4,16 +4,18 @@ and shown to exporters.
 
 from detection.rcnn.backbone import NORMS, create_features
 from detection.rcnn.build import RCNN_OPTIONS, build_detector
-from detection.rcnn.compression import RECIPES
-from detection.rcnn.export import OneImage, exportable
+from detection.rcnn.compression import RECIPES, compress_detector
+from detection.rcnn.export import DetectionAgreement, OneImage, exportable
 from detection.rcnn.restore import convert_detector_state_dict, restore
 
 __all__ = [
     'NORMS',
     'RCNN_OPTIONS',
     'RECIPES',
+    'DetectionAgreement',
     'OneImage',
     'build_detector',
+    'compress_detector',
     'convert_detector_state_dict',
     'create_features',
     'exportable',

@@ -117,11 +117,13 @@ class DetectorTrainer:
         try:
             self.model.load_state_dict(content['model'])
             self.optimizer.load_state_dict(content['optimizer'])
-        except (RuntimeError, ValueError) as error:
-            raise ValueError(f'{path} does not fit this configuration: {str(error).splitlines()[0][:160]}') from error
-        self.scaler.load_state_dict(content['scaler'])
-        if self.ema is not None:
-            self.ema.module.load_state_dict(content['ema'] or content['model'])
+            self.scaler.load_state_dict(content['scaler'])
+            if self.ema is not None:
+                self.ema.module.load_state_dict(content['ema'] or content['model'])
+        # a state of something else fails in whatever part comes first
+        except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
+            told = (str(error) or type(error).__name__).splitlines()[0][:160]
+            raise ValueError(f'{path} does not fit this configuration: {told}') from error
         self.iteration, self.best, self.results = content['iteration'], content['best'], content['results']
         before = content.get('step_images', self.step_images)
         if before != self.step_images:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from detection.data import CocoDataset, to_tensor
 from detection.training.engine import DetectorTrainer
 from detection.visual import Image, draw_detections, grid
 from norton_timm.profiling import count_params
-from norton_timm.utils import world_size
+from norton_timm.utils import replacing, world_size
 
 
 def format_table(results: Mapping[str, Mapping[str, float]]) -> str:
@@ -89,9 +88,8 @@ def save_predictions(
     ok, data = cv2.imencode(path.suffix, cv2.cvtColor(grid(drawn), cv2.COLOR_RGB2BGR))
     if not ok:
         raise ValueError(f'cannot write a picture as {path.suffix}, expected .jpg or .png')
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}')
-    temporary.write_bytes(data.tobytes())
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        temporary.write_bytes(data.tobytes())
     return path
 
 

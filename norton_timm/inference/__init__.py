@@ -15,6 +15,7 @@ from norton_timm.inference.export import (
 )
 from norton_timm.inference.export_check import Agreement, export_checked, find_pictures, larger, read_images, size_mb
 from norton_timm.inference.export_tune import export_variants, fastest_variant
+from norton_timm.inference.fold import fold_batch_norm
 from norton_timm.inference.forms import FIXED_FORMS, distinct_forms, tune_forms
 from norton_timm.inference.fuse import fuse_network
 from norton_timm.inference.onednn import onednn_available, packed_bytes
@@ -34,6 +35,7 @@ __all__ = [
     'export_variants',
     'fastest_variant',
     'find_pictures',
+    'fold_batch_norm',
     'format_of',
     'frozen_weights',
     'fuse_network',

@@ -5,6 +5,7 @@ linear layer of low rank, the shortcut that maps channels, the decompositions of
 from norton_timm.layers.channel_map import ChannelMap, padding_index
 from norton_timm.layers.cpd_conv import FORMS, CPDConv2d, conv_padding, prefers_merged, set_form, use_form
 from norton_timm.layers.handlers import (
+    MAKES,
     MIXES,
     PASSES,
     LayerHandler,
@@ -14,12 +15,15 @@ from norton_timm.layers.handlers import (
     handler_of,
     is_counted,
     nearest_handler,
+    register,
     take,
 )
 from norton_timm.layers.low_rank import LowRankLinear, factor_linears, factor_shapes
+from norton_timm.layers.whole_layer import WholeLayerConv2d
 
 __all__ = [
     'FORMS',
+    'MAKES',
     'MIXES',
     'PASSES',
     'CPDConv2d',
@@ -27,6 +31,7 @@ __all__ = [
     'LayerHandler',
     'LowRankLinear',
     'Positions',
+    'WholeLayerConv2d',
     'conv_padding',
     'factor_linears',
     'factor_shapes',
@@ -37,6 +42,7 @@ __all__ = [
     'nearest_handler',
     'padding_index',
     'prefers_merged',
+    'register',
     'set_form',
     'take',
     'use_form',

@@ -4,7 +4,14 @@ Nothing here knows a network.
 """
 
 from norton_timm.tensors.cp import CPFactors, cp_decompose, cp_reconstruct
-from norton_timm.tensors.distances import CRITERIA, SCORES, filter_distance, filter_scores
+from norton_timm.tensors.distances import (
+    CRITERIA,
+    SCORES,
+    filter_distance,
+    filter_scores,
+    score_criterion,
+    value_criterion,
+)
 from norton_timm.tensors.hosvd import hosvd, tucker
 from norton_timm.tensors.selection import STRATEGIES, select_filters
 
@@ -18,6 +25,8 @@ __all__ = [
     'filter_distance',
     'filter_scores',
     'hosvd',
+    'score_criterion',
     'select_filters',
     'tucker',
+    'value_criterion',
 ]

@@ -2,17 +2,24 @@
 repairs and trains.
 """
 
-from norton_timm.training.config import TrainConfig, load_train_config
-from norton_timm.training.loop import evaluate
+from norton_timm.training.config import DistillConfig, OptimConfig, TrainConfig, load_train_config
+from norton_timm.training.data import Preprocessing
+from norton_timm.training.distill import Distillation
+from norton_timm.training.loop import Trainer, evaluate
 from norton_timm.training.metrics import MetricsWriter
 from norton_timm.training.run import MODEL, Recovery, evaluate_file, is_compressed_tag, portable, preprocessing_of
 from norton_timm.training.sources import calibration_images, open_data
 
 __all__ = [
     'MODEL',
+    'DistillConfig',
+    'Distillation',
     'MetricsWriter',
+    'OptimConfig',
+    'Preprocessing',
     'Recovery',
     'TrainConfig',
+    'Trainer',
     'calibration_images',
     'evaluate',
     'evaluate_file',

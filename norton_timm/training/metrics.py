@@ -69,9 +69,9 @@ class MetricsWriter:
     def _stays(self, line: str, done: int) -> bool:
         try:
             row = json.loads(line)
-        except ValueError:  # a killed process may leave half a line
+            return row.get('run') != self.run or row[self.step] <= done
+        except (ValueError, AttributeError, KeyError, TypeError):  # a killed process may leave half a line
             return False
-        return row.get('run') != self.run or row[self.step] <= done
 
 
 def _scalars(row: Mapping[str, Any], where: str = '') -> Iterator[tuple[str, float]]:

@@ -171,14 +171,14 @@ def _spec(text: str, folder: Path) -> None:
 def _config(kind: str):
     def use(value: tuple[str, list[str]], folder: Path) -> None:
         if kind == 'detection':
-            pass
+            from detection.training import load_config as read
         else:
-            from norton_timm.training.config import load_train_config  # type: ignore[assignment]
+            from norton_timm.training import load_train_config as read  # type: ignore[assignment]
 
         text, overrides = value
         path = folder / 'run.yaml'
         path.write_bytes(text.encode('utf-8', 'surrogatepass'))
-        config = load_train_config(path, overrides)
+        config = read(path, overrides)
         yaml.safe_load(config.to_yaml())
 
     return use
