@@ -12,21 +12,7 @@ from detection.data.samplers import CopyPaste, RepeatFactorSampler, aspect_group
 from detection.data.transforms import build_transforms
 
 __all__ = [
-    'CocoDataset',
-    'CopyPaste',
-    'Draw',
-    'RepeatFactorSampler',
-    'aspect_groups',
-    'build_transforms',
-    'check_data',
-    'check_outline',
-    'class_map',
-    'collate',
-    'decode_rgb',
-    'draw_frames',
-    'eval_loader',
-    'find_data',
-    'read_picture',
-    'repeat_factors',
-    'to_tensor',
-]
+    'CocoDataset', 'CopyPaste', 'Draw', 'RepeatFactorSampler', 'aspect_groups', 'build_transforms',
+    'check_data', 'check_outline', 'class_map', 'collate', 'decode_rgb', 'draw_frames', 'eval_loader', 'find_data',
+    'read_picture', 'repeat_factors', 'to_tensor',
+]  # fmt: skip

@@ -8,4 +8,6 @@ from detection.demo.tracking import TRACKERS
 from detection.demo.video import open_source
 from detection.demo.video_writer import CODECS, VideoWriteError, VideoWriter
 
-__all__ = ['CODECS', 'TRACKERS', 'ModelFacts', 'Predictor', 'VideoWriteError', 'VideoWriter', 'open_source', 'serve']
+__all__ = [
+    'CODECS', 'TRACKERS', 'ModelFacts', 'Predictor', 'VideoWriteError', 'VideoWriter', 'open_source', 'serve',
+]  # fmt: skip

@@ -9,15 +9,6 @@ from detection.rcnn.export import DetectionAgreement, OneImage, exportable
 from detection.rcnn.restore import convert_detector_state_dict, restore
 
 __all__ = [
-    'NORMS',
-    'RCNN_OPTIONS',
-    'RECIPES',
-    'DetectionAgreement',
-    'OneImage',
-    'build_detector',
-    'compress_detector',
-    'convert_detector_state_dict',
-    'create_features',
-    'exportable',
-    'restore',
-]
+    'NORMS', 'RCNN_OPTIONS', 'RECIPES', 'DetectionAgreement', 'OneImage', 'build_detector',
+    'compress_detector', 'convert_detector_state_dict', 'create_features', 'exportable', 'restore',
+]  # fmt: skip

@@ -8,20 +8,7 @@ from detection.training.optim import build_optimizer
 from detection.training.report import describe_run, format_table, save_predictions
 
 __all__ = [
-    'DataConfig',
-    'DetectorTrainer',
-    'ModelConfig',
-    'OptimConfig',
-    'RunConfig',
-    'build_optimizer',
-    'describe_data',
-    'describe_run',
-    'detector_from_config',
-    'format_table',
-    'load_config',
-    'load_detector',
-    'save_checkpoint',
-    'save_predictions',
-    'train_loader',
-    'training_sets',
-]
+    'DataConfig', 'DetectorTrainer', 'ModelConfig', 'OptimConfig', 'RunConfig', 'build_optimizer',
+    'describe_data', 'describe_run', 'detector_from_config', 'format_table', 'load_config', 'load_detector',
+    'save_checkpoint', 'save_predictions', 'train_loader', 'training_sets',
+]  # fmt: skip

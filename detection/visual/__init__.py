@@ -4,15 +4,6 @@ from detection.visual.draw import COCO_SKELETON, Image, draw_caption, draw_detec
 from detection.visual.latency import LatencyRecorder, RateMeter, Summary, plot_histogram, summarize
 
 __all__ = [
-    'COCO_SKELETON',
-    'Image',
-    'LatencyRecorder',
-    'RateMeter',
-    'Summary',
-    'draw_caption',
-    'draw_detections',
-    'grid',
-    'plot_histogram',
-    'side_by_side',
-    'summarize',
-]
+    'COCO_SKELETON', 'Image', 'LatencyRecorder', 'RateMeter', 'Summary', 'draw_caption', 'draw_detections',
+    'grid', 'plot_histogram', 'side_by_side', 'summarize',
+]  # fmt: skip

@@ -20,26 +20,8 @@ from norton_timm.checkpoints.rebuild import repeat_surgery, surgery_of
 from norton_timm.checkpoints.shapes import base_name, dense_name
 
 __all__ = [
-    'FACTOR_KEY',
-    'SHIPPED',
-    'base_name',
-    'convert_state_dict',
-    'dense_name',
-    'filters_in',
-    'find_file',
-    'guess_architecture',
-    'head_name',
-    'is_saved',
-    'load',
-    'locate',
-    'network_prefix',
-    'network_tensors',
-    'rates_from_name',
-    'read_checkpoint',
-    'read_metadata',
-    'repeat_surgery',
-    'save',
-    'save_folder',
-    'surgery_of',
+    'FACTOR_KEY', 'SHIPPED', 'base_name', 'convert_state_dict', 'dense_name', 'filters_in', 'find_file',
+    'guess_architecture', 'head_name', 'is_saved', 'load', 'locate', 'network_prefix', 'network_tensors',
+    'rates_from_name', 'read_checkpoint', 'read_metadata', 'repeat_surgery', 'save', 'save_folder', 'surgery_of',
     'width_in',
-]
+]  # fmt: skip

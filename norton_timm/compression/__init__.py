@@ -12,24 +12,8 @@ from norton_timm.compression.report_html import to_html, write_html
 from norton_timm.compression.spec import METHODS, CompressionSpec, format_rates, parse_rates
 
 __all__ = [
-    'METHODS',
-    'CompressionReport',
-    'CompressionSpec',
-    'channel_graph',
-    'compress',
-    'exact_rates',
-    'format_rates',
-    'layer_distance',
-    'layout_of',
-    'make_plan',
-    'merge_layers',
-    'parse_rates',
-    'reestimate_batch_norm',
-    'removed_classes',
-    'reshape',
-    'run_plan',
-    'to_html',
-    'widths_of',
-    'without_labels',
+    'METHODS', 'CompressionReport', 'CompressionSpec', 'channel_graph', 'compress', 'exact_rates',
+    'format_rates', 'layer_distance', 'layout_of', 'make_plan', 'merge_layers', 'parse_rates',
+    'reestimate_batch_norm', 'removed_classes', 'reshape', 'run_plan', 'to_html', 'widths_of', 'without_labels',
     'write_html',
-]
+]  # fmt: skip

@@ -10,12 +10,6 @@ from norton_timm.graph.surgery import remove_channels
 from norton_timm.graph.widen import align_channels
 
 __all__ = [
-    'ChannelGraph',
-    'ChannelGroup',
-    'Metadata',
-    'Slot',
-    'align_channels',
-    'feature_entries',
-    'is_feature_extractor',
-    'remove_channels',
-]
+    'ChannelGraph', 'ChannelGroup', 'Metadata', 'Slot', 'align_channels', 'feature_entries',
+    'is_feature_extractor', 'remove_channels',
+]  # fmt: skip

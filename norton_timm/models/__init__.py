@@ -8,17 +8,7 @@ from norton_timm.models.compressed import published_accuracy, spec_of, tags
 from norton_timm.models.dense import dense_model, read_recipe, set_normalisation
 
 __all__ = [
-    'convert_authors_checkpoint',
-    'dense_model',
-    'densenet_cifar',
-    'entrypoints',
-    'googlenet_cifar',
-    'mobilenetv2_cifar',
-    'published_accuracy',
-    'read_recipe',
-    'resnet_cifar',
-    'set_normalisation',
-    'spec_of',
-    'tags',
+    'convert_authors_checkpoint', 'dense_model', 'densenet_cifar', 'entrypoints', 'googlenet_cifar',
+    'mobilenetv2_cifar', 'published_accuracy', 'read_recipe', 'resnet_cifar', 'set_normalisation', 'spec_of', 'tags',
     'vgg_cifar',
-]
+]  # fmt: skip

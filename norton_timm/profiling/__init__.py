@@ -24,24 +24,7 @@ from norton_timm.profiling.timing import (
 )
 
 __all__ = [
-    'MEGABYTE',
-    'WARM_UP',
-    'Complexity',
-    'LayerCost',
-    'Turns',
-    'channels_last',
-    'compare_latency',
-    'count',
-    'count_params',
-    'default_input',
-    'latencies',
-    'layer_costs',
-    'layer_latencies',
-    'layer_macs',
-    'make_input',
-    'peak_memory',
-    'process_peak',
-    'ready_to_run',
-    'synchronise',
-    'take_turns',
-]
+    'MEGABYTE', 'WARM_UP', 'Complexity', 'LayerCost', 'Turns', 'channels_last', 'compare_latency', 'count',
+    'count_params', 'default_input', 'latencies', 'layer_costs', 'layer_latencies', 'layer_macs', 'make_input',
+    'peak_memory', 'process_peak', 'ready_to_run', 'synchronise', 'take_turns',
+]  # fmt: skip

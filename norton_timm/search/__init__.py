@@ -6,4 +6,6 @@ from norton_timm.search.budget import find_spec
 from norton_timm.search.sensitivity import weighted_nmse
 from norton_timm.search.trade_off import TradeOffPoint, plot_trade_off, trade_off
 
-__all__ = ['TradeOffPoint', 'find_spec', 'plot_trade_off', 'trade_off', 'weighted_nmse']
+__all__ = [
+    'TradeOffPoint', 'find_spec', 'plot_trade_off', 'trade_off', 'weighted_nmse',
+]  # fmt: skip

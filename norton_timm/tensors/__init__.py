@@ -16,17 +16,6 @@ from norton_timm.tensors.hosvd import hosvd, tucker
 from norton_timm.tensors.selection import STRATEGIES, select_filters
 
 __all__ = [
-    'CRITERIA',
-    'SCORES',
-    'STRATEGIES',
-    'CPFactors',
-    'cp_decompose',
-    'cp_reconstruct',
-    'filter_distance',
-    'filter_scores',
-    'hosvd',
-    'score_criterion',
-    'select_filters',
-    'tucker',
-    'value_criterion',
-]
+    'CRITERIA', 'SCORES', 'STRATEGIES', 'CPFactors', 'cp_decompose', 'cp_reconstruct', 'filter_distance',
+    'filter_scores', 'hosvd', 'score_criterion', 'select_filters', 'tucker', 'value_criterion',
+]  # fmt: skip

@@ -11,21 +11,7 @@ from norton_timm.training.run import MODEL, Recovery, evaluate_file, is_compress
 from norton_timm.training.sources import calibration_images, open_data
 
 __all__ = [
-    'MODEL',
-    'DistillConfig',
-    'Distillation',
-    'MetricsWriter',
-    'OptimConfig',
-    'Preprocessing',
-    'Recovery',
-    'TrainConfig',
-    'Trainer',
-    'calibration_images',
-    'evaluate',
-    'evaluate_file',
-    'is_compressed_tag',
-    'load_train_config',
-    'open_data',
-    'portable',
-    'preprocessing_of',
-]
+    'MODEL', 'DistillConfig', 'Distillation', 'MetricsWriter', 'OptimConfig', 'Preprocessing', 'Recovery',
+    'TrainConfig', 'Trainer', 'calibration_images', 'evaluate', 'evaluate_file', 'is_compressed_tag',
+    'load_train_config', 'open_data', 'portable', 'preprocessing_of',
+]  # fmt: skip
