@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from norton_timm.layers import CPDConv2d, nearest_handler
-from norton_timm.utils import evaluating, replace_module
+from norton_timm.utils import evaluating, plain_layer, replace_module
 
 TORCHVISION = 'torchvision/'
 
@@ -106,10 +106,6 @@ def _some(names: list[str]) -> str:
     return ', '.join(names[:3]) + (f' and {len(names) - 3} more' if len(names) > 3 else '')
 
 
-def _two(values: tuple[int, ...]) -> tuple[int, int]:
-    return values[0], values[1]
-
-
 def decompose_shapes(model: nn.Module, ranks: Mapping[str, int]) -> None:
     """Replace the named convolutions by CPDConv2d without weights (on the meta device), in place.
 
@@ -117,12 +113,7 @@ def decompose_shapes(model: nn.Module, ranks: Mapping[str, int]) -> None:
         ValueError: a name that is no plain convolution.
     """
     for name, rank in ranks.items():
-        try:
-            conv = model.get_submodule(name)
-        except AttributeError:
-            raise ValueError(f'got a decomposed layer {name[:80]!r} that the network does not have') from None
-        if type(conv) is not nn.Conv2d:
-            raise ValueError(f'got a decomposed layer {name!r}, expected a Conv2d there, not {type(conv).__name__}')
+        conv = plain_layer(model, name, nn.Conv2d, 'decomposed')
         replace_module(model, name, CPDConv2d.like(conv, rank, device='meta'))
 
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import statistics
-import time
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from norton_timm.layers import CPDConv2d
-from norton_timm.profiling import synchronise
+from norton_timm.profiling import synchronise, take_turns
 from norton_timm.utils import evaluating, removing
 
 FIXED_FORMS = ('factored', 'merged', 'separable', 'dense')
@@ -135,24 +134,20 @@ def measure_forms(layer: CPDConv2d, x: Tensor, training: bool = False, repeats: 
     if key in _fastest:
         return _fastest[key]
     x = x.detach().requires_grad_(training)
-    times: dict[str, list[float]] = {form: [] for form in _MEASURED}
+
+    def run(form: str) -> None:
+        layer.form = form
+        with torch.set_grad_enabled(training):
+            y = layer(x)
+        if training:
+            torch.autograd.grad(y.sum(), [x, *(p for p in layer.parameters() if p.requires_grad)])
+
     before = layer.form
     try:
-        for repeat in range(repeats + 1):  # the first round warms up
-            for form in _MEASURED:
-                layer.form = form
-                synchronise(x)
-                start = time.perf_counter()
-                with torch.set_grad_enabled(training):
-                    y = layer(x)
-                if training:
-                    torch.autograd.grad(y.sum(), [x, *(p for p in layer.parameters() if p.requires_grad)])
-                synchronise(x)
-                if repeat:
-                    times[form].append(1000 * (time.perf_counter() - start))
+        turns = take_turns([partial(run, form) for form in _MEASURED], partial(synchronise, x), 0.0, repeats)
     finally:
         layer.form = before
-    _fastest[key] = {form: statistics.median(t) for form, t in times.items()}
+    _fastest[key] = dict(zip(_MEASURED, turns.milliseconds()))
     return _fastest[key]
 
 

@@ -19,11 +19,9 @@ from norton_timm.layers.handlers import (
     take,
 )
 from norton_timm.layers.low_rank import LowRankLinear, factor_linears, factor_shapes
-from norton_timm.layers.whole_layer import WholeLayerConv2d
 
 __all__ = [
     'FORMS', 'MAKES', 'MIXES', 'PASSES', 'CPDConv2d', 'ChannelMap', 'LayerHandler', 'LowRankLinear',
-    'Positions', 'WholeLayerConv2d', 'conv_padding', 'factor_linears', 'factor_shapes', 'filters_of', 'first_conv',
-    'handler_of', 'is_counted', 'nearest_handler', 'padding_index', 'prefers_merged', 'register', 'set_form', 'take',
-    'use_form',
+    'Positions', 'conv_padding', 'factor_linears', 'factor_shapes', 'filters_of', 'first_conv', 'handler_of',
+    'is_counted', 'nearest_handler', 'padding_index', 'prefers_merged', 'register', 'set_form', 'take', 'use_form',
 ]  # fmt: skip

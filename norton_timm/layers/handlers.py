@@ -7,7 +7,6 @@ how the widths are read back from tensors. `handler_of` looks the type up; to ad
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -153,11 +152,6 @@ def is_counted(module: nn.Module) -> bool:
 def first_conv(model: nn.Module) -> tuple[str, nn.Module] | None:
     """Name and module of the first 2-d convolution, dense or decomposed; None where there is none."""
     return next(((n, m) for n, m in model.named_modules() if isinstance(m, (nn.Conv2d, CPDConv2d))), None)
-
-
-def cpd_layers(model: nn.Module) -> Iterator[tuple[str, CPDConv2d]]:
-    """Name and module of every decomposed convolution."""
-    return ((name, m) for name, m in model.named_modules() if isinstance(m, CPDConv2d))
 
 
 def take(module: nn.Module, name: str, keep: Tensor, dim: int) -> None:

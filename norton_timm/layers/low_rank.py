@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from norton_timm.utils import replace_module
+from norton_timm.utils import plain_layer, replace_module
 
 
 class LowRankLinear(nn.Sequential):
@@ -104,12 +104,7 @@ def factor_shapes(model: nn.Module, ranks: dict[str, int], device: str | None = 
         ValueError: a name that is no plain linear layer, or a rank that it cannot have.
     """
     for name, rank in ranks.items():
-        try:
-            linear = model.get_submodule(name)
-        except AttributeError:
-            raise ValueError(f'got a low-rank layer {name[:80]!r} that the network does not have') from None
-        if type(linear) is not nn.Linear:
-            raise ValueError(f'got a low-rank layer {name!r}, expected a Linear there, not {type(linear).__name__}')
+        linear = plain_layer(model, name, nn.Linear, 'low-rank')
         weight, biased = linear.weight, linear.bias is not None
         layer = LowRankLinear(
             linear.in_features, linear.out_features, rank, biased, device or weight.device, weight.dtype

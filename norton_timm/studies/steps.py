@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from norton_timm.layers import CPDConv2d, use_form
+from norton_timm.profiling import take_turns
 
 Row = dict[str, Any]
 Data = tuple[Tensor, Tensor, torch.dtype]  # images, labels, precision of the step
@@ -109,15 +110,9 @@ def _variants(plain: nn.Module, model: nn.Module, data: Data) -> dict[str, Calla
 
 
 def _fastest_steps(steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
-    """Seconds of the fastest of some rounds of each step, after one for warm-up; every other round runs backwards."""
-    seconds: dict[str, list[float]] = {label: [] for label in steps}
-    for number in range(rounds + 1):
-        for label, step in list(steps.items())[:: -1 if number % 2 else 1]:
-            with clock() as elapsed:
-                step()
-            if number:
-                seconds[label].append(elapsed())
-    return {label: min(values) for label, values in seconds.items()}
+    """Seconds of the fastest of some rounds of each step; the steps take turns."""
+    turns = take_turns(list(steps.values()), lambda: None, 0.0, rounds)
+    return {label: min(turns.passes(call)) / 1000 for call, label in enumerate(steps)}
 
 
 def _training_step(model: nn.Module, form: str, data: Data, layout: torch.memory_format) -> Callable[[], None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -143,14 +144,8 @@ def filter_scores(weight: Tensor, criterion: str, generator: torch.Generator | N
     return _SCORES[criterion](flat.to(torch.float64), generator).to(flat.dtype)
 
 
-@score_criterion('l1')
-def _l1(filters: Tensor, generator: torch.Generator | None) -> Tensor:
-    return torch.linalg.vector_norm(filters, ord=1, dim=1)
-
-
-@score_criterion('l2')
-def _l2(filters: Tensor, generator: torch.Generator | None) -> Tensor:
-    return torch.linalg.vector_norm(filters, dim=1)
+score_criterion('l1')(lambda filters, _: torch.linalg.vector_norm(filters, ord=1, dim=1))
+score_criterion('l2')(lambda filters, _: torch.linalg.vector_norm(filters, dim=1))
 
 
 @score_criterion('geometric_median')
@@ -185,38 +180,13 @@ def value_distance(x: Tensor, criterion: str, free_sign: bool) -> Tensor:
     return total if criterion == 'manhattan' else total / len(columns)
 
 
-@value_criterion('vbd')
-def _vbd(x: Tensor, free_sign: bool) -> Tensor:
-    return _product_distance(x, 'vbd', free_sign)
-
-
-@value_criterion('snr')
-def _snr(x: Tensor, free_sign: bool) -> Tensor:
-    return _product_distance(x, 'snr', free_sign)
-
-
-@value_criterion('cosine')
-def _cosine(x: Tensor, free_sign: bool) -> Tensor:
-    return _product_distance(x, 'cosine', free_sign)
-
-
-@value_criterion('euclidean')
-def _euclidean(x: Tensor, free_sign: bool) -> Tensor:
-    return _product_distance(x, 'euclidean', free_sign)
-
-
 @value_criterion('manhattan')
 def _manhattan(x: Tensor, free_sign: bool) -> Tensor:
     plain = torch.cdist(x, x, p=1)
     return torch.minimum(plain, torch.cdist(x, -x, p=1)) if free_sign else plain
 
 
-@value_criterion('pearson')
-def _pearson(x: Tensor, free_sign: bool) -> Tensor:
-    return _product_distance(x, 'pearson', free_sign)
-
-
-def _product_distance(x: Tensor, criterion: str, free_sign: bool) -> Tensor:
+def _product_distance(x: Tensor, free_sign: bool, criterion: str) -> Tensor:
     """A distance that follows from the inner products of all pairs, in pieces that stay in cache."""
     o = len(x)
     peak = x.abs().max().clamp_min(torch.finfo(x.dtype).tiny)
@@ -233,6 +203,10 @@ def _product_distance(x: Tensor, criterion: str, free_sign: bool) -> Tensor:
     if criterion in ('euclidean', 'vbd', 'snr'):
         _refine_close_pairs(out, x, square, criterion, free_sign)
     return out.mul_(peak) if criterion == 'euclidean' else out
+
+
+for _name in ('vbd', 'snr', 'cosine', 'euclidean', 'pearson'):
+    value_criterion(_name)(partial(_product_distance, criterion=_name))
 
 
 def _from_products(dot: Tensor, xx: Tensor, yy: Tensor, criterion: str) -> Tensor:

@@ -19,6 +19,7 @@ from norton_timm.utils.modules import (
     check_weights,
     evaluating,
     not_finite,
+    plain_layer,
     removing,
     replace_module,
     tensors_in,
@@ -43,8 +44,8 @@ from norton_timm.utils.processes import (
 __all__ = [
     'AMP', 'DAMAGE', 'MOST_PIXELS', 'HeldSignals', 'Settings', 'autocast', 'brief', 'check_output',
     'check_weights', 'checked', 'choose_device', 'evaluating', 'is_main', 'load_plain', 'make_deterministic',
-    'new_figure', 'not_finite', 'outside', 'picture_size', 'process_group', 'rank', 'read_plain', 'read_plain_file',
-    'read_rgb', 'read_tree', 'refuse_postscript', 'remove_partial', 'removing', 'replace_module', 'replacing',
-    'settings_from', 'tensors_in', 'tied_modules', 'undisturbed', 'wait_for_all', 'watched', 'world_size',
-    'write_plain', 'write_png', 'write_text',
+    'new_figure', 'not_finite', 'outside', 'picture_size', 'plain_layer', 'process_group', 'rank', 'read_plain',
+    'read_plain_file', 'read_rgb', 'read_tree', 'refuse_postscript', 'remove_partial', 'removing', 'replace_module',
+    'replacing', 'settings_from', 'tensors_in', 'tied_modules', 'undisturbed', 'wait_for_all', 'watched',
+    'world_size', 'write_plain', 'write_png', 'write_text',
 ]  # fmt: skip

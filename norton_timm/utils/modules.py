@@ -95,6 +95,20 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+def plain_layer(model: nn.Module, name: str, kind: type[nn.Module], what: str) -> Any:
+    """The layer of this dotted name, of exactly this type; ``what`` tells in messages what it becomes.
+
+    Raises:
+        ValueError: there is no such layer.
+    """
+    found = dict(model.named_modules()).get(name)
+    if found is None:
+        raise ValueError(f'got a {what} layer {name[:80]!r} that the network does not have')
+    if type(found) is not kind:
+        raise ValueError(f'got a {what} layer {name!r}, expected a {kind.__name__} there, not {type(found).__name__}')
+    return found
+
+
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
     """Put ``new`` in the place of the submodule of this dotted name, everywhere that it is used."""
     old = model.get_submodule(name)
