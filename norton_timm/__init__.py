@@ -24,34 +24,11 @@ if TYPE_CHECKING:
 __version__ = '0.1.0'
 
 __all__ = [
-    'CPDConv2d',
-    'CPFactors',
-    'Complexity',
-    'CompressionReport',
-    'CompressionSpec',
-    'TradeOffPoint',
-    'compress',
-    'convert_authors_checkpoint',
-    'count',
-    'cp_decompose',
-    'deploy',
-    'deployment_report',
-    'filter_distance',
-    'find_spec',
-    'hosvd',
-    'load',
-    'models',
-    'plot_trade_off',
-    'reshape',
-    'save',
-    'save_folder',
-    'select_filters',
-    'set_form',
-    'to_html',
-    'trade_off',
-    'tune_forms',
-    'write_html',
-]
+    'CPDConv2d', 'CPFactors', 'Complexity', 'CompressionReport', 'CompressionSpec', 'TradeOffPoint',
+    'compress', 'convert_authors_checkpoint', 'count', 'cp_decompose', 'deploy', 'deployment_report',
+    'filter_distance', 'find_spec', 'hosvd', 'load', 'models', 'plot_trade_off', 'reshape', 'save', 'save_folder',
+    'select_filters', 'set_form', 'to_html', 'trade_off', 'tune_forms', 'write_html',
+]  # fmt: skip
 
 _LAZY = {
     **dict.fromkeys(('deploy', 'deployment_report', 'tune_forms'), 'norton_timm.inference'),
