@@ -1,4 +1,4 @@
-"""layers/handlers.py: what every registered layer type promises, and how a new one is added."""
+"""layers: what every registered layer type promises, and how a new one is added."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
 """Layer types of ours, which take the place of PyTorch's in a compressed network: the decomposed convolution, the
-linear layer of low rank, the shortcut that maps channels, the decompositions of whole layers.
+linear layer of low rank, the shortcut that maps channels; and a handler for
+every layer type.
 """
 
 from norton_timm.layers.channel_map import ChannelMap, padding_index
@@ -18,10 +19,12 @@ from norton_timm.layers.handlers import (
     register,
     take,
 )
+from norton_timm.layers.layer_types import ConvHandler
 from norton_timm.layers.low_rank import LowRankLinear, factor_linears, factor_shapes
 
 __all__ = [
-    'FORMS', 'MAKES', 'MIXES', 'PASSES', 'CPDConv2d', 'ChannelMap', 'LayerHandler', 'LowRankLinear',
-    'Positions', 'conv_padding', 'factor_linears', 'factor_shapes', 'filters_of', 'first_conv', 'handler_of',
-    'is_counted', 'nearest_handler', 'padding_index', 'prefers_merged', 'register', 'set_form', 'take', 'use_form',
+    'FORMS', 'MAKES', 'MIXES', 'PASSES', 'CPDConv2d', 'ChannelMap', 'ConvHandler', 'LayerHandler',
+    'LowRankLinear', 'Positions', 'conv_padding', 'factor_linears', 'factor_shapes', 'filters_of', 'first_conv',
+    'handler_of', 'is_counted', 'nearest_handler', 'padding_index', 'prefers_merged', 'register', 'set_form', 'take',
+    'use_form',
 ]  # fmt: skip
