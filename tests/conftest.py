@@ -1,17 +1,17 @@
-"""Shared fixtures: where real data are, seeds, and thread limits."""
+"""Shared fixtures: seeds, the tools, and where real data are."""
 
 from __future__ import annotations
 
 import os
 import random
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-
-ROOT = Path(__file__).resolve().parents[1]
+from tool_runner import ROOT, Done, run_tool
 
 
 @pytest.fixture(autouse=True)
@@ -20,6 +20,13 @@ def _seeded() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Done]:
+    """Runs a script of tools/ in this process, in an empty folder: `tool('compress.py', 'resnet18')`."""
+    monkeypatch.chdir(tmp_path)
+    return run_tool
 
 
 @pytest.fixture(scope='session')

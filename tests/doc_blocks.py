@@ -11,7 +11,6 @@ import contextlib
 import io
 import os
 import re
-import runpy
 import shlex
 import shutil
 import subprocess
@@ -20,9 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import torch
+from tool_runner import run_tool
 
-ROOT = Path(__file__).resolve().parents[1]
 TRAINING = 'python tools/train_det.py --task keypoint'  # minutes: several pages begin with it
 _FENCE = re.compile(r'^```(\w+)([^\n]*)\n(.*?)^```$', re.S | re.M)
 _NUMBER = re.compile(r'[-+]?(\d[\d,]*(\.\d+)?(e[-+]?\d+)?|\bnan\b)')
@@ -56,21 +54,6 @@ def read_blocks(markdown: str) -> list[Block]:
         line = markdown[: match.start()].count('\n') + 1
         blocks.append(Block(language, text, line, before == '<!-- slow -->', reason[1] if reason else ''))
     return blocks
-
-
-def run_tool(monkeypatch: pytest.MonkeyPatch, path: str, *arguments: object) -> tuple[int, str, str]:
-    """Run a tool, `tools/NAME.py`, in this process; returns exit code, stdout and stderr."""
-    code = 0
-    monkeypatch.setattr(sys, 'argv', [path, *map(str, arguments)])
-    monkeypatch.syspath_prepend(str(ROOT / 'tools'))
-    # the grad mode, which some tools switch off for their process, is as before afterwards
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), torch.enable_grad():
-        try:
-            runpy.run_path(str(ROOT / path), run_name='__main__')
-        except SystemExit as stop:
-            code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-    return code, out.getvalue(), err.getvalue()
 
 
 class Runner:
@@ -113,8 +96,8 @@ class Runner:
             with self.monkeypatch.context() as patch:
                 while '=' in words[0]:
                     patch.setenv(*words.pop(0).split('=', 1))
-                code, *printed = run_tool(patch, *words[1:])
-            out, err = out + printed[0], err + printed[1]
+                done = run_tool(words[1].removeprefix('tools/'), *words[2:])
+            code, out, err = done.code, out + done.out, err + done.err
             if code:
                 break
             if command == TRAINING:

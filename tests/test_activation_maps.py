@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import timm
 import torch
-from doc_blocks import run_tool
 from PIL import Image
 from safetensors.torch import save_file
 from sklearn.datasets import load_sample_image
@@ -98,18 +97,17 @@ def test_stages_of_other_families(name: str, photo: Path) -> None:
 
 
 @pytest.fixture
-def files(networks, photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def files(networks, tmp_path: Path) -> Path:
     dense, small = networks
     save_file(dense.state_dict(), tmp_path / 'dense.safetensors')
     norton_timm.save(small, tmp_path / 'small.safetensors')
-    monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-def test_the_tool_writes_a_picture(files: Path, photo: Path, monkeypatch) -> None:
+def test_the_tool_writes_a_picture(files: Path, photo: Path, tool) -> None:
     common = ['resnet20_cifar', 'small.safetensors', '--weights', 'dense.safetensors', '--image', photo]
-    code, out, err = run_tool(
-        monkeypatch, 'tools/visualize.py', *common, '--output', 'maps.png', '--class', '1', '--classes', 'a', 'b', 'c',
+    code, out, err = tool(
+        'visualize.py', *common, '--output', 'maps.png', '--class', '1', '--classes', 'a', 'b', 'c',
         '--features', 'layer1',
     )  # fmt: skip
     assert code == 0, err
@@ -118,9 +116,7 @@ def test_the_tool_writes_a_picture(files: Path, photo: Path, monkeypatch) -> Non
     drawn = cv2.imread('maps.png')
     assert drawn.shape[0] > 500 and len(np.unique(drawn.reshape(-1, 3), axis=0)) > 1000
     norton_timm.save(norton_timm.load('small.safetensors'), 'other.safetensors')
-    code, out, err = run_tool(
-        monkeypatch, 'tools/visualize.py', 'other.safetensors', *common[1:2], '--image', photo, '--output', 'b.png'
-    )
+    code, out, err = tool('visualize.py', 'other.safetensors', *common[1:2], '--image', photo, '--output', 'b.png')
     assert code == 0 and 'nearest dense one 1.000' in out, err
 
 
@@ -137,11 +133,11 @@ BAD = {
 
 
 @pytest.mark.parametrize('case', BAD)
-def test_wrong_arguments_get_one_line(case: str, files: Path, photo: Path, monkeypatch) -> None:
+def test_wrong_arguments_get_one_line(case: str, files: Path, photo: Path, tool) -> None:
     arguments, message = BAD[case]
     extra = [] if '--image' in arguments else ['--image', photo]
     extra += [] if '--output' in arguments else ['--output', 'maps.png']
-    code, _, err = run_tool(monkeypatch, 'tools/visualize.py', *arguments, *extra)
+    code, _, err = tool('visualize.py', *arguments, *extra)
     assert code == 2, err
     assert message in err and 'Traceback' not in err and len(err.strip().splitlines()) == 1
     assert not list(files.glob('maps*'))

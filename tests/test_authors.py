@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -27,7 +24,6 @@ from norton_timm.compression.spec import parse_rates
 from norton_timm.layers.cpd_conv import CPDConv2d
 from norton_timm.models.authors import convert_authors_checkpoint
 
-ROOT = Path(__file__).resolve().parents[1]
 R078 = '[0.]+[0.1]*2+[0.4]*5+[0.75]*12'
 
 
@@ -203,30 +199,24 @@ def test_unreadable_files(content: bytes | None, tmp_path: Path) -> None:
         convert_authors_checkpoint(tmp_path / 'a.pt')
 
 
-def run_tool(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / 'tools' / 'import_checkpoint.py'), *map(str, arguments)]
-    return subprocess.run(
-        command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, 'PYTHONPATH': str(ROOT)}
-    )
-
-
-def test_import_tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_import_tool(tool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name = 'norton_resnet56_cifar.r089'
     theirs = settle(CifarResNet(56, parse_rates('[0.]+[0.18]*29'), 1, 'fc'))
-    torch.save({'state_dict': theirs.state_dict()}, tmp_path / 'resnet_56_pabs_.0.+.0.18.29_1_91.62.pt')
-    done = run_tool(tmp_path / 'resnet_56_pabs_.0.+.0.18.29_1_91.62.pt', '--output', tmp_path / f'{name}.safetensors')
-    assert done.returncode == 0, done.stderr
-    assert name in done.stdout and '87,633' in done.stdout
+    file = tmp_path / 'resnet_56_pabs_.0.+.0.18.29_1_91.62.pt'
+    torch.save({'state_dict': theirs.state_dict()}, file)
+    done = tool('import_checkpoint.py', file, '--output', tmp_path / f'{name}.safetensors')
+    assert done.code == 0, done.err
+    assert name in done.out and '87,633' in done.out
     monkeypatch.setenv('NORTON_TIMM_WEIGHTS', str(tmp_path))
     assert_same_logits(theirs, timm.create_model(name, pretrained=True).eval(), 32)
     (tmp_path / 'bad.pt').write_bytes(b'x')
     for arguments in ([tmp_path / 'bad.pt'], [tmp_path / 'nowhere.pt']):
-        done = run_tool(*arguments, '--output', tmp_path / 'out.safetensors')
-        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
-        assert arguments[0].name in done.stderr and not (tmp_path / 'out.safetensors').exists()
+        done = tool('import_checkpoint.py', *arguments, '--output', tmp_path / 'out.safetensors')
+        assert done.code == 2 and len(done.err.splitlines()) == 1, done.err
+        assert arguments[0].name in done.err and not (tmp_path / 'out.safetensors').exists()
 
 
-def test_import_tool_on_a_detector(tmp_path: Path) -> None:
+def test_import_tool_on_a_detector(tool, tmp_path: Path) -> None:
     from detection.rcnn.build import build_detector
     from detection.training.checkpoint import load_detector
 
@@ -234,9 +224,9 @@ def test_import_tool_on_a_detector(tmp_path: Path) -> None:
     state = {k: v for k, v in build_detector('box').state_dict().items() if not k.startswith('backbone.body.')}
     state |= {f'backbone.body.{k}': v for k, v in theirs.state_dict().items() if not k.startswith('fc.')}
     torch.save({'model': state, 'epoch': 25}, tmp_path / 'model_25.pth')
-    done = run_tool(tmp_path / 'model_25.pth', '--output', tmp_path / 'faster.pt')
-    assert done.returncode == 0, done.stderr
-    assert 'box detector on norton_resnet50.r078' in done.stdout
+    done = tool('import_checkpoint.py', tmp_path / 'model_25.pth', '--output', tmp_path / 'faster.pt')
+    assert done.code == 0, done.err
+    assert 'box detector on norton_resnet50.r078' in done.out
     model, meta = load_detector(tmp_path / 'faster.pt')
     assert meta['task'] == 'box' and len(meta['class_names']) == 80
     x = torch.randn(1, 3, 64, 64, dtype=torch.float64)

@@ -10,8 +10,6 @@ import json
 import os
 import pickle
 import struct
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -22,13 +20,13 @@ from checkpoint_step import states
 from families import FAMILIES, QUICK, SLOW, build, images
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tool_runner import run_python
 from torch import nn
 
 from norton_timm import CompressionSpec, CPDConv2d, reshape
 from norton_timm.checkpoints.file import load, read_metadata, save, save_folder
 from norton_timm.compression import compress
 
-ROOT = Path(__file__).resolve().parents[1]
 NAMES = [*QUICK, *SLOW]
 STEP = Path(__file__).with_name('checkpoint_step.py')
 
@@ -93,10 +91,8 @@ def test_every_family_is_the_same_in_another_process(name, tmp_path):
     files = [str(tmp_path / f'{f}.safetensors') for f in ('model', 'x', 'out')]
     save(model, files[0], **origin(name, num_classes=6))
     save_file({'x': x}, files[1])
-    subprocess.run(
-        [sys.executable, str(STEP), *files, str(torch.get_num_threads())],
-        check=True, timeout=200, env={**os.environ, 'PYTHONPATH': str(ROOT)}, cwd=tmp_path,
-    )  # fmt: skip
+    done = run_python(STEP, *files, torch.get_num_threads(), cwd=tmp_path)
+    assert done.code == 0, done.err
     assert_same(load_file(files[2]), states(model, x))
 
 

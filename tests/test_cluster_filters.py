@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import runpy
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +11,6 @@ import torch
 from sklearn.metrics import adjusted_rand_score
 
 from norton_timm.studies.clustering import LEVELS, compare_clusterings, draw_filters, kmeans, representation
-
-TOOL = Path(__file__).resolve().parents[1] / 'tools' / 'cluster_filters.py'
 
 
 @pytest.mark.parametrize('level', LEVELS)
@@ -54,28 +50,20 @@ def test_comparison_is_reproducible() -> None:
     assert all(0.2 < score <= 1 for score in one.values())
 
 
-def run_tool(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
-    monkeypatch.syspath_prepend(str(TOOL.parent))
-    monkeypatch.setattr(sys, 'argv', [str(TOOL), *arguments])
-    runpy.run_path(str(TOOL), run_name='__main__')
-
-
-def test_tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tool(tool, tmp_path: Path) -> None:
     out = tmp_path / 'ari.json'
-    run_tool(monkeypatch, '--levels', 'normal', '--datasets', '1', '--starts', '2', '--output', str(out))
+    done = tool('cluster_filters.py', '--levels', 'normal', '--datasets', 1, '--starts', 2, '--output', out)
+    assert done.code == 0, done.err
     found = json.loads(out.read_text())
-    assert f'{found["ari"]["normal"]["tensor"]:.3f}' in capsys.readouterr().out
+    assert f'{found["ari"]["normal"]["tensor"]:.3f}' in done.out
     assert list(tmp_path.iterdir()) == [out]
 
 
 @pytest.mark.parametrize('wrong', [['--levels', 'easy'], ['--datasets', '0'], ['--output', '/nowhere/x.json']])
-def test_tool_refuses_bad_arguments(
-    wrong: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as stop:
-        run_tool(monkeypatch, *wrong)
-    assert stop.value.code == 2
-    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+def test_tool_refuses_bad_arguments(wrong: list[str], tool) -> None:
+    code, _, err = tool('cluster_filters.py', *wrong)
+    assert code == 2
+    assert len(err.strip().splitlines()) == 1
 
 
 def test_bad_names() -> None:

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import runpy
+import re
 import signal
-import subprocess
-import sys
-import time
 from fractions import Fraction
 from pathlib import Path
 
@@ -16,6 +13,8 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from fake_clock import wait_until
+from tool_runner import finish, start_tool
 
 from detection.data.sample import draw_frames
 from detection.demo import demo
@@ -25,29 +24,8 @@ from detection.training.checkpoint import detector_from_config, save_checkpoint
 from detection.training.config import config_from_dict
 from detection.visual.draw import color_of
 
-TOOL = Path(__file__).parents[1] / 'tools' / 'demo_video.py'
+TOOL = 'demo_video.py'
 RANDOM = ['--random-weights', '--backbone', 'resnet18', '--imgsz', '64', '--device', 'cpu']
-
-
-@pytest.fixture
-def tool(monkeypatch, capsys):
-    """Run the tool in this process; gives exit code, stdout and stderr."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, 'argv', [str(TOOL), *map(str, arguments)])
-        monkeypatch.syspath_prepend(str(TOOL.parent))
-        handler = signal.getsignal(signal.SIGTERM)
-        code = 0
-        try:
-            runpy.run_path(str(TOOL), run_name='__main__')
-        except SystemExit as stop:
-            code = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
-        finally:
-            signal.signal(signal.SIGTERM, handler)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
 
 
 @pytest.fixture(scope='module')
@@ -95,7 +73,9 @@ def checkpoint(tmp_path_factory) -> Path:
 @pytest.mark.parametrize('task', ['box', 'mask', 'keypoint'])
 def test_output_has_the_frames_and_the_rate_of_the_input(tool, clip, tmp_path, task):
     target = tmp_path / 'out.mp4'
-    code, out, err = tool(*RANDOM, '--task', task, '--input', clip, '--output', target, '--frames', 6, '--warmup', 1)
+    code, out, err = tool(
+        TOOL, *RANDOM, '--task', task, '--input', clip, '--output', target, '--frames', 6, '--warmup', 1
+    )
     assert code == 0, err
     with open_source(str(target)) as video:
         assert video.fps == Fraction(30000, 1001)
@@ -112,7 +92,7 @@ def test_output_has_the_frames_and_the_rate_of_the_input(tool, clip, tmp_path, t
 
 def test_a_checkpoint_draws_its_classes_and_warns_of_nothing(tool, clip, tmp_path, checkpoint):
     target = tmp_path / 'out.mp4'
-    code, _, err = tool('--weights', checkpoint, '--input', clip, '--output', target, '--device', 'cpu')
+    code, _, err = tool(TOOL, '--weights', checkpoint, '--input', clip, '--output', target, '--device', 'cpu')
     assert code == 0, err
     with open_source(str(target)) as video:
         frames = [f.image for f in video]
@@ -129,7 +109,7 @@ def test_a_checkpoint_draws_its_classes_and_warns_of_nothing(tool, clip, tmp_pat
 def test_compare_writes_both_in_one_picture(tool, clip, tmp_path):
     target = tmp_path / 'out.mp4'
     arguments = [*RANDOM, '--compare', '--input', clip, '--output', target, '--frames', 5, '--warmup', 1]
-    code, out, err = tool(*arguments)
+    code, out, err = tool(TOOL, *arguments)
     assert code == 0, err
     with open_source(str(target)) as video:
         assert next(iter(video)).image.shape == (120, 322, 3)
@@ -140,7 +120,7 @@ def test_compare_writes_both_in_one_picture(tool, clip, tmp_path):
 
 def test_headless_on_the_built_in_clip_writes_only_what_was_asked(tool, tmp_path):
     figures = tmp_path / 'figures.json'
-    code, _, err = tool(*RANDOM, '--headless', '--frames', 5, '--json', figures)
+    code, _, err = tool(TOOL, *RANDOM, '--headless', '--frames', 5, '--json', figures)
     assert code == 0, err
     assert json.loads(figures.read_text())['source'] == 'drawn clip'
 
@@ -178,7 +158,7 @@ BAD = {
 def test_bad_arguments_end_with_one_line_and_code_2(tool, tmp_path, monkeypatch, case):
     monkeypatch.chdir(tmp_path)
     arguments, message = BAD[case]
-    code, _, err = tool(*arguments)
+    code, _, err = tool(TOOL, *arguments)
     assert code == 2
     assert message in err and 'Traceback' not in err
     assert len([line for line in err.splitlines() if line.startswith('error:')]) == 1
@@ -192,7 +172,7 @@ def test_files_that_are_not_what_they_seem(tool, tmp_path, clip):
         [*RANDOM, '--headless', '--input', tmp_path / 'noise.mp4'],
         ['--weights', tmp_path / 'noise.pt', '--headless', '--input', clip],
     ):
-        code, _, err = tool(*arguments)
+        code, _, err = tool(TOOL, *arguments)
         assert code == 2 and 'is not a' in err and 'Traceback' not in err
 
 
@@ -201,35 +181,26 @@ def test_without_a_display_the_error_says_what_to_do(tool, monkeypatch):
     monkeypatch.delenv('WAYLAND_DISPLAY', raising=False)
     if demo.window_problem() is None:
         pytest.skip('this system always has a display')
-    code, _, err = tool(*RANDOM)
+    code, _, err = tool(TOOL, *RANDOM)
     assert code == 2 and 'use --output FILE.mp4' in err
 
 
 @pytest.mark.parametrize(
     ('sent', 'code', 'told'),
-    [(signal.SIGINT, 130, b'interrupted after'), (signal.SIGTERM, 143, b'terminated after')],
+    [(signal.SIGINT, 130, 'interrupted after'), (signal.SIGTERM, 143, 'terminated after')],
 )
 def test_ctrl_c_and_kill_leave_a_playable_shorter_file(tmp_path, sent, code, told):
-    target = tmp_path / 'out.mp4'
-    command = [sys.executable, str(TOOL), *RANDOM, '--frames', '5000', '--output', str(target)]
-    process = subprocess.Popen(
-        command,
-        stderr=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        cwd=TOOL.parents[1],
-        # a shell starts background jobs, such as this test run may be one, with SIGINT ignored
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    deadline = time.monotonic() + 60
-    while not list(tmp_path.glob('.out.*')) and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.2)
-    time.sleep(1.0)
+    target, log = tmp_path / 'out.mp4', tmp_path / 'log'
+    with log.open('w') as err:
+        process = start_tool(TOOL, *RANDOM, '--frames', 5000, '--output', target, stderr=err)
+    # the bar counts frames that were written
+    wait_until(lambda: re.search(r' [1-9]\d*/5000', log.read_text()) or process.poll() is not None, log.read_text)
     process.send_signal(sent)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == code, err
-    assert b'Traceback' not in err and told in err
+    done = finish(process)
+    assert done.code == code, log.read_text()
+    assert 'Traceback' not in log.read_text() and told in log.read_text()
     with open_source(str(target)) as video:
         frames = sum(1 for _ in video)
     assert frames == json.loads(target.with_suffix('.json').read_text())['frames'] > 0
-    assert f'{frames} frames'.encode() in out
+    assert f'{frames} frames' in done.out
     assert not list(tmp_path.glob('.*'))

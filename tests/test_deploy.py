@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 import math
 import pickle
-import time
 
 import pytest
 import timm
 import torch
+from fake_clock import FakeClock
 from families import FAMILIES, build, images, relative_error
 from timm.layers import BatchNormAct2d, freeze_batch_norm_2d
 from torch import nn
@@ -20,7 +21,6 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 import norton_timm
 from detection import build_detector
 from detection.rcnn import exportable
-from norton_timm.inference import onednn as packed
 from norton_timm.inference.deploy import relative_difference
 from norton_timm.inference.export_check import compare_outputs
 from norton_timm.inference.fold import FOLDED_NORMS, fold_batch_norm
@@ -188,28 +188,41 @@ def test_autotune_takes_the_fastest_candidate(compressed):
     assert torch.equal(again(x), deployed(x)) and norton_timm.deployment_report(again).forms == report.forms
 
 
-def test_a_slow_form_is_not_taken(monkeypatch):
-    """The clock decides, not a rule: a form that sleeps loses, whatever its MACs."""
-    model = nn.Sequential(CPDConv2d(8, 8, 3, 1), nn.ReLU(), CPDConv2d(8, 8, 3, 1)).eval()
-    x = torch.randn(1, 8, 16, 16)
+@pytest.fixture
+def slow_convolutions(monkeypatch):
+    """A function that lets each convolution take the seconds that it is told to; all else takes none."""
+    clock = FakeClock().install(monkeypatch, 'norton_timm.inference.deploy', 'norton_timm.profiling.timing')
+    # fused convolutions would not take part; the package has a function of the module's name
+    monkeypatch.setattr(importlib.import_module('norton_timm.inference.deploy'), 'onednn_available', lambda: False)
     forward = nn.Conv2d.forward
-    for slow in ('dense', 'merged'):
 
-        def sleepy(self, x, slow=slow):
-            if (slow == 'dense') == (self.groups == 1 and self.kernel_size == (3, 3)):
-                time.sleep(0.05)
+    def let(seconds):
+        def slow(self, x):
+            clock.sleep(seconds(self))
             return forward(self, x)
 
-        with monkeypatch.context() as patch:
-            patch.setattr(nn.Conv2d, 'forward', sleepy)
-            patch.setattr(packed, 'available', lambda: False)  # fused convolutions would not sleep
-            report = norton_timm.deployment_report(norton_timm.deploy(model, x))
+        monkeypatch.setattr(nn.Conv2d, 'forward', slow)
+
+    return let
+
+
+def test_a_slow_form_is_not_taken(slow_convolutions):
+    """The clock decides, not a rule: a form that takes long loses, whatever its MACs."""
+    model = nn.Sequential(CPDConv2d(8, 8, 3, 1), nn.ReLU(), CPDConv2d(8, 8, 3, 1)).eval()
+    x = torch.randn(1, 8, 16, 16)
+    for slow in ('dense', 'merged'):
+
+        def seconds(conv, slow=slow):
+            return 0.05 if (slow == 'dense') == (conv.groups == 1 and conv.kernel_size == (3, 3)) else 0.01
+
+        slow_convolutions(seconds)
+        report = norton_timm.deployment_report(norton_timm.deploy(model, x))
         assert all((form == 'dense') == (slow == 'merged') for form in report.forms.values())
         assert 'separable' not in report.form_ms  # the same as merged at rank 1
 
 
 @torch.no_grad()
-def test_layers_called_several_times_count_as_their_sum(monkeypatch):
+def test_layers_called_several_times_count_as_their_sum(slow_convolutions):
     class Twice(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -218,16 +231,10 @@ def test_layers_called_several_times_count_as_their_sum(monkeypatch):
         def forward(self, x):
             return self.layer(self.layer(x))
 
-    forward = nn.Conv2d.forward
-
-    def sleepy(self, x):
-        time.sleep(0.01)
-        return forward(self, x)
-
-    monkeypatch.setattr(nn.Conv2d, 'forward', sleepy)
+    slow_convolutions(lambda conv: 0.01)
     report = norton_timm.deployment_report(norton_timm.deploy(Twice().eval(), torch.randn(1, 4, 8, 8)))
-    dense, merged = (report.layer_ms['layer'][form] for form in ('dense', 'merged'))
-    assert dense >= 20 and 1.5 < merged / dense < 2.5
+    expected = {'factored': 60, 'merged': 40, 'dense': 20}  # of three, two and one convolutions, called twice
+    assert report.layer_ms['layer'] == pytest.approx(expected)
     assert report.forms == {'layer': 'dense'}
 
 

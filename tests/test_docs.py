@@ -17,11 +17,12 @@ from urllib.parse import unquote, urlsplit
 import pytest
 import timm
 import torch
-from doc_blocks import ROOT, Block, Runner, read_blocks, same
+from doc_blocks import Block, Runner, read_blocks, same
 from image_sets import write_archive
 from PIL import Image
 from safetensors.torch import save_file
 from test_authors import CifarResNet, settle
+from tool_runner import ROOT
 
 import norton_timm
 from detection.data.sample import draw_frames, write_sample

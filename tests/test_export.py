@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +24,6 @@ from norton_timm.inference.export_check import (
     size_mb,
 )
 
-ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = {'onnx': 'onnxruntime', 'openvino': 'openvino', 'pt2': 'torch'}
 FILES = [pytest.param(f'net{ending}', id=kind) for kind, ending in export.FORMATS.items()]
 
@@ -216,31 +212,25 @@ def test_a_global_average_is_one_node(tmp_path):
     assert type(model[1]) is nn.AdaptiveAvgPool2d, 'the network that was given stays'
 
 
-def tool(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(ROOT / 'tools' / 'export.py'), *map(str, arguments)],
-        capture_output=True, text=True, timeout=280, env={**os.environ, 'PYTHONPATH': str(ROOT)},
-    )  # fmt: skip
-
-
-def test_the_tool(small, pictures, tmp_path):
+def test_the_tool(tool, small, pictures, tmp_path):
     norton_timm.save(small, tmp_path / 'small.safetensors')
-    result = tool('--weights', tmp_path / 'small.safetensors', '--images', pictures, '--output', tmp_path / 'net.pt2',
-                  '--json', tmp_path / 'net.json')  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    assert 'wrote' in result.stdout and '3 of 3 images' in result.stdout
+    result = tool('export.py', '--weights', tmp_path / 'small.safetensors', '--images', pictures,
+                  '--output', tmp_path / 'net.pt2', '--json', tmp_path / 'net.json')  # fmt: skip
+    assert result.code == 0, result.err
+    assert 'wrote' in result.out and '3 of 3 images' in result.out
     assert json.loads((tmp_path / 'net.json').read_text())['same'] == 3
     x = images('resnet20_cifar', 3)
     with torch.no_grad():
         torch.testing.assert_close(export.read_exported(tmp_path / 'net.pt2')(x)[0], small(x), rtol=1e-3, atol=1e-3)
 
 
-def test_the_tool_tunes_in_the_runtime(small, pictures, tmp_path):
+def test_the_tool_tunes_in_the_runtime(tool, small, pictures, tmp_path):
     pytest.importorskip('onnxruntime')
     norton_timm.save(small, tmp_path / 'small.safetensors')
-    result = tool('--weights', tmp_path / 'small.safetensors', '--images', pictures, '--output', tmp_path / 'net.onnx')
-    assert result.returncode == 0, result.stderr
-    assert 'merged (widened)' in result.stderr and '3 of 3 images' in result.stdout
+    arguments = ['--weights', tmp_path / 'small.safetensors', '--images', pictures]
+    result = tool('export.py', *arguments, '--output', tmp_path / 'net.onnx')
+    assert result.code == 0, result.err
+    assert 'merged (widened)' in result.err and '3 of 3 images' in result.out
 
 
 @pytest.mark.parametrize(
@@ -259,7 +249,7 @@ def test_the_tool_tunes_in_the_runtime(small, pictures, tmp_path):
         ),
     ],
 )
-def test_the_tool_says_what_is_wrong_in_one_line(pictures, arguments, message):
-    result = tool('--images', pictures, *arguments)
-    assert result.returncode == 2 and message in result.stderr
-    assert len(result.stderr.strip().splitlines()) == 1
+def test_the_tool_says_what_is_wrong_in_one_line(tool, pictures, arguments, message):
+    result = tool('export.py', '--images', pictures, *arguments)
+    assert result.code == 2 and message in result.err
+    assert len(result.err.strip().splitlines()) == 1

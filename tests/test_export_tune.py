@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from fake_clock import FakeClock
 from families import build, images
 from torch import nn
 
@@ -47,11 +47,17 @@ def test_what_is_fast_in_the_runtime_is_taken(small, monkeypatch):
     x, ran = images('resnet20_cifar'), []
     variants = [deploy(small, x, autotune=False, form=form) for form in ('merged', 'dense', 'separable')]
     monkeypatch.setattr(export_tune, 'export_variants', lambda *_: iter(variants))
-    monkeypatch.setattr(export_tune, '_SECONDS', 0.1)
+    clock = FakeClock().install(monkeypatch, 'norton_timm.profiling.timing')
 
     def read(path: Path) -> export.Runner:
         assert path.suffix == '.pt2'
-        return lambda images: ran.append(path) or time.sleep(0.001 if path.stem == '1' else 0.02) or []  # type: ignore[func-returns-value]
+
+        def call(images):
+            ran.append(path)
+            clock.sleep(0.019 if path.stem == '1' else 0.02)
+            return []
+
+        return call
 
     monkeypatch.setattr(export, 'read_exported', read)
     assert fastest_variant(small, x, 'pt2') is variants[1]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import runpy
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,14 +11,6 @@ import torch
 from norton_timm import CPDConv2d
 from norton_timm.studies import kernels
 from norton_timm.studies.steps import RankMajorCPD, with_authors_block
-
-TOOL = Path(__file__).resolve().parents[1] / 'tools' / 'benchmark.py'
-
-
-def run_tool(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
-    monkeypatch.syspath_prepend(str(TOOL.parent))
-    monkeypatch.setattr(sys, 'argv', [str(TOOL), *arguments])
-    runpy.run_path(str(TOOL), run_name='__main__')
 
 
 def test_resnet50_has_sixteen_3x3_layers() -> None:
@@ -84,15 +74,14 @@ def test_training_goals_name_both_baselines() -> None:
     assert [('authors' in what, 'own' in what) for what in list(met)[1:]] == [(True, False), (False, True)]
 
 
-def test_tool_writes_what_it_prints(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_tool_writes_what_it_prints(tool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, 'resnet50_weights', lambda seed: [torch.randn(4, 6, 3, 3)])
     out = tmp_path / 'kernels.json'
-    run_tool(monkeypatch, 'kernels', '--only', 'cpd', '--ranks', '1', '2', '--sample', '1', '--output', str(out))
+    done = tool('benchmark.py', 'kernels', '--only', 'cpd', '--ranks', 1, 2, '--sample', 1, '--output', out)
+    assert done.code == 0, done.err
     content = json.loads(out.read_text())
     assert [row['rank'] for row in content['cpd']] == [1, 2] and len(content['goals']) == 4
-    assert f'{content["cpd"][0]["ours_nmse"]:.4g}' in capsys.readouterr().out
+    assert f'{content["cpd"][0]["ours_nmse"]:.4g}' in done.out
     assert list(tmp_path.iterdir()) == [out]
 
 
@@ -100,10 +89,7 @@ def test_tool_writes_what_it_prints(
     'wrong',
     [[], ['kernel'], ['kernels', '--only', 'x'], ['kernels', '--sample', '0'], ['kernels', '--output', '/no/x.json']],
 )
-def test_tool_refuses_bad_arguments(
-    wrong: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as stop:
-        run_tool(monkeypatch, *wrong)
-    assert stop.value.code == 2
-    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+def test_tool_refuses_bad_arguments(wrong: list[str], tool) -> None:
+    code, _, err = tool('benchmark.py', *wrong)
+    assert code == 2
+    assert len(err.strip().splitlines()) == 1

@@ -1,13 +1,13 @@
-"""latency.py: percentiles against hand-made series, warm-up, rates against an independent stop-watch."""
+"""latency.py: percentiles against hand-made series, warm-up, rates on a clock that is known."""
 
 from __future__ import annotations
 
 import threading
-import time
 
 import cv2
 import numpy as np
 import pytest
+from fake_clock import FakeClock
 
 from detection.visual.latency import LatencyRecorder, RateMeter, plot_histogram, summarize
 
@@ -33,16 +33,25 @@ def test_warmup_is_counted_per_stage():
     assert recorder.recent('read') is None
 
 
-def test_stages_agree_with_a_stop_watch():
-    recorder = LatencyRecorder()
-    outer = []
-    for _ in range(10):
-        start = time.perf_counter()
+def test_stages_are_timed_with_what_the_device_still_does(monkeypatch):
+    clock, recorder = FakeClock().install(monkeypatch, 'detection.visual.latency'), LatencyRecorder(device='meta')
+    queued = [5.0]  # seconds: what was queued before the stage is not the stage's
+
+    def synchronise(device):
+        assert device == 'meta'
+        clock.sleep(queued.pop())
+
+    monkeypatch.setattr('detection.visual.latency.synchronise', synchronise)
+    for k in range(1, 4):
         with recorder.stage('network', sync=True):
-            time.sleep(0.01)
-        outer.append((time.perf_counter() - start) * 1e3)
-    assert np.mean(recorder.times('network')) == pytest.approx(np.mean(outer), rel=0.02)
-    assert min(recorder.times('network')) >= 10
+            clock.sleep(0.01 * k)
+            queued.append(0.5)
+        with recorder.stage('draw'):
+            clock.sleep(0.002)
+        clock.sleep(1)
+        queued.append(5.0)
+    assert recorder.times('network') == pytest.approx([510, 520, 530])
+    assert recorder.times('draw') == pytest.approx([2, 2, 2])
 
 
 def test_a_failed_stage_is_not_counted():

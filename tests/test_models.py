@@ -15,7 +15,7 @@ import norton_timm.models  # noqa: F401
 from norton_timm.layers.channel_map import ChannelMap
 from norton_timm.layers.cpd_conv import CPDConv2d
 
-MODULES = ('vgg_cifar', 'resnet_cifar', 'densenet_cifar', 'googlenet_cifar', 'mobilenetv2_cifar', 'compressed')
+MODULES = ('vgg_cifar', 'resnet_cifar', 'densenet_cifar', 'googlenet_cifar', 'mobilenetv2_cifar', 'entrypoints')
 ALL = timm.list_models(module=MODULES, include_tags=True)
 FEW = [
     'vgg16_bn_cifar',

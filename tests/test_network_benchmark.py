@@ -3,30 +3,26 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
 import sys
-import time
 from functools import partial
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import timm
 import torch
+from fake_clock import FakeClock
 from PIL import Image
+from tool_runner import TOOLS, run_process
 from torch import nn
 
 from detection.studies import networks as benchmark
-from norton_timm.profiling import timing as measure
 from norton_timm.profiling.complexity import count
 from norton_timm.profiling.timing import Turns, take_turns
 from norton_timm.studies.forms import benchmark_forms
 from norton_timm.studies.networks import benchmark_classifier, plot_speedup, prepare, summaries
 from norton_timm.studies.zoo import control_side
 
-ROOT = Path(__file__).resolve().parents[1]
+TIMING = 'norton_timm.profiling.timing'
 
 
 def test_summaries_by_hand():
@@ -43,31 +39,27 @@ def test_ratios_are_those_of_the_median_round():
     assert turns.relative() == [1, 0.5] and turns.milliseconds() == [20, 10]
 
 
-def test_turns_are_taken_and_the_warm_up_is_left_out():
-    order: list[str] = []
+def test_turns_are_taken_and_the_warm_up_is_left_out(monkeypatch):
+    clock, order = FakeClock().install(monkeypatch, TIMING), []
 
     def call(name: str, milliseconds: float) -> None:
         order.append(name)
         # the first two calls are slow, as first calls are
-        time.sleep((100 if order.count(name) <= 2 else milliseconds) / 1000)
+        clock.sleep((100 if order.count(name) <= 2 else milliseconds) / 1000)
 
     times = take_turns([partial(call, 'a', 2), partial(call, 'b', 6)], lambda: order.append('sync'), 0, least=4)
     ran = [n for n in order if n != 'sync']
     rounds = [tuple(ran[k : k + 2]) for k in range(0, 12, 2)]
     assert len(ran) == 12 and set(rounds) == {('a', 'b'), ('b', 'a')}, 'each has a turn in each round, in either order'
     assert all(order[k] == 'sync' for k in range(len(order)) if k % 3 != 1)
-    a, b = times.passes(0), times.passes(1)
-    assert len(a) == len(b) == 4
-    assert min(a) >= 2 and min(b) >= 6 and sorted(a)[1] < 100
+    assert times.passes(0) == pytest.approx([2] * 4) and times.passes(1) == pytest.approx([6] * 4)
 
 
 def test_the_first_pass_of_a_turn_does_not_count(monkeypatch):
-    order: list[str] = []
-    now = [0.0]
-    monkeypatch.setattr(measure, 'time', SimpleNamespace(perf_counter=lambda: now[0]))
+    clock, order = FakeClock().install(monkeypatch, TIMING), []
 
     def slow() -> None:
-        now[0] += 50 if order.count('slow') % 3 == 0 else 1
+        clock.sleep(50 if order.count('slow') % 3 == 0 else 1)
         order.append('slow')
 
     times = take_turns([slow, lambda: order.append('quick')], lambda: None, 0, least=2, passes=3)
@@ -154,16 +146,19 @@ def test_heads_behind_the_boxes_get_work():
         assert len(model([torch.rand(3, 64, 96)])[0]['keypoints']) == 10
 
 
-def test_a_slow_stage_is_found():
+def test_a_slow_stage_is_found(monkeypatch):
+    clock = FakeClock().install(monkeypatch, 'detection.studies.networks')
     model = benchmark._build('box', 'resnet18', 'backbone', (96, 128))
     rpn, post = model.rpn.forward, model.transform.postprocess
-    model.rpn.forward = lambda *a, **k: (time.sleep(0.05), rpn(*a, **k))[1]
-    model.transform.postprocess = lambda *a, **k: (time.sleep(0.03), post(*a, **k))[1]
+    model.rpn.forward = lambda *a, **k: (clock.sleep(0.05), rpn(*a, **k))[1]
+    model.transform.postprocess = lambda *a, **k: (clock.sleep(0.03), post(*a, **k))[1]
     with torch.no_grad(), benchmark.timed_stages(model) as spent:
         model([torch.rand(3, 96, 128)])
-    assert spent['rpn'][0] >= 50 and set(spent) == set(benchmark.DETECTOR_STAGES[:-1])
+    nothing = dict.fromkeys(benchmark.DETECTOR_STAGES, 0)
+    assert {name: ms for name, (ms,) in spent.items()} | {'postprocess': 0} == pytest.approx(nothing | {'rpn': 50})
     with torch.no_grad():
-        assert benchmark._stages(model, [torch.rand(3, 96, 128)])['postprocess'] >= 30
+        stages = benchmark._stages(model, [torch.rand(3, 96, 128)])
+    assert stages == pytest.approx(nothing | {'rpn': 50, 'postprocess': 30}, abs=1e-6)
 
 
 def test_the_control_has_no_more_macs_than_asked():
@@ -181,13 +176,6 @@ def test_the_picture(tmp_path):
     assert Image.open(tmp_path / 'a.png').size[0] > 500
 
 
-def tool(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(ROOT / 'tools' / 'benchmark.py'), 'classification', *arguments],
-        capture_output=True, text=True, timeout=280, env={**os.environ, 'PYTHONPATH': str(ROOT)},
-    )  # fmt: skip
-
-
 @pytest.mark.parametrize(
     'arguments, message',
     [
@@ -196,17 +184,17 @@ def tool(*arguments: str) -> subprocess.CompletedProcess[str]:
         (['--output', 'a.png'], 'expected a .json file'),
     ],
 )
-def test_the_tool_says_what_is_wrong_in_one_line(arguments, message):
-    result = tool(*arguments)
-    assert result.returncode == 2 and message in result.stderr
-    assert len(result.stderr.strip().splitlines()) == 1
+def test_the_tool_says_what_is_wrong_in_one_line(arguments, message, tool):
+    code, _, err = tool('benchmark.py', 'classification', *arguments)
+    assert code == 2 and message in err
+    assert len(err.strip().splitlines()) == 1
 
 
-def test_the_tool(tmp_path):
-    result = tool('norton_resnet56_cifar.r089', '--batches', '1', '--runtimes', 'deployed', '--seconds', '0.1',
-                  '--output', str(tmp_path / 'a.json'))  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    assert 'compressed' in result.stdout and 'speedup' in result.stdout
+def test_the_tool(tool, tmp_path):
+    code, out, err = tool('benchmark.py', 'classification', 'norton_resnet56_cifar.r089', '--batches', 1,
+                          '--runtimes', 'deployed', '--seconds', 0.1, '--output', tmp_path / 'a.json')  # fmt: skip
+    assert code == 0, err
+    assert 'compressed' in out and 'speedup' in out
     content = json.loads((tmp_path / 'a.json').read_text())
     assert content['command'] == 'classification' and len(content['rows']) == 3
     assert content['arguments'] == ['classification', 'norton_resnet56_cifar.r089', '--batches', '1',
@@ -215,10 +203,11 @@ def test_the_tool(tmp_path):
 
 
 def test_the_tool_in_two_processes(tmp_path):
-    result = tool('norton_resnet56_cifar.r089', '--batches', '1', '--runtimes', 'eager', '--seconds', '0.1',
-                  '--processes', '2', '--output', str(tmp_path / 'a.json'))  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    assert 'process 2 of 2' in result.stdout and 'medians of 2 processes' in result.stdout
+    code, out, err = run_process('benchmark.py', 'classification', 'norton_resnet56_cifar.r089', '--batches', 1,
+                                 '--runtimes', 'eager', '--seconds', 0.1, '--processes', 2,
+                                 '--output', tmp_path / 'a.json')  # fmt: skip
+    assert code == 0, err
+    assert 'process 2 of 2' in out and 'medians of 2 processes' in out
     rows = json.loads((tmp_path / 'a.json').read_text())['rows']
     assert [row['network'][:5] for row in rows] == ['dense', 'compr', 'dense']
     for row in rows:
@@ -228,7 +217,7 @@ def test_the_tool_in_two_processes(tmp_path):
 
 
 def test_a_process_that_fails_ends_the_repetition(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / 'tools')
+    monkeypatch.syspath_prepend(TOOLS)
     from _processes import rows_of_processes
 
     monkeypatch.setattr(sys, 'argv', ['-c', 'raise SystemExit(3)'])

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from tool_runner import ROOT
 
 from norton_timm.studies.zoo import to_markdown, zoo_names, zoo_rows
 
-ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / 'README.md').read_text()
 
 
@@ -21,9 +19,10 @@ def test_zoo_table():
 
 
 @pytest.mark.parametrize('options', [[], ['--accuracy']])
-def test_results_table(options: list[str]):
-    command = [sys.executable, str(ROOT / 'tools' / 'results_table.py'), *options]
-    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout in README
+def test_results_table(options: list[str], tool):
+    code, out, err = tool('results_table.py', *options)
+    assert code == 0, err
+    assert out.strip() and out in README
 
 
 def test_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

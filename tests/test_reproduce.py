@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -21,15 +18,7 @@ from norton_timm.models import spec_of
 from norton_timm.studies import reproduce
 from norton_timm.studies.reproduce_plot import plot_studies
 
-ROOT = Path(__file__).resolve().parents[1]
 NAME = 'coring_resnet56_cifar.r072'
-
-
-def tool(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(ROOT / 'tools' / 'reproduce.py'), *map(str, arguments)],
-        capture_output=True, text=True, timeout=280, env={**os.environ, 'PYTHONPATH': str(ROOT)},
-    )  # fmt: skip
 
 
 @pytest.mark.parametrize('control', reproduce.CONTROLS)
@@ -128,13 +117,13 @@ def test_pictures(tmp_path: Path) -> None:
     ([NAME, '--dense', 'x', '--no-tuning', '--epochs', '3'], 'expected one of them'),
     (['--plot', 'pictures', '--output', 'nothing.csv'], 'no rows to draw'),
 ])  # fmt: skip
-def test_bad_arguments(arguments: list[str], told: str, tmp_path: Path) -> None:
-    done = tool(*arguments, *([] if '--runs' in arguments else ['--runs', tmp_path]))
-    assert (done.returncode, done.stdout) == (2, '') and told in done.stderr and done.stderr.count('\n') == 1
+def test_bad_arguments(arguments: list[str], told: str, tool, tmp_path: Path) -> None:
+    done = tool('reproduce.py', *arguments, *([] if '--runs' in arguments else ['--runs', tmp_path]))
+    assert (done.code, done.out) == (2, '') and told in done.err and done.err.count('\n') == 1
 
 
 @pytest.mark.parametrize('control', [None, 'random'])
-def test_one_command_makes_a_row(control: str | None, tmp_path: Path) -> None:
+def test_one_command_makes_a_row(control: str | None, tool, tmp_path: Path) -> None:
     archive = write_archive(tmp_path / 'images.tar', train=32, test=10)
     torch.manual_seed(0)
     dense = tmp_path / 'dense.safetensors'
@@ -143,8 +132,8 @@ def test_one_command_makes_a_row(control: str | None, tmp_path: Path) -> None:
     command = [NAME, '--dense', dense, '--data', archive, '--runs', tmp_path / 'runs', '--output', output, '--device',
                'cpu', '--set', 'data.calibration=8', 'optim.batch_size=16']  # fmt: skip
     command += ['--no-tuning'] if control is None else ['--control', control, '--epochs', '1']
-    done = tool(*command)
-    assert done.returncode == 0, done.stderr
+    done = tool('reproduce.py', *command)
+    assert done.code == 0, done.err
     (row,) = reproduce.read_rows(output)
     assert (row['model'], row['control'], row['data']) == (NAME, control or '', 'images.tar')
     assert int(row['macs']) == 34_197_184 - 64 * 6 and int(row['epochs']) == (control is not None)
@@ -153,7 +142,7 @@ def test_one_command_makes_a_row(control: str | None, tmp_path: Path) -> None:
     assert float(row['top1']) - float(row['top1_dense']) == pytest.approx(float(row['difference']))
     assert row['torch'] == torch.__version__.partition('+')[0] and float(row['ms']) > 0
     assert str(tmp_path) not in output.read_text()
-    again = tool(*command)  # the run is over: the same row
-    assert again.returncode == 0, again.stderr
+    again = tool('reproduce.py', *command)  # the run is over: the same row
+    assert again.code == 0, again.err
     figures = [(r['top1_dense'], r['top1_repaired'], r['top1']) for r in (row, *reproduce.read_rows(output))]
     assert len(figures) == 2 and figures[0] == figures[1]

@@ -8,18 +8,18 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
-import time
+import threading
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fractions import Fraction
-from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import torch
+from fake_clock import SAFETY_S, FakeClock, wait_until
+from tool_runner import finish, start_tool
 from torch import nn
 
 from detection.demo.predictor import ModelFacts, Predictor
@@ -34,19 +34,23 @@ from websockets.sync.client import connect  # noqa: E402
 
 from detection.demo.serve import is_loopback  # noqa: E402
 
-TOOL = Path(__file__).parents[1] / 'tools' / 'demo_video.py'
-
 
 class Fixed(nn.Module):
-    """One detection of a fixed score."""
+    """One detection of a fixed score; ``before`` is called with the number of the call."""
+
+    def __init__(self, before: Callable[[int], object] = lambda call: None) -> None:
+        super().__init__()
+        self.before, self.calls = before, 0
 
     def forward(self, images):
+        self.before(self.calls)
+        self.calls += 1
         return [{'boxes': torch.tensor([[4.0, 4, 40, 30]]), 'labels': torch.ones(1, dtype=torch.long),
                  'scores': torch.tensor([0.7])}]  # fmt: skip
 
 
-def choice(name: str = 'fixed', task: str = 'box') -> ModelChoice:
-    return ModelChoice(task, name, lambda: Predictor(Fixed(), ModelFacts(name, task, ['', 'thing'])))
+def choice(name: str = 'fixed', task: str = 'box', model: nn.Module | None = None) -> ModelChoice:
+    return ModelChoice(task, name, lambda: Predictor(model or Fixed(), ModelFacts(name, task, ['', 'thing'])))
 
 
 def free_port() -> int:
@@ -57,18 +61,17 @@ def free_port() -> int:
 
 def start(*arguments: str) -> tuple[subprocess.Popen, str]:
     """Start the tool and wait for the address that it prints."""
-    command = [sys.executable, str(TOOL), '--random-weights', '--backbone', 'resnet18', '--imgsz', '64']
-    command += ['--device', 'cpu', '--serve', str(free_port()), *arguments]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=TOOL.parents[1])
+    process = start_tool('demo_video.py', '--random-weights', '--backbone', 'resnet18', '--imgsz', 64,
+                         '--device', 'cpu', '--serve', free_port(), *arguments)  # fmt: skip
     line = process.stdout.readline().strip()
     if not line.startswith('http://'):
-        raise AssertionError(f'no address: {line!r} {process.communicate(timeout=30)[1]}')
+        raise AssertionError(f'no address: {line!r} {finish(process).err}')
     return process, line
 
 
 def stop(process: subprocess.Popen) -> str:
     process.send_signal(signal.SIGINT)
-    return process.communicate(timeout=30)[1]
+    return finish(process).err
 
 
 @pytest.fixture(scope='module')
@@ -229,15 +232,13 @@ def test_wrong_settings_and_pictures_get_an_answer_and_break_nothing(server):
     assert 'no picture' in talk('camera', b'no picture')[0]
 
 
-def test_a_taken_port_is_named():
+def test_a_taken_port_is_named(tool):
     with socket.socket() as taken:
         taken.bind(('127.0.0.1', 0))
         taken.listen()
-        command = [sys.executable, str(TOOL), '--random-weights', '--backbone', 'resnet18', '--serve']
-        command.append(str(taken.getsockname()[1]))
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=TOOL.parents[1])
-    assert done.returncode == 2 and 'cannot serve at 127.0.0.1 port' in done.stderr
-    assert 'Traceback' not in done.stderr
+        port = taken.getsockname()[1]
+        code, _, err = tool('demo_video.py', '--random-weights', '--backbone', 'resnet18', '--serve', port)
+    assert code == 2 and 'cannot serve at 127.0.0.1 port' in err
 
 
 @pytest.mark.parametrize(
@@ -260,32 +261,56 @@ def test_loopback_addresses(host, expected):
 # the studio without a server
 
 
+class Bench(threading.Condition):
+    """A condition that tells when the studio's thread rests on it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.taken = threading.Event()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        if threading.current_thread().name == 'studio':
+            self.taken.set()
+        return super().wait(timeout)
+
+
 def test_studio_rests_without_viewers_and_repeats_a_clip():
-    studio = Studio(lambda: DrawnSource(3, (64, 48)), [choice()])
+    model = Fixed()
+    studio = Studio(lambda: DrawnSource(3, (64, 48)), [choice(model=model)])
+    studio._changed = bench = Bench()
     studio.start()
-    time.sleep(0.3)
-    assert studio.wait(0, timeout=0.1) is None
+    assert bench.taken.wait(SAFETY_S)
+    assert studio.wait(0, timeout=0) is None and model.calls == 0
     studio.watch(+1)
     number = 0
     while number < 8:  # more than the clip has
-        snapshot = studio.wait(number)
+        snapshot = studio.wait(number, SAFETY_S)
         number = snapshot.number
     image = cv2.imdecode(np.frombuffer(snapshot.jpeg, np.uint8), cv2.IMREAD_COLOR)
     assert image.shape == (48, 64, 3) and snapshot.stats['detections'] == 1
     studio.close()
 
 
-def test_studio_plays_a_file_at_its_own_rate():
-    studio = Studio(lambda: DrawnSource(50, (64, 48)), [choice()])  # 25 FPS
+def test_studio_plays_a_file_at_its_own_rate(monkeypatch):
+    clock, began = FakeClock().install(monkeypatch, 'detection.demo.studio'), []
+
+    def network(call: int) -> None:
+        began.append(clock.now)
+        clock.sleep(0.1 if call == 20 else 0.01)  # quicker than the clip but once
+
+    class Stop(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            clock.sleep(timeout or 0)
+            return self.is_set()
+
+    studio = Studio(lambda: DrawnSource(50, (64, 48)), [choice(model=Fixed(network))])  # 25 FPS
+    studio._stop = Stop()
     studio.watch(+1)
     studio.start()
-    first = studio.wait(0)
-    begin = time.perf_counter()
-    time.sleep(1.0)
-    last = studio.wait(first.number)
+    wait_until(lambda: len(began) >= 50)
     studio.close()
-    rate = (last.number - first.number) / (time.perf_counter() - begin)
-    assert 15 < rate < 28  # a busy machine may be slower; without the file's own rate it would be hundreds
+    # behind a slow network the clock starts anew: no frame hurries after it
+    assert np.diff(began[:50]) == pytest.approx([0.04] * 20 + [0.1] + [0.04] * 28)
 
 
 def test_studio_applies_the_threshold_and_shows_rgb():
@@ -315,7 +340,7 @@ def test_studio_tells_viewers_why_the_picture_stopped():
     studio.start()
     with pytest.raises(RuntimeError, match='the picture stopped: camera was lost'):
         for number in range(3):
-            studio.wait(number)
+            studio.wait(number, SAFETY_S)
     studio.close()
 
 

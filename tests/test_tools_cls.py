@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import timm
 import torch
+from fake_clock import wait_until
 from image_sets import write_archive
 from safetensors.torch import load_file, save_file
+from tool_runner import finish, run_process, start_tool, torchrun
 
 import norton_timm
-
-ROOT = Path(__file__).resolve().parents[1]
-TORCHRUN = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2']
 
 
 @pytest.fixture(scope='module')
@@ -35,31 +30,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def train(place: Path, output: Path, *overrides: str, recipe: str = 'norton', epochs: int = 2) -> list[str]:
-    return [str(ROOT / 'tools' / 'train_cls.py'), 'resnet20_cifar', '--weights', str(place / 'dense.safetensors'),
-            '--data', str(place / 'images.tar'), '--recipe', str(place / f'{recipe}.yaml'), '--output', str(output),
-            '--epochs', str(epochs), '--device', 'cpu', '--set', 'optim.batch_size=16', 'optim.lr=0.02',
-            'data.calibration=16', *overrides]  # fmt: skip
-
-
-def start(arguments: list[str], launcher: list[str] | None = None) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [*(launcher or [sys.executable]), *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'},
-        # a shell starts background jobs, such as this test run may be one, with SIGINT ignored
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
-
-
-def finish(arguments: list[str], launcher: list[str] | None = None) -> tuple[int, str, str]:
-    with start(arguments, launcher) as process:
-        out, err = process.communicate(timeout=240)
-    return process.returncode, out, err
-
-
-def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
-    while not path.exists() and process.poll() is None:
-        time.sleep(0.02)
+def train(place: Path, output: Path, *overrides: str, recipe: str = 'norton', epochs: int = 2) -> list[object]:
+    """The arguments of train_cls.py, its name in front."""
+    return ['train_cls.py', 'resnet20_cifar', '--weights', place / 'dense.safetensors', '--data', place / 'images.tar',
+            '--recipe', place / f'{recipe}.yaml', '--output', output, '--epochs', epochs, '--device', 'cpu',
+            '--set', 'optim.batch_size=16', 'optim.lr=0.02', 'data.calibration=16', *overrides]  # fmt: skip
 
 
 def equal(a: Path, b: Path) -> bool:
@@ -67,15 +42,16 @@ def equal(a: Path, b: Path) -> bool:
     return one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
 
 
-def test_train_then_evaluate(place: Path, tmp_path: Path) -> None:
-    code, out, err = finish(train(place, tmp_path / 'run'))
+def test_train_then_evaluate(tool, place: Path, tmp_path: Path) -> None:
+    code, out, err = tool(*train(place, tmp_path / 'run'))
     assert code == 0, err
     results = json.loads((tmp_path / 'run' / 'results.json').read_text())
-    assert f'top1 {results["top1"]:.2f} %' in out and 'ms for one image on cpu, 1 threads' in out
-    code, out, err = finish([
-        str(ROOT / 'tools' / 'eval_cls.py'), str(tmp_path / 'run' / 'model.safetensors'), '--device', 'cpu',
-        '--data', str(place / 'images.tar'), '--output', str(tmp_path / 'figures.json'), '--batch-size', '7',
-    ])  # fmt: skip
+    assert (
+        f'top1 {results["top1"]:.2f} %' in out and f'ms for one image on cpu, {torch.get_num_threads()} threads' in out
+    )
+    code, out, err = tool('eval_cls.py', tmp_path / 'run' / 'model.safetensors', '--device', 'cpu',
+                          '--data', place / 'images.tar', '--output', tmp_path / 'figures.json',
+                          '--batch-size', 7)  # fmt: skip
     assert code == 0, err
     figures = json.loads((tmp_path / 'figures.json').read_text())
     assert figures['top1'] == results['top1'] and figures['test_images'] == 25
@@ -89,8 +65,8 @@ def test_train_then_evaluate(place: Path, tmp_path: Path) -> None:
     (['resnet20_cifar', '--device', 'tpu7'], "device 'tpu7' cannot be used"),
     (['resnet20_cifar', '--config', 'nothing.yaml'], 'no configuration file'),
 ])  # fmt: skip
-def test_bad_arguments(arguments: list[str], told: str, tmp_path: Path) -> None:
-    code, out, err = finish([str(ROOT / 'tools' / 'train_cls.py'), *arguments, '--output', str(tmp_path / 'run')])
+def test_bad_arguments(arguments: list[str], told: str, tool, tmp_path: Path) -> None:
+    code, out, err = tool('train_cls.py', *arguments, '--output', tmp_path / 'run')
     assert (code, out) == (2, '') and told in err and err.count('\n') == 1
     assert not (tmp_path / 'run').exists()
 
@@ -101,18 +77,18 @@ def test_bad_arguments(arguments: list[str], told: str, tmp_path: Path) -> None:
 def test_asked_to_stop_it_says_so_and_keeps_the_checkpoint(
     sent: signal.Signals, code: int, told: str, place: Path, tmp_path: Path
 ) -> None:
-    with start(train(place, tmp_path / 'run', epochs=500)) as process:
-        wait_for(tmp_path / 'run' / 'checkpoint.pt', process)
-        process.send_signal(sent)
-        out, err = process.communicate(timeout=120)
-    assert process.returncode == code, err
+    process = start_tool(*train(place, tmp_path / 'run', epochs=500))
+    wait_until(lambda: (tmp_path / 'run' / 'checkpoint.pt').exists() or process.poll() is not None)
+    process.send_signal(sent)
+    ended, out, err = finish(process)
+    assert ended == code, err
     assert err.rstrip().splitlines()[-1] == told and 'Traceback' not in err and out == ''
     content = torch.load(tmp_path / 'run' / 'checkpoint.pt', weights_only=True)
     assert content['epoch'] >= 1
 
 
-def test_nan_ends_with_one_line_and_code_1(place: Path, tmp_path: Path) -> None:
-    code, out, err = finish(train(place, tmp_path / 'run', 'optim.lr=1e30', 'optim.warmup=0'))
+def test_nan_ends_with_one_line_and_code_1(tool, place: Path, tmp_path: Path) -> None:
+    code, out, err = tool(*train(place, tmp_path / 'run', 'optim.lr=1e30', 'optim.warmup=0'))
     assert code == 1 and 'Traceback' not in err and out == ''
     assert err.rstrip().splitlines()[-1].startswith('error: loss is not finite in epoch 1')
 
@@ -123,19 +99,22 @@ def test_killed_at_random_moments_it_ends_with_the_same_weights(recipe: str, pla
     """About two minutes: pytest tests/test_tools_cls.py -m slow."""
     names = ['checkpoint.pt'] if recipe == 'norton' else ['shot1.pt', 'checkpoint.pt']
     options = {'recipe': recipe, 'epochs': 6}
-    code, _, err = finish(train(place, tmp_path / 'whole', 'shot_epochs=6', **options))
+    code, _, err = run_process(*train(place, tmp_path / 'whole', 'shot_epochs=6', **options))
     assert code == 0, err
-    draw, kills = random.Random(int(time.time())), 0
+    draw, kills = random.Random(0), 0
     output = tmp_path / 'parts'
     for name in [*names, *names, 'calibrated.safetensors', 'config.yaml']:
-        with start(train(place, output, 'shot_epochs=6', **options)) as process:
-            wait_for(output / name, process)
-            time.sleep(draw.uniform(0, 1.5))
-            process.kill()
-            process.communicate()
-        kills += process.returncode == -signal.SIGKILL
+        process = start_tool(*train(place, output, 'shot_epochs=6', **options))
+
+        def there(file: Path = output / name, process=process) -> bool:
+            return file.exists() or process.poll() is not None
+
+        # the file is seen up to so much later, the kill may fall anywhere
+        wait_until(there, every=draw.uniform(0.01, 1.5))
+        process.kill()
+        kills += finish(process).code == -signal.SIGKILL
     assert kills >= 1
-    code, _, err = finish(train(place, output, 'shot_epochs=6', **options))
+    code, _, err = run_process(*train(place, output, 'shot_epochs=6', **options))
     assert code == 0, err
     assert equal(output / 'model.safetensors', tmp_path / 'whole' / 'model.safetensors')
     assert not [path.name for path in output.iterdir() if path.name.endswith('.part')]
@@ -147,20 +126,20 @@ def test_killed_at_random_moments_it_ends_with_the_same_weights(recipe: str, pla
 def test_two_processes_train_and_evaluate_as_one(place: Path, tmp_path: Path) -> None:
     """About a minute: pytest tests/test_tools_cls.py -m slow."""
     settings, first = ['optim.batch_size=8'], tmp_path / 'first'
-    code, _, err = finish(train(place, first, *settings, epochs=1), TORCHRUN)
+    code, _, err = run_process(*train(place, first, *settings, epochs=1), launcher=torchrun(2))
     assert code == 0, err
     settings += [f'start={first / "model.safetensors"}', 'start_share=0.5']
-    code, _, err = finish(train(place, tmp_path / 'two', *settings, epochs=1), TORCHRUN)
+    code, _, err = run_process(*train(place, tmp_path / 'two', *settings, epochs=1), launcher=torchrun(2))
     assert code == 0, err
     rows = [json.loads(line) for line in (tmp_path / 'two' / 'metrics.jsonl').read_text().splitlines()]
     assert [row['epoch'] for row in rows] == [1]
     model = tmp_path / 'two' / 'model.safetensors'
     assert norton_timm.load(model).num_classes == 4
     figures = []
-    for launcher in (None, TORCHRUN):
+    for launcher in ([], torchrun(2)):
         path = tmp_path / f'figures{len(figures)}.json'
-        arguments = [str(model), '--data', str(place / 'images.tar'), '--device', 'cpu', '--output', str(path)]
-        code, _, err = finish([str(ROOT / 'tools' / 'eval_cls.py'), *arguments], launcher)
+        arguments = [model, '--data', place / 'images.tar', '--device', 'cpu', '--output', path]
+        code, _, err = run_process('eval_cls.py', *arguments, launcher=launcher)
         assert code == 0, err
         figures.append(json.loads(path.read_text()))
     one, two = figures

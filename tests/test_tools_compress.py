@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
-import runpy
-import subprocess
-import sys
 import tarfile
-import time
 from pathlib import Path
 
 import pytest
 import timm
 import torch
 import yaml
+from fake_clock import FakeClock
 from PIL import Image
 from safetensors.torch import save_file
+from tool_runner import ROOT, run_process
 from torch import nn
 
 from norton_timm import CompressionSpec, CPDConv2d, count
@@ -26,17 +23,9 @@ from norton_timm.models.dense import dense_model
 from norton_timm.profiling.timing import compare_latency
 from norton_timm.training.sources import calibration_images
 
-ROOT = Path(__file__).resolve().parents[1]
 RECIPES = ROOT / 'configs' / 'recipes'
 PUBLISHED = {'resnet50', 'vgg16_bn_cifar', 'resnet56_cifar', 'resnet110_cifar', 'densenet40_cifar', 'googlenet_cifar',
              'mobilenetv2_cifar'}  # fmt: skip
-
-
-def tool(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(ROOT / 'tools' / 'compress.py'), *map(str, arguments)],
-        capture_output=True, text=True, timeout=280, env={**os.environ, 'PYTHONPATH': str(ROOT)},
-    )  # fmt: skip
 
 
 def test_one_recipe_for_every_published_tag():
@@ -65,12 +54,12 @@ def test_recipes_say_what_the_authors_printed():
                     assert spec.distance == criteria[kind] and spec.shots == int(shots or 1)
 
 
-def test_compress_a_recipe(tmp_path):
+def test_compress_a_recipe(tool, tmp_path):
     out, report = tmp_path / 'out.safetensors', tmp_path / 'report.json'
     recipe = RECIPES / 'norton_resnet56_cifar.r071.yaml'
-    done = tool('resnet56_cifar', '--spec', recipe, '--output', out, '--report', report)
-    assert done.returncode == 0, done.stderr
-    assert 'MACs' in done.stdout and 'measured:' in done.stdout and ' ms ' in done.stdout
+    done = tool('compress.py', 'resnet56_cifar', '--spec', recipe, '--output', out, '--report', report)
+    assert done.code == 0, done.err
+    assert 'MACs' in done.out and 'measured:' in done.out and ' ms ' in done.out
     figures = json.loads(report.read_text())
     assert figures['after']['params'] == 217_610
     model = load(out)
@@ -81,15 +70,15 @@ def test_compress_a_recipe(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ['out.safetensors', 'report.json']
 
 
-def test_options_and_weights_from_a_file(tmp_path):
+def test_options_and_weights_from_a_file(tool, tmp_path):
     torch.manual_seed(1)
     dense = timm.create_model('resnet20_cifar', num_classes=4)
     save_file(dense.state_dict(), tmp_path / 'a.safetensors')
     torch.save({'state_dict': dense.state_dict()}, tmp_path / 'b.pt')
     out = tmp_path / 'out.safetensors'
     options = ['--rank', 1, '--rates', 0.3, '--criterion', 'cosine', '--num-classes', 4]
-    done = tool('resnet20_cifar', *options, '--checkpoint', tmp_path / 'b.pt', '--output', out)
-    assert done.returncode == 0, done.stderr
+    done = tool('compress.py', 'resnet20_cifar', *options, '--checkpoint', tmp_path / 'b.pt', '--output', out)
+    assert done.code == 0, done.err
     model = load(out)
     for source in ('a.safetensors', 'b.pt'):
         read = dense_model('resnet20_cifar', checkpoint=tmp_path / source, num_classes=4)
@@ -98,10 +87,12 @@ def test_options_and_weights_from_a_file(tmp_path):
     assert any(isinstance(m, CPDConv2d) for m in model.modules())
 
 
-def test_compress_to_a_budget(tmp_path):
+def test_compress_to_a_budget(tool, tmp_path):
     out, report = tmp_path / 'out.safetensors', tmp_path / 'report.html'
-    done = tool('resnet20_cifar', '--macs', 0.5, '--method', 'coring', '--output', out, '--report', report)
-    assert done.returncode == 0, done.stderr
+    done = tool(
+        'compress.py', 'resnet20_cifar', '--macs', 0.5, '--method', 'coring', '--output', out, '--report', report
+    )
+    assert done.code == 0, done.err
     dense = count(timm.create_model('resnet20_cifar'), 32)
     assert count(load(out), 32).macs == pytest.approx(0.5 * dense.macs, rel=0.01)
     assert report.read_text().startswith('<!DOCTYPE html>') and 'layer3.2.conv1' in report.read_text()
@@ -127,58 +118,54 @@ BAD = {
 }
 
 
-@pytest.fixture
-def here(monkeypatch, capsys):
-    """The tool run within this process, which saves the seconds of a start: exit code and what went to stderr."""
-    monkeypatch.syspath_prepend(ROOT / 'tools')
-
-    def run(*arguments: object) -> tuple[object, str]:
-        monkeypatch.setattr(sys, 'argv', ['compress.py', *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            runpy.run_path(str(ROOT / 'tools' / 'compress.py'), run_name='__main__')
-        return caught.value.code, capsys.readouterr().err
-
-    return run
-
-
 def test_one_error_in_a_process_of_its_own(tmp_path):
-    done = tool('resnet5', '--rank', 1, '--output', tmp_path / 'out.safetensors')
-    assert done.returncode == 2 and done.stderr.count('\n') == 1 and 'resnet5' in done.stderr
+    done = run_process('compress.py', 'resnet5', '--rank', 1, '--output', tmp_path / 'out.safetensors')
+    assert done.code == 2 and done.err.count('\n') == 1 and 'resnet5' in done.err
 
 
 @pytest.mark.parametrize('name', BAD)
-def test_bad_input_is_one_line_and_code_2(name, tmp_path, here):
+def test_bad_input_is_one_line_and_code_2(name, tmp_path, tool):
     arguments, expected = BAD[name]
-    code, told = here(*arguments, '--output', tmp_path / 'out.safetensors')
+    code, _, told = tool('compress.py', *arguments, '--output', tmp_path / 'out.safetensors')
     assert code == 2 and told.count('\n') == 1 and expected in told
     assert not list(tmp_path.iterdir())
 
 
-def test_bad_outputs(tmp_path, here):
+def test_bad_outputs(tmp_path, tool):
     for output in ('out.pt', 'missing/out.safetensors'):
-        code, told = here('resnet20_cifar', '--rank', 1, '--output', tmp_path / output)
+        code, _, told = tool('compress.py', 'resnet20_cifar', '--rank', 1, '--output', tmp_path / output)
         assert code == 2 and told.count('\n') == 1 and 'expected' in told
     report = tmp_path / 'report.xml'
-    code, told = here('resnet20_cifar', '--rank', 1, '--output', tmp_path / 'o.safetensors', '--report', report)
+    code, _, told = tool(
+        'compress.py', 'resnet20_cifar', '--rank', 1, '--output', tmp_path / 'o.safetensors', '--report', report
+    )
     assert code == 2 and '.json or .html' in told
     assert not list(tmp_path.iterdir())
 
 
 class Sleep(nn.Module):
+    """A network that takes so many seconds of the clock."""
+
+    clock = FakeClock()  # of the class: networks are copied before they are timed
+
     def __init__(self, seconds: float) -> None:
         super().__init__()
         self.seconds = seconds
 
     def forward(self, x):
         assert not self.training and not torch.is_grad_enabled()
-        time.sleep(self.seconds)
+        self.clock.sleep(self.seconds)
         return x
 
 
-def test_latency_by_name():
+def test_latency_by_name(monkeypatch):
+    Sleep.clock.install(monkeypatch, 'norton_timm.profiling.timing')
     times = compare_latency({'slow': Sleep(0.2), 'fast': Sleep(0.002)}, torch.zeros(1), repeats=3, seconds=0.1)
     assert list(times) == ['slow', 'fast']
-    assert times['slow'] >= 200 and 2 <= times['fast'] < times['slow']
+    assert times == pytest.approx({'slow': 200, 'fast': 2})
+    began = Sleep.clock.now
+    compare_latency({'one': Sleep(0.25)}, torch.zeros(1), repeats=3, seconds=4)
+    assert Sleep.clock.now - began == 4, 'as long as was asked for'
     with pytest.raises(ValueError, match='repeats=0'):
         compare_latency({'slow': Sleep(0)}, torch.zeros(1), repeats=0)
     with pytest.raises(ValueError, match='0 networks'):
@@ -228,17 +215,17 @@ def test_calibration_images_of_an_archive(photographs, tmp_path):
     assert images.shape == (4, 3, 32, 32) and green.abs().max() < 1e-4, 'only the training split may be used'
 
 
-def test_calibration_repairs_and_is_reported(photographs, tmp_path):
+def test_calibration_repairs_and_is_reported(tool, photographs, tmp_path):
     plain, repaired, report = tmp_path / 'a.safetensors', tmp_path / 'b.safetensors', tmp_path / 'report.json'
     torch.manual_seed(0)
     dense = timm.create_model('resnet20_cifar').eval()
     save_file(dense.state_dict(), tmp_path / 'dense.safetensors')
     options = ['resnet20_cifar', '--checkpoint', tmp_path / 'dense.safetensors', '--rank', 1]
-    assert tool(*options, '--output', plain).returncode == 0
+    assert tool('compress.py', *options, '--output', plain).code == 0
     calibration = ['--calibration', photographs, '--calibration-images', 20]
-    done = tool(*options, *calibration, '--output', repaired, '--report', report)
-    assert done.returncode == 0, done.stderr
-    assert 'refitted on calibration images: 18 layers' in done.stdout  # all but the protected first
+    done = tool('compress.py', *options, *calibration, '--output', repaired, '--report', report)
+    assert done.code == 0, done.err
+    assert 'refitted on calibration images: 18 layers' in done.out  # all but the protected first
     assert json.loads(report.read_text())['refitted'][0] == 'layer1.0.conv1'
     (x,) = calibration_images(photographs, dense, 20)
     with torch.no_grad():
@@ -247,10 +234,11 @@ def test_calibration_repairs_and_is_reported(photographs, tmp_path):
     assert errors[1] < 0.7 * errors[0]
 
 
-def test_budget_with_calibration(photographs, tmp_path):
+def test_budget_with_calibration(tool, photographs, tmp_path):
     out = tmp_path / 'out.safetensors'
-    done = tool('resnet20_cifar', '--method', 'coring', '--macs', 0.5, '--calibration', photographs, '--output', out)
-    assert done.returncode == 0 and 'refitted' in done.stdout, done.stderr
+    options = ['--method', 'coring', '--macs', 0.5, '--calibration', photographs]
+    done = tool('compress.py', 'resnet20_cifar', *options, '--output', out)
+    assert done.code == 0 and 'refitted' in done.out, done.err
     dense = count(timm.create_model('resnet20_cifar'), 32)
     assert count(load(out), 32).macs == pytest.approx(0.5 * dense.macs, rel=0.01)
 

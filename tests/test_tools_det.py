@@ -5,24 +5,22 @@ from __future__ import annotations
 import json
 import os
 import random
-import runpy
 import shutil
 import signal
 import socket
 import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import cv2
 import pytest
 import torch
+from fake_clock import wait_until
+from tool_runner import finish, run_process, start_tool, torchrun
 
 from detection.data.sample import write_sample
 from detection.training.checkpoint import load_checkpoint
 
-TOOLS = Path(__file__).resolve().parents[1] / 'tools'
 TINY = ['--workers', '0', '--device', 'cpu', '--set', 'model.min_size=64', '--set', 'model.max_size=96',
         '--set', 'model.fpn_channels=16', '--set', 'model.box_head=16', '--set', 'model.mask_layers=[8]',
         '--set', 'model.keypoint_layers=[8]', '--set', 'data.batch_size=2']  # fmt: skip
@@ -31,25 +29,6 @@ TINY = ['--workers', '0', '--device', 'cpu', '--set', 'model.min_size=64', '--se
 @pytest.fixture(scope='module')
 def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_sample(tmp_path_factory.mktemp('sample'), train=6, val=3, size=(96, 96))
-
-
-@pytest.fixture
-def tool(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path):
-    """Run a tool in this process, in an empty folder: returns exit code, stdout, stderr."""
-
-    def call(name: str, *arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, 'argv', [f'tools/{name}', *map(str, arguments)])
-        monkeypatch.syspath_prepend(str(TOOLS))
-        monkeypatch.chdir(tmp_path)
-        code = 0
-        try:
-            runpy.run_path(str(TOOLS / name), run_name='__main__')
-        except SystemExit as stop:
-            code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return call
 
 
 @pytest.mark.parametrize('task', ['box', 'mask', 'keypoint'])
@@ -162,22 +141,10 @@ def test_three_processes_evaluate_as_one(sample: Path, tiny_coco: Path, tool, tm
         texts = []
         for processes in (1, 2, 3):
             result = output / f'{processes}.json'
-            command = ['eval_det.py', 'checkpoint.pt', '--data', data, '--output', result, '--workers', 0,
-                       '--device', 'cpu', '--batch-size', 1]  # fmt: skip
-            command = [str(TOOLS / command[0]), str(output / 'checkpoint.pt'), *map(str, command[2:])]
-            subprocess.run(
-                [
-                    sys.executable,
-                    '-m',
-                    'torch.distributed.run',
-                    '--standalone',
-                    f'--nproc-per-node={processes}',
-                    *command,
-                ],
-                check=True,
-                env={**os.environ, 'OMP_NUM_THREADS': '1'},
-                timeout=200,
-            )
+            code, _, err = run_process('eval_det.py', output / 'checkpoint.pt', '--data', data, '--output', result,
+                                       '--workers', 0, '--device', 'cpu', '--batch-size', 1,
+                                       launcher=torchrun(processes))  # fmt: skip
+            assert code == 0, err
             texts.append(result.read_text())
         assert texts[0] == texts[1] == texts[2]
 
@@ -202,29 +169,31 @@ def test_killed_at_random_moments_the_run_ends_with_the_same_weights(sample: Pat
     chance = random.Random(0)
 
     def start(output: Path) -> subprocess.Popen:
-        command = [sys.executable, str(TOOLS / 'train_det.py'), '--task', 'box', '--data', str(sample), '--backbone',
-                   'resnet18', '--iterations', '30', '--output', str(output), *TINY, '--set', 'log_every=1',
-                   '--set', 'save_every=0.001']  # fmt: skip
+        arguments = ['--task', 'box', '--data', sample, '--backbone', 'resnet18', '--iterations', 30, '--output',
+                     output, *TINY, '--set', 'log_every=1', '--set', 'save_every=0.001']  # fmt: skip
         if (output / 'checkpoint.pt').exists():
-            command.append('--resume')
-        env = {**os.environ, 'OMP_NUM_THREADS': '1'}
-        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=env, text=True)
+            arguments.append('--resume')
+        return start_tool('train_det.py', *arguments, stdout=subprocess.DEVNULL)
 
     whole = start(tmp_path / 'whole')
     killed, rows = tmp_path / 'killed', tmp_path / 'killed' / 'metrics.jsonl'
     for k in range(1, 6):
         process = start(killed)
-        while process.poll() is None and not (rows.exists() and rows.read_text().count('loss_classifier') >= 5 * k):
-            time.sleep(0.01)
-        time.sleep(chance.uniform(0, 0.2))
+
+        def far_enough(least: int = 5 * k, process: subprocess.Popen[str] = process) -> bool:
+            steps = rows.read_text().count('loss_classifier') if rows.exists() else 0
+            return steps >= least or process.poll() is not None
+
+        # seen up to so much later, the kill may fall anywhere in a step
+        wait_until(far_enough, every=chance.uniform(0.001, 0.1))
         assert process.poll() is None, process.communicate()[1]
         process.kill()
         assert process.wait() == -signal.SIGKILL
         if process.stderr:
             process.stderr.close()
     for process in (start(killed), whole):
-        assert process.communicate(timeout=100)[1] is not None
-        assert process.returncode == 0
+        code, _, err = finish(process)
+        assert code == 0, err
     expected, got = (load_checkpoint(tmp_path / name / 'checkpoint.pt') for name in ('whole', 'killed'))
     assert got['iteration'] == expected['iteration'] == 30
     assert all(torch.equal(value, got['model'][key]) for key, value in expected['model'].items())
@@ -235,13 +204,11 @@ def test_killed_at_random_moments_the_run_ends_with_the_same_weights(sample: Pat
 
 @pytest.mark.slow
 def test_two_processes_train_one_run(sample: Path, tmp_path: Path) -> None:
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node=2',
-               str(TOOLS / 'train_det.py'), '--task', 'keypoint', '--data', str(sample), '--iterations', '2',
-               '--output', str(tmp_path / 'run'), *TINY]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count('2 processes') == 1
-    assert '2 iterations of 4 images' in done.stdout
+    arguments = ['--task', 'keypoint', '--data', sample, '--iterations', 2, '--output', tmp_path / 'run', *TINY]
+    code, out, err = run_process('train_det.py', *arguments, launcher=torchrun(2), cwd=tmp_path)
+    assert code == 0, err[-2000:]
+    assert out.count('2 processes') == 1
+    assert '2 iterations of 4 images' in out
 
 
 @pytest.mark.slow
@@ -258,16 +225,18 @@ def test_a_node_that_dies_and_comes_back_leaves_a_whole_run(sample: Path, tmp_pa
     rows = output / 'metrics.jsonl'
 
     def agent(name: str) -> subprocess.Popen:
-        command = [sys.executable, '-m', 'torch.distributed.run', '--nnodes=1:2', '--nproc-per-node=1',
-                   '--max-restarts=5', '--rdzv-backend=c10d', '--rdzv-id=run', f'--rdzv-endpoint={endpoint}',
-                   '--rdzv-conf=last_call_timeout=2,keep_alive_interval=1', '--local-addr=127.0.0.1',
-                   str(TOOLS / 'train_det.py'), '--task', 'box', '--data', str(sample), '--backbone', 'resnet18',
-                   '--iterations', '600', '--output', str(output), '--resume', *TINY, '--set', 'log_every=1',
-                   '--set', 'save_every=5', '--set', 'data.batch_size=1']  # fmt: skip
-        env = {**os.environ, 'OMP_NUM_THREADS': '1', 'GLOO_SOCKET_IFNAME': 'lo', 'PYTHONUNBUFFERED': '1'}
+        launcher = ['-m', 'torch.distributed.run', '--nnodes=1:2', '--nproc-per-node=1', '--max-restarts=5',
+                    '--rdzv-backend=c10d', '--rdzv-id=run', f'--rdzv-endpoint={endpoint}',
+                    '--rdzv-conf=last_call_timeout=2,keep_alive_interval=1', '--local-addr=127.0.0.1']  # fmt: skip
+        arguments = ['--task', 'box', '--data', sample, '--backbone', 'resnet18', '--iterations', 600, '--output',
+                     output, '--resume', *TINY, '--set', 'log_every=1', '--set', 'save_every=5',
+                     '--set', 'data.batch_size=1']  # fmt: skip
+        env = {'GLOO_SOCKET_IFNAME': 'lo', 'PYTHONUNBUFFERED': '1'}
         # a file: a full pipe that nobody reads would stop the run
         with (tmp_path / f'{name}.log').open('w') as log:
-            return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env)
+            return start_tool(
+                'train_det.py', *arguments, launcher=launcher, env=env, stdout=log, stderr=subprocess.STDOUT
+            )
 
     def started(processes: int) -> int:
         """How often a run with so many processes began; its first process prints it."""
@@ -278,10 +247,14 @@ def test_a_node_that_dies_and_comes_back_leaves_a_whole_run(sample: Path, tmp_pa
         return len(rows.read_text().splitlines()) if rows.exists() else 0
 
     def wait(condition: Callable[[], bool], *alive: subprocess.Popen) -> None:
-        while not condition():
-            time.sleep(0.05)
-            for process in alive:
-                assert process.poll() is None, [p.read_text()[-2000:] for p in tmp_path.glob('*.log')]
+        def logs() -> list[str]:
+            return [p.read_text()[-2000:] for p in tmp_path.glob('*.log')]
+
+        def reached() -> bool:
+            ended = [process for process in alive if process.poll() is not None]
+            return condition() or (not ended or pytest.fail(f'a process ended: {logs()}'))
+
+        wait_until(reached, why=logs, every=0.05)
 
     first = agent('first')
     wait(lambda: listening(endpoint), first)  # the first agent keeps the meeting point

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import http.server
-import subprocess
 import sys
 import threading
-import time
 import tracemalloc
 from fractions import Fraction
 from pathlib import Path
@@ -15,6 +13,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from fake_camera import FakeCamera
+from fake_clock import FakeClock
+from tool_runner import run_python
 
 from detection.demo import video_writer
 from detection.demo.video import DrawnSource, FileSource, ImageSource, LiveSource, exact_rate, fit_image, open_source
@@ -226,7 +227,7 @@ FULL_DISK = """
 import resource, sys
 from fractions import Fraction
 import numpy as np
-from detection.demo import VideoWriter, VideoWriteError
+from detection.demo.video_writer import VideoWriter, VideoWriteError
 resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
 rng = np.random.default_rng(0)
 try:
@@ -244,10 +245,9 @@ def test_a_full_disk_is_reported_and_leaves_nothing(tmp_path, codec):
     """The limit on file size makes the operating system refuse the write, as a full disk does."""
     if not has_codec(codec, tmp_path):
         pytest.skip(f'no {codec} encoder here')
-    command = [sys.executable, '-c', FULL_DISK, str(tmp_path / 'clip.mp4'), codec]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=Path(__file__).parents[1])
-    assert done.returncode == 3, done.stderr
-    assert done.stdout.startswith('cannot write') and 'nothing was kept' in done.stdout
+    code, out, err = run_python('-c', FULL_DISK, tmp_path / 'clip.mp4', codec)
+    assert code == 3, err
+    assert out.startswith('cannot write') and 'nothing was kept' in out
     assert list(tmp_path.iterdir()) == []
 
 
@@ -267,13 +267,12 @@ def test_frames_of_another_size_are_refused(tmp_path):
 
 
 class Camera:
-    """A camera with a clock: a frame every 1 / fps s whose pixels carry its number; breaks after ``lives`` frames."""
+    """A camera that is quicker than any reader; breaks after ``frames`` pictures."""
 
     released = 0
 
-    def __init__(self, fps: float = 60.0, frames: int | None = None, opens: bool = True):
-        self.fps, self.frames, self.opens, self.index = fps, frames, opens, 0
-        self.next = time.perf_counter()
+    def __init__(self, frames: int | None = None, opens: bool = True):
+        self.frames, self.opens, self.index = frames, opens, 0
 
     def isOpened(self) -> bool:
         return self.opens
@@ -281,49 +280,56 @@ class Camera:
     def read(self):
         if self.frames is not None and self.index >= self.frames:
             return False, None
-        self.next += 1 / self.fps
-        time.sleep(max(0.0, self.next - time.perf_counter()))
         self.index += 1
         return True, np.full((240, 320, 3), self.index % 256, np.uint8)
 
     def get(self, _: int) -> float:
-        return self.fps
+        return 100
 
     def release(self) -> None:
         Camera.released += 1
 
 
-def test_a_slow_reader_gets_the_newest_frame_and_the_others_are_counted():
-    with LiveSource(lambda: Camera(100), 'camera') as source:
+def test_a_slow_reader_gets_the_newest_frame_and_the_others_are_counted(monkeypatch):
+    clock = FakeClock().install(monkeypatch, 'detection.demo.video')
+    camera = FakeCamera(clock, fps=100)
+    with LiveSource(lambda: camera, 'camera') as source:
         frames, ages = [], []
+        camera.take()
         for frame in source:
-            ages.append(time.perf_counter() - frame.time)
+            ages.append(clock.now - frame.time)
             frames.append(frame)
             if len(frames) == 10:
+                camera.unplug()
                 break
-            time.sleep(0.05)
-    assert np.median(ages) < 0.03  # about one camera period; the oldest in a queue would wait for all before it
+            camera.take(5)  # while the reader is busy
     assert source.fps == 100
-    assert frames[-1].index >= 35
-    assert abs(source.dropped - (frames[-1].index + 1 - len(frames))) <= 1
+    assert ages == [0] * 10, 'the newest picture'
+    assert [f.index for f in frames] == list(range(0, 50, 5))
+    assert [f.image[0, 0, 0] for f in frames] == list(range(1, 51, 5))
+    assert source.dropped == 9 * 4
 
 
 def test_memory_stays_flat_over_2000_frames():
-    with LiveSource(lambda: Camera(2000), 'camera') as source:
+    camera = FakeCamera(FakeClock(), size=(240, 320))
+    with LiveSource(lambda: camera, 'camera') as source:
         tracemalloc.start()
         sizes = []
+        camera.take()
         for frame in source:
             if frame.index // 400 > len(sizes):
                 sizes.append(tracemalloc.get_traced_memory()[0])
             if frame.index >= 2000:
+                camera.unplug()
                 break
-            time.sleep(0.002)
+            camera.take(4)
         tracemalloc.stop()
+    assert len(sizes) == 5
     assert max(sizes) - min(sizes) < 2**20, sizes  # a frame has 230 KB
 
 
 def test_a_source_that_dies_twice_is_reconnected():
-    cameras = iter([Camera(200, 5), Camera(200, 5), Camera(opens=False), Camera(200, 5), *[Camera(opens=False)] * 9])
+    cameras = iter([Camera(5), Camera(5), Camera(opens=False), Camera(5), *[Camera(opens=False)] * 9])
     source = LiveSource(lambda: next(cameras), 'phone', attempts=3, first_wait=0.01)
     seen = []
     with pytest.raises(ConnectionError, match='phone was lost and 3 attempts'), source:
@@ -334,7 +340,7 @@ def test_a_source_that_dies_twice_is_reconnected():
 
 
 def test_waits_grow_up_to_a_limit(caplog):
-    cameras = iter([Camera(200, 1), *[Camera(opens=False)] * 9])
+    cameras = iter([Camera(1), *[Camera(opens=False)] * 9])
     with (
         pytest.raises(ConnectionError),
         LiveSource(lambda: next(cameras), 'phone', attempts=4, first_wait=0.01, max_wait=0.03) as source,
@@ -345,7 +351,7 @@ def test_waits_grow_up_to_a_limit(caplog):
 
 def test_closing_ends_the_thread_and_releases_the_camera():
     before, threads = Camera.released, threading.active_count()
-    with LiveSource(lambda: Camera(50), 'camera') as source:
+    with LiveSource(lambda: Camera(), 'camera') as source:
         next(iter(source))
     assert Camera.released == before + 1
     assert threading.active_count() == threads
@@ -372,7 +378,6 @@ class Phone(http.server.BaseHTTPRequestHandler):
         with contextlib.suppress(ConnectionError):
             for _ in range(20):
                 self.wfile.write(head.encode() + jpeg + b'\r\n')
-                time.sleep(0.01)
 
     def log_message(self, *_: object) -> None: ...
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import csv
-import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -18,8 +15,6 @@ from norton_timm.layers.cpd_conv import CPDConv2d
 from norton_timm.models import published_accuracy, spec_of, tags
 from norton_timm.profiling.complexity import count
 from norton_timm.studies.zoo import to_markdown, zoo_names, zoo_rows
-
-ROOT = Path(__file__).resolve().parents[1]
 
 # conv + linear MACs, parameters
 DENSE = {
@@ -170,16 +165,9 @@ def test_bad_settings_are_told_in_one_line(name: str, kwargs: dict, told: str) -
     assert '\n' not in str(error.value)
 
 
-def run_tool(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / 'tools' / 'model_zoo.py'), *map(str, arguments)]
-    return subprocess.run(
-        command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, 'PYTHONPATH': str(ROOT)}
-    )
-
-
-def test_table_tool(tmp_path: Path) -> None:
-    done = run_tool('*resnet56_cifar*', '--markdown', tmp_path / 'zoo.md', '--csv', tmp_path / 'zoo.csv')
-    assert done.returncode == 0, done.stderr
+def test_table_tool(tool, tmp_path: Path) -> None:
+    done = tool('model_zoo.py', '*resnet56_cifar*', '--markdown', tmp_path / 'zoo.md', '--csv', tmp_path / 'zoo.csv')
+    assert done.code == 0, done.err
     rows = list(csv.DictReader((tmp_path / 'zoo.csv').open()))
     assert len(rows) == 8
     for row in rows:
@@ -192,10 +180,10 @@ def test_table_tool(tmp_path: Path) -> None:
             side = int(row['control_px'])
             assert count(timm.create_model('resnet56_cifar'), (3, side, side)).macs <= int(row['macs'])
     text = (tmp_path / 'zoo.md').read_text()
-    assert '`norton_resnet56_cifar.r089`' in text and 'Latency: median' in text and text in done.stdout
+    assert '`norton_resnet56_cifar.r089`' in text and 'Latency: median' in text and text in done.out
     for bad in (['nothing*'], ['resnet50', '--columns', 'size'], ['resnet50', '--csv', tmp_path / 'no' / 'zoo.csv']):
-        done = run_tool('--no-latency', *bad)
-        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+        done = tool('model_zoo.py', '--no-latency', *bad)
+        assert done.code == 2 and len(done.err.splitlines()) == 1, done.err
 
 
 def test_table_of_everything_published() -> None:

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import runpy
 import sys
 from pathlib import Path
 from typing import Any
 
 from hypothesis import strategies as st
-
-from .guard import ROOT
+from tool_runner import TOOLS, run_tool
 
 OPTIONS = {
     'train_det.py': [
@@ -199,26 +195,18 @@ def _lines(draw: Any) -> tuple[str, list[str]]:
 
 def use(line: tuple[str, list[str]], folder: Path) -> None:
     """Call a tool; anything but success, or one line and code 1 or 2, is raised as it came."""
-    tool, arguments = line
-    path = str(ROOT / 'tools' / tool)
-    before, sys.argv = sys.argv, [path, *arguments]
-    out, err = io.StringIO(), io.StringIO()
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            runpy.run_path(path, run_name='__main__')
-    except SystemExit as stop:
-        lines = [text for text in err.getvalue().splitlines() if text.strip()]
-        if stop.code in (0, None):
-            return
-        if stop.code not in (1, 2) or not lines or not lines[-1].startswith('error:') or 'Traceback' in err.getvalue():
-            raise AssertionError(f'code {stop.code}, {len(lines)} lines: {err.getvalue()[-300:]}') from None
-        raise ValueError(lines[-1]) from None
-    finally:
-        sys.argv = before
+    name, arguments = line
+    code, _, err = run_tool(name, *arguments)
+    if code == 0:
+        return
+    lines = [text for text in err.splitlines() if text.strip()]
+    if code not in (1, 2) or not lines or not lines[-1].startswith('error:') or 'Traceback' in err:
+        raise AssertionError(f'code {code}, {len(lines)} lines: {err[-300:]}')
+    raise ValueError(lines[-1])
 
 
 def _import() -> None:
-    sys.path.insert(0, str(ROOT / 'tools'))
+    sys.path.insert(0, str(TOOLS))
 
 
 def surface() -> Any:

@@ -7,11 +7,12 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
+
+from fake_clock import happens, wait_until
+from tool_runner import finish, run_process, start_tool, torchrun
 
 from . import processes
 from .scenarios import Scenario, check_files, prepare, scenarios, train_box
@@ -39,7 +40,7 @@ def data_removed(scenario: Scenario, times: int, place: Path, seed: int = 0) -> 
         folder, data, away = place / f'gone-{k}', place / 'sample', place / 'away'
         folder.mkdir()
         tool = processes.start(scenario.tool, scenario.command(folder), folder / 'log')
-        time.sleep(chance.uniform(0.2, 3))
+        happens(tool.ended, within=chance.uniform(0.2, 3))
         data.rename(away)
         _judge(tool.wait(), tool, row)
         away.rename(data)
@@ -85,31 +86,26 @@ def lost_process(times: int, place: Path, seed: int = 0) -> Row:
     for k in range(times):
         folder = place / f'lost-{k}'
         folder.mkdir()
-        command = [
-            sys.executable,
-            '-m',
-            'torch.distributed.run',
-            '--standalone',
-            '--nproc-per-node=2',
-            *map(str, [processes.TOOLS / 'train_det.py', *train_box(place, folder / 'run')]),
-        ]
-        env = {**os.environ, 'OMP_NUM_THREADS': '1'}
+        command = ['train_det.py', *train_box(place, folder / 'run')]
         with (folder / 'log').open('w') as log:
-            job = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env, cwd=folder)
-            while not (folder / 'run' / 'checkpoint.pt').exists() and job.poll() is None:
-                time.sleep(0.05)
-            time.sleep(chance.uniform(0, 1))
+            job = start_tool(*command, launcher=torchrun(2), stdout=log, stderr=subprocess.STDOUT, cwd=folder)
+
+            def begun(checkpoint: Path = folder / 'run' / 'checkpoint.pt', job: Any = job) -> bool:
+                return checkpoint.exists() or job.poll() is not None
+
+            # the file is seen up to so much later, the kill may fall anywhere
+            wait_until(begun, every=chance.uniform(0.01, 1))
             children = Path(f'/proc/{job.pid}/task/{job.pid}/children').read_text().split()
             for child in children[k % 2 : k % 2 + 1]:
                 os.kill(int(child), signal.SIGKILL)
-            code = job.wait(timeout=200)
+            code = finish(job).code
         row['times'] += 1
         row['told'] += int(code != 0)
         row['problems'] += check_files(folder)
-        again = subprocess.run([*command, '--resume'], capture_output=True, text=True, env=env, cwd=folder, timeout=280)
-        row['well'] += int(again.returncode == 0)
-        if again.returncode:
-            row['problems'].append(f'the restart failed: {again.stderr[-500:]}')
+        again = run_process(*command, '--resume', launcher=torchrun(2), cwd=folder)
+        row['well'] += int(again.code == 0)
+        if again.code:
+            row['problems'].append(f'the restart failed: {again.err[-500:]}')
     return row
 
 

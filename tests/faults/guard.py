@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tool_runner import ROOT
+
 LIMIT_S = 10.0  # an input that takes longer hangs
 LIMIT_BYTES = 2 * 2**30  # more memory than this for one small file is a blow-up
 # what tools turn into one line and an exit code
 REFUSALS = (ValueError, FloatingPointError, OSError)
-ROOT = Path(__file__).resolve().parents[2]
 _RUNS = ('subprocess.Popen', 'os.system', 'os.exec', 'os.posix_spawn', 'os.startfile', 'pty.spawn')
 _NETWORK = ('socket.connect', 'socket.getaddrinfo', 'socket.bind', 'urllib.Request')
 _CHANGES = ('os.remove', 'os.rename', 'os.mkdir', 'os.rmdir', 'os.symlink', 'os.link', 'os.chmod', 'os.truncate')
@@ -145,9 +146,13 @@ def _hang(signum: int, frame: object) -> None:
     raise Hang(f'more than {LIMIT_S} s')
 
 
+def _ours(path: Path) -> bool:
+    return path.is_relative_to(ROOT) and not path.is_relative_to(ROOT / 'tests')
+
+
 def _told(error: BaseException) -> tuple[str, str]:
     frames = traceback.extract_tb(error.__traceback__)
-    ours = [f for f in frames if Path(f.filename).is_relative_to(ROOT) and 'faults' not in Path(f.filename).parts]
+    ours = [f for f in frames if _ours(Path(f.filename))]
     frame = (ours or frames)[-1] if frames else None
     place = f'{Path(frame.filename).parent.name}/{Path(frame.filename).name}:{frame.name}' if frame else '?'
     return f'{place} {type(error).__name__}', ' '.join(str(error).split())[:200]

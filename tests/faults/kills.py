@@ -11,6 +11,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from fake_clock import happens
+
 from . import processes
 from .scenarios import Scenario, check_files, prepare, scenarios
 
@@ -82,10 +84,7 @@ def _kill(
     tool: processes.Tool, scenario: Scenario, folder: Path, before: int, after: float, name: str, found: Campaign
 ) -> None:
     """One kill; notes what is wrong with what it left."""
-    deadline = time.monotonic() + after
-    while time.monotonic() < deadline and not tool.ended():
-        time.sleep(0.002)
-    running = not tool.ended()
+    running = not happens(tool.ended, after)
     if running:
         tool.send(SENT[name])
     code = tool.wait()

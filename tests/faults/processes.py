@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import resource
-import runpy
 import signal
 import sys
 import time
@@ -12,9 +11,8 @@ import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
-from .guard import ROOT
-
-TOOLS = ROOT / 'tools'
+from fake_clock import happens
+from tool_runner import TOOLS, call_tool
 
 
 def preload() -> None:
@@ -49,13 +47,10 @@ class Tool:
 
     def wait(self, limit_s: float = 300) -> int:
         """Its exit code, negative for a signal; a tool that does not end in time is killed and that is an error."""
-        deadline = time.monotonic() + limit_s
-        while not self.ended():
-            if time.monotonic() > deadline:
-                self.send(signal.SIGKILL)
-                os.waitpid(self.pid, 0)
-                raise AssertionError(f'the tool did not end: {self.text()[-2000:]}')
-            time.sleep(0.005)
+        if not happens(self.ended, limit_s):
+            self.send(signal.SIGKILL)
+            os.waitpid(self.pid, 0)
+            raise AssertionError(f'the tool did not end: {self.text()[-2000:]}')
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
     def text(self) -> str:
@@ -92,12 +87,8 @@ def start(name: str, arguments: list[object], log: Path, largest_file: int | Non
         os.chdir(log.parent)
         if largest_file is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
-        sys.argv = [str(TOOLS / name), *map(str, arguments)]
-        code = 0
         try:
-            runpy.run_path(sys.argv[0], run_name='__main__')
-        except SystemExit as stop:
-            code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+            code = call_tool(name, *arguments)
         except BaseException:
             traceback.print_exc()
             code = 70

@@ -9,8 +9,7 @@ import sys
 
 import pytest
 from packaging.requirements import Requirement
-
-from .guard import ROOT
+from tool_runner import ROOT
 
 LISTEN = """
 import sys
