@@ -85,3 +85,20 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     ]
     lines += ['| ' + ' | '.join(rows[name].get(c, '') for c in columns) + ' |' for name in sorted(rows.keys() - failed)]
     Path(path).write_text('\n'.join(lines) + '\n')
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Put the tests that `thorough.txt` lists into the thorough tier."""
+    lines = (ROOT / 'tests' / 'thorough.txt').read_text(encoding='utf-8').splitlines()
+    rows = [line.split(maxsplit=1) for line in lines if line and not line.startswith('#')]  # seconds, name
+    listed = {name for _, name in rows}
+    used = set()
+    for item in items:
+        names = {item.nodeid, item.nodeid.partition('[')[0], item.nodeid.partition('::')[0]}
+        found = listed & names
+        used |= found
+        if found and not item.get_closest_marker('slow'):
+            item.add_marker(pytest.mark.thorough)
+    everything = not config.args or [str(a) for a in config.args] in (['tests'], [str(ROOT / 'tests')])
+    if everything and listed - used:
+        raise pytest.UsageError(f'tests/thorough.txt lists what is no test: {", ".join(sorted(listed - used))}')

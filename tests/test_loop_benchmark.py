@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from detection.data.sample import write_sample
 from detection.studies.training import benchmark_loop, train_one_epoch
+from detection.training import DetectorTrainer
 from detection.training.config import config_from_dict
 
 CPU = torch.device('cpu')
@@ -56,7 +57,7 @@ def test_both_loops_are_timed_on_the_same_images(tmp_path: Path, monkeypatch: py
 
     from detection.studies import training as module
 
-    monkeypatch.setattr(module.Trainer, '_losses', spy(module.Trainer._losses, lambda a: record(a[1], 'ours')))
+    monkeypatch.setattr(DetectorTrainer, '_losses', spy(DetectorTrainer._losses, lambda a: record(a[1], 'ours')))
     original = module.train_one_epoch
 
     def reference(net, optimizer, loader, *rest):

@@ -45,7 +45,7 @@ def test_wheel_has_the_packages_and_nothing_else(built: Path) -> None:
         sizes = {info.filename: info.file_size for info in archive.infolist()}
     assert {name.split('/')[0].split('-')[0] for name in sizes} == {'norton_timm', 'detection'}
     inside = {name for name in sizes if '.dist-info/' not in name}
-    wanted = ('*.py', '*.yaml', '*.html', 'py.typed', '*.safetensors')
+    wanted = ('*.py', '*.yaml', '*.html', '*.j2', 'py.typed', '*.safetensors')
     folders = [ROOT / package for package in ('norton_timm', 'detection')]
     files = {path for folder in folders for pattern in wanted for path in folder.rglob(pattern)}
     expected = {path.relative_to(ROOT).as_posix() for path in files}
@@ -84,7 +84,7 @@ model = timm.create_model('norton_resnet56_cifar.r071')
 norton_timm.save(model, 'small.safetensors')
 assert norton_timm.count(norton_timm.load('small.safetensors'), 32) == norton_timm.count(model, 32)
 assert recipe_spec('box', 'full') is not None
-assert resources.files('detection').joinpath('web/index.html').is_file()
+assert resources.files('detection').joinpath('demo/web/index.html').is_file()
 build_detector('box', 'coring_resnet50.r077', fpn_channels=16, box_head=16)
 print(norton_timm.__version__)
 """

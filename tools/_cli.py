@@ -1,4 +1,4 @@
-"""What the command-line tools share: one-line errors, exit codes, quiet parsing."""
+"""Helpers of the command-line tools: a parser, errors on one line, exit codes, and signals."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ USAGE, FAILURE, INTERRUPTED, TERMINATED = 2, 1, 130, 143
 
 
 class Terminated(KeyboardInterrupt):
-    """The process was asked to end; what handles Ctrl-C handles this."""
+    """The process was asked to end; code that handles Ctrl-C handles this too."""
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """The description's own lines, which hold commands to copy, and the defaults where there are any."""
+    """Keeps the lines of the description, which holds commands to copy, and shows defaults where there are any."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         nothing = action.default is None or action.default is False or action.default == []
@@ -36,7 +36,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, formatter_class=_Help)
 
     def error(self, message: str) -> NoReturn:
-        """Exit with code 2 and what is wrong."""
+        """Exit with code 2 and a message."""
         fail(f'{message} (see --help)', USAGE)
 
 
@@ -61,7 +61,7 @@ def _terminate(signum: int, frame: object) -> NoReturn:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call a tool's main function: wrong arguments and files give one line and exit code 2, a failed run code 1."""
+    """Call a tool's main function; wrong arguments or files end with one line and code 2, a failed run with code 1."""
     logging.basicConfig(level=logging.WARNING, format='%(message)s')
     for package in ('norton_timm', 'detection'):
         logging.getLogger(package).setLevel(logging.INFO)

@@ -1,4 +1,4 @@
-"""The subcommands `classification`, `forms` and `detection` of benchmark.py: whole networks in turns."""
+"""The subcommands `classification`, `forms` and `detection` of benchmark.py: whole networks, timed in turns."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Repeat a benchmark in fresh processes, since where a network lies in memory changes its time."""
+"""Repeat a benchmark in fresh processes, because the place of a network in memory changes its time."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ Row = dict[str, Any]
 
 
 def rows_of_processes(count: int, ratios: Sequence[str]) -> list[Row]:
-    """Run this command so many times, one after the other, and return the medians of what the runs' rows say.
+    """Run this command ``count`` times, one after the other, and return the medians of the runs' rows.
 
     Args:
-        count: processes.
-        ratios: keys of figures whose value in each run is kept too, as a list below the key with ``_runs`` appended.
+        count: number of processes.
+        ratios: keys of figures to keep for every run too, in a list under the key with ``_runs`` appended.
 
     Raises:
-        ValueError: a run failed; it has said on stderr why.
+        ValueError: a run failed; it has printed the reason on stderr.
     """
     runs = []
     with tempfile.TemporaryDirectory() as folder:
         for number in range(count):
             path = Path(folder) / f'{number}.json'
-            # of an option that is given twice the last one counts
+            # an option that is given twice keeps its last value
             command = [sys.executable, *sys.argv, '--processes', '1', '--output', str(path)]
             print(f'process {number + 1} of {count}', flush=True)
             if code := subprocess.run(command).returncode:
@@ -40,7 +40,7 @@ def rows_of_processes(count: int, ratios: Sequence[str]) -> list[Row]:
 def median_rows(runs: Sequence[Sequence[Row]], ratios: Sequence[str]) -> list[Row]:
     """Rows with each number's median over the runs, which measured the same cases in the same order.
 
-    What is no number is the first run's.
+    Other values are those of the first run.
     """
     merged = []
     for rows in zip(*runs, strict=True):

@@ -58,10 +58,10 @@ def main() -> None:
     set_normalisation(dense, args.mean, args.std)
     image = default_input(dense, args.input_size)
     batches = args.calibration and calibration_images(args.calibration, dense, args.calibration_images, image.shape[2:])
-    some = batches and [batches[0][:32]]  # the errors of all layers are weighed one at a time
+    some = batches and [batches[0][:32]]  # few images: the search weighs the layers' errors one at a time
     spec = spec or find_spec(dense, **budget, **fields, calibration=some, example_input=image)
     model, report = compress(dense, spec, image, calibration=batches)
-    tuned = ready_to_run(model)  # a copy: what is fastest here is not written into the file
+    tuned = ready_to_run(model)  # a copy: the file does not keep what is fastest on this machine
     tune_forms(tuned, channels_last(image))
     times = compare_latency({'dense': dense, 'compressed': model, 'tuned': tuned}, image)
     before, after, best = times.values()

@@ -69,7 +69,7 @@ def main() -> None:
 
 
 def _load(args) -> tuple[torch.nn.Module, list[torch.Tensor]]:
-    """The network, and batches of images as it takes them; single ones for a detector."""
+    """The network, and batches of one image each, prepared as the network expects."""
     from norton_timm import load
     from norton_timm.inference import find_pictures, read_images
     from norton_timm.models import dense

@@ -13,7 +13,7 @@ from _cli import Parser, run
 
 
 def detector_checkpoint(path: Path) -> dict[str, Any]:
-    """What eval_det.py reads: the tensors, a configuration that builds their detector, and COCO's classes."""
+    """A checkpoint for eval_det.py: the tensors, a configuration that builds their detector, and COCO's classes."""
     from torchvision.models import detection as tv
 
     from detection.rcnn import convert_detector_state_dict

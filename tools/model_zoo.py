@@ -1,7 +1,7 @@
 """Print the table of the zoo: sizes, published accuracy, where weights are, and latency measured on this machine.
 
-A compressed network is measured against the dense one, and against the dense one at a lower resolution with the same
-MACs, which anybody can have without compressing.
+Each compressed network is compared with the dense one, and with the dense one at a lower resolution with equal MACs.
+The latter is a control that needs no compression.
 """
 
 from __future__ import annotations

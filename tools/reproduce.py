@@ -1,11 +1,11 @@
-"""Repeat the published CIFAR-10 results: one command a row, controls, ablations without tuning, pictures.
+"""Repeat the published CIFAR-10 results, one row per command, with controls, ablations without tuning, and figures.
 
 python tools/reproduce.py norton_resnet56_cifar.r071 --dense dense.safetensors --data cifar10.tar.xz
 python tools/reproduce.py norton_resnet56_cifar.r089 --control l1 --dense dense.safetensors --data cifar10.tar.xz
 python tools/reproduce.py --study rank --dense dense.safetensors --data cifar10.tar.xz
 python tools/reproduce.py --plot docs/images
 
-A run or study that was stopped goes on when the same command is given again.
+The same command continues a run or a study that was stopped.
 """
 
 from __future__ import annotations

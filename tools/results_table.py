@@ -1,4 +1,4 @@
-"""Print the README's tables of what was measured, from the benchmarks' own files in results/.
+"""Print the README's tables of measurements, from the benchmarks' files in results/.
 
 python tools/results_table.py
 python tools/results_table.py --accuracy
@@ -67,7 +67,7 @@ def training_rows(folder: Path) -> Iterator[Row]:
 
 
 def latency_rows(folder: Path) -> Iterator[Row]:
-    """Each compressed network beside the dense one in the same runtime, and the dense one at fewer pixels."""
+    """Each compressed network beside the dense one in the same runtime and the dense one with fewer pixels."""
     for name in ('classification', 'exported', 'exported_one_core', 'box', 'mask', 'keypoint'):
         measured = read(folder, f'latency_{name}')
         cores = ', one core' * (measured['machine']['threads'] == 1)
@@ -102,7 +102,7 @@ def zoo_rows(folder: Path) -> Iterator[Row]:
 
 
 def close_rows(folder: Path) -> Iterator[Row]:
-    """Networks that were near their dense ones in the zoo's run, once more in fresh processes."""
+    """Networks that were about as fast as their dense ones in the zoo's run, measured again in fresh processes."""
     measured = read(folder, 'latency_zoo_close')
     for row in measured['rows']:
         if row['network'] == 'compressed':

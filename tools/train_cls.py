@@ -4,7 +4,7 @@ python tools/train_cls.py norton_resnet56_cifar.r071 --weights dense.safetensors
 python tools/train_cls.py resnet56_cifar --config configs/classification/dense_cifar10.yaml --output runs/dense
 torchrun --nproc-per-node 2 tools/train_cls.py ...
 
-The same command goes on with a run that was stopped.
+The same command continues a run that was stopped.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Train a detector (boxes, masks or keypoints) on a timm backbone, evaluate it, and draw what it finds.
 
-Without --data it takes data/coco if that is there, else a small sample set that it draws itself, with a configuration
-that a laptop can train. All settings are in configs/detection. torchrun starts it on several devices, or on machines
-that share the output folder; with --resume the same command goes on from the last checkpoint, on fewer or more of them.
+Without --data it takes data/coco if that exists. Otherwise it draws a small sample set and takes a configuration that a
+laptop can train. All settings are in configs/detection. torchrun starts it on several devices, or on machines that
+share the output folder. With --resume the same command continues from the last checkpoint, also on fewer or more
+devices.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def main() -> None:
         print(report := check_data(source.root, config.task))
         raise SystemExit(0 if report.ok else 1)
     latest = output / 'checkpoint.pt'
-    if args.resume and not latest.is_file() and 'TORCHELASTIC_RUN_ID' not in os.environ:  # it restarts at any time
+    if args.resume and not latest.is_file() and 'TORCHELASTIC_RUN_ID' not in os.environ:  # torchrun may restart
         raise FileNotFoundError(f'--resume: no {latest}')
     train_set, val_set = training_sets(config, source.root)
     torch.manual_seed(config.seed)

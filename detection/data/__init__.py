@@ -1,5 +1,5 @@
-"""Data sets in COCO's format: annotations read and checked, pictures decoded, augmentation, samplers, the sample set
-drawn by code, and the doctor that says what is wrong with a folder.
+"""Data sets in COCO's format. This room reads and checks annotations, decodes, augments and samples pictures, draws a
+sample set by code, and tells what is wrong with a folder of data.
 """
 
 from detection.data.annotations import check_outline, class_map

@@ -1,4 +1,4 @@
-"""The video demo: sources of frames, the predictor, tracking, the pipeline of threads, written video, and the web
+"""The video demo: sources of frames, the predictor, tracking, the pipeline of threads, the video writer, and the web
 page.
 """
 

@@ -1,4 +1,4 @@
-"""Evaluation of detectors: COCO's metrics, the one evaluation loop, and an analysis of the errors."""
+"""Evaluation of detectors: COCO's metrics, the evaluation loop, and an analysis of the errors."""
 
 from detection.evaluation.analysis import write_report
 from detection.evaluation.coco_metrics import IOU_TYPES, CocoEvaluator, Metrics

@@ -1,5 +1,5 @@
-"""torchvision's R-CNNs on compressed backbones: how they are built, compressed, restored from files of any origin,
-and shown to exporters.
+"""Torchvision's R-CNNs on compressed backbones. This room builds them, compresses them, restores them from files of any
+origin, and prepares them for export.
 """
 
 from detection.rcnn.backbone import NORMS, create_features

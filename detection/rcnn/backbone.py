@@ -31,7 +31,7 @@ class BackboneWithFPN(nn.Module):
         out_channels: width of every pyramid level.
     """
 
-    parts_stay = True  # where a network is fused, body and FPN stay modules, whose times can be told apart
+    parts_stay = True  # body and FPN stay modules in a fused network, so that each can be timed
 
     def __init__(self, body: nn.Module, out_channels: int = 256) -> None:
         super().__init__()
@@ -69,15 +69,19 @@ def create_features(name: str, *, pretrained: bool = False, weights: str | Path 
     """Build a timm model with `features_only=True`.
 
     Args:
-        name: any timm name with its tag, among them `norton_resnet50.r078`.
+        name: any timm name with its tag, such as `norton_resnet50.r078`.
         pretrained: load the weights that timm knows for this tag.
-        weights: a local file with the weights of the classification network, instead of those; a file of
-            `norton_timm.save` brings its compression along.
+        weights: a local file with the weights of the classification network, instead; a file of `norton_timm.save`
+            brings its compression along.
         **kwargs: passed on to `timm.create_model`, e.g. `rank=`, `rates=`.
 
     Raises:
         ValueError: timm has no such model, or it cannot give features.
         FileNotFoundError: `weights` does not exist.
+
+    Example:
+        >>> body = create_features('norton_resnet50.r078')
+        >>> maps = body(torch.rand(1, 3, 224, 224))
     """
     if not timm.is_model(name.split('.')[0]):
         near = get_close_matches(name.split('.')[0], timm.list_models(), n=3)
@@ -108,7 +112,7 @@ def build_backbone(
     frozen_stages: int = 0,
     out_channels: int = 256,
 ) -> BackboneWithFPN:
-    """Backbone with FPN, its batch norms trained, frozen or synchronised.
+    """A backbone with an FPN; its batch norms are trained, frozen or synchronised.
 
     Args:
         backbone: a timm name, or a module as `BackboneWithFPN` takes.
@@ -116,7 +120,7 @@ def build_backbone(
         weights: see `create_features`; must be None for a module.
         norm: `'train'` leaves batch norms as they are, `'frozen'` makes them constant, `'sync'` shares their
             statistics between processes.
-        frozen_stages: 0 to 4, how many pyramid levels (with all layers before them) keep their weights.
+        frozen_stages: 0 to 4, number of pyramid levels that keep their weights, with all layers before them.
         out_channels: width of the FPN.
     """
     if isinstance(backbone, str):
@@ -131,7 +135,7 @@ def build_backbone(
 
 
 def set_training(fpn: BackboneWithFPN, norm: str, frozen_stages: int) -> None:
-    """What of the network below the FPN is trained, in place; arguments as in `build_backbone`."""
+    """Set what is trained in the network below the FPN, in place; arguments as in `build_backbone`."""
     if norm not in NORMS:
         raise ValueError(f'norm is {norm!r}, expected one of {", ".join(NORMS)}')
     if norm == 'frozen':
@@ -163,7 +167,7 @@ def freeze_stages(body: nn.Module, stages: int) -> None:
 
 
 def normalisation(body: nn.Module) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation (3 each, for RGB in 0..1) that the network expects; ImageNet's if it says none."""
+    """Mean and standard deviation (3 each, for RGB in 0..1) that the network expects; by default ImageNet's."""
     cfg = getattr(body, 'pretrained_cfg', None) or {}
     mean = cfg.get('mean') or timm.data.IMAGENET_DEFAULT_MEAN
     std = cfg.get('std') or timm.data.IMAGENET_DEFAULT_STD

@@ -33,7 +33,7 @@ DEFAULT_MIN_SIZE: dict[str, tuple[int, ...]] = {
     'keypoint': (640, 672, 704, 736, 768, 800),
 }
 ROI_SIZE = 7
-# torchvision hands names it does not know to its image transform, which ignores them: so they are checked here
+# torchvision passes unknown names on to its image transform, which ignores them: so we check them here
 RCNN_OPTIONS = tuple(
     name
     for name in inspect.signature(FasterRCNN.__init__).parameters
@@ -72,26 +72,26 @@ def build_detector(
     """A torchvision R-CNN with FPN (He et al., 2017, arXiv:1703.06870) on a timm backbone.
 
     The result has torchvision's inputs, losses and outputs: images are float RGB `(3, H, W)` in 0..1, of any size;
-    boxes are xyxy in pixels of the image given.
+    boxes are xyxy in pixels of the given image.
 
     Args:
         task: `'box'` (Faster R-CNN), `'mask'` (Mask R-CNN) or `'keypoint'` (Keypoint R-CNN).
         backbone: a timm name (see `detection.rcnn.create_features`) or a `features_only` module.
         num_classes: with background; by default COCO's 91, or 2 for keypoints (background, person).
-        recipe: what is compressed; `'backbone'` leaves FPN, RPN and heads dense, `'full'` makes them narrow as well,
-            `'light'` narrower still.
-        compress: a spec, or a YAML file with one, by which the given network is compressed on the fly: its backbone,
-            or with `scope: detector` all of it.
+        recipe: what is compressed; `'backbone'` leaves FPN, RPN and heads dense, `'full'` narrows them too, and
+            `'light'` narrows them more.
+        compress: a spec, or a YAML file with one, to compress the given network: its backbone, or all of it with
+            `scope: detector`.
         pretrained: backbone weights that timm knows for this name; else the start is random.
         weights: a file to start from instead: weights of the backbone as timm reads them, a network of
-            `norton_timm.save` (with its compression), or a checkpoint of train_det.py, heads included; where that has
-            other classes, the last layers start anew.
+            `norton_timm.save` (with its compression), or a checkpoint of train_det.py, heads included. If that has
+            other classes, the last layers start at random.
         norm: `'train'`, `'frozen'` or `'sync'` batch norm in the backbone; by default frozen if there are backbone
             weights, as in torchvision, else trained.
-        frozen_stages: 0 to 4, pyramid levels of the backbone (with all layers before) whose weights stay.
-        min_size: length in pixels to which the shorter side of an image is resized; several = one at random in
-            training, the last in evaluation.
-        max_size: bound in pixels on the longer side after that.
+        frozen_stages: 0 to 4, number of pyramid levels that keep their weights, with all layers before them.
+        min_size: length in pixels to which the shorter side of an image is resized; of several, training takes one
+            at random and evaluation the last.
+        max_size: limit in pixels on the longer side after that.
         num_keypoints: keypoints of a person.
         fpn_channels: width of the FPN.
         box_head: width of the two fully connected layers of the box head.
@@ -102,6 +102,11 @@ def build_detector(
 
     Raises:
         ValueError: an argument is not one of the choices; the message lists them.
+
+    Example:
+        >>> model = build_detector('box', 'norton_resnet50.r078').eval()
+        >>> detections = model([torch.rand(3, 480, 640)])[0]
+        >>> detections['boxes'], detections['labels'], detections['scores']
     """
     if task not in TASKS:
         raise ValueError(f'task is {task!r}, expected one of {", ".join(TASKS)}')
@@ -190,7 +195,7 @@ def _assemble(
 def _check_start(
     content: Mapping[str, Any], task: str, backbone: str | nn.Module, recipe: str, path: object
 ) -> Mapping[str, Any]:
-    """The model section of a checkpoint's configuration, where a run may start from it; empty for torchvision's."""
+    """Check that a run may start from a checkpoint; its configuration's section `model`, empty for torchvision's."""
     if not isinstance(backbone, str):
         raise ValueError('weights go with a backbone given by name; load the weights of a module first')
     config = content.get('config')
@@ -234,7 +239,7 @@ def _start(
 
 
 def _renew_last_layers(model: GeneralizedRCNN, num_classes: int, num_keypoints: int) -> None:
-    """Give a detector that was trained on other classes or keypoints fresh layers for those, in place."""
+    """Replace the last layers, in place, if the detector was trained on other classes or keypoints."""
     heads, renewed = model.roi_heads, []
     box = heads.box_predictor
     if box.cls_score.out_features != num_classes:

@@ -20,8 +20,8 @@ log = logging.getLogger(__name__)
 
 RECIPES = ('backbone', 'full', 'light')
 _FOLDER = Path(__file__).parent / 'recipes'
-_SIDE = 64  # pixels; channels do not depend on the size, and an image of 800 would take a hundred times as long
-# what makes every part of a detector run, and run briefly, whatever its weights
+_SIDE = 64  # pixels; channels do not depend on the size, and 800 pixels would take a hundred times as long
+# with these settings every part of a detector runs, and briefly, with any weights
 _BRIEF: dict[str, Any] = {
     'transform.min_size': (_SIDE,),
     'transform.max_size': _SIDE,
@@ -32,12 +32,12 @@ _BRIEF: dict[str, Any] = {
 
 
 def recipe_spec(task: str, recipe: str) -> CompressionSpec | None:
-    """What `recipe` does to FPN, RPN and heads of a task's detector; None for `'backbone'`, which leaves them dense."""
+    """The spec of a recipe for FPN, RPN and heads of a task's detector; None for `'backbone'`: they stay dense."""
     return None if recipe == 'backbone' else CompressionSpec.from_yaml(_FOLDER / f'{task}.{recipe}.yaml')
 
 
 def read_spec(source: CompressionSpec | str | os.PathLike[str]) -> CompressionSpec:
-    """A spec for a detector from a YAML file; one without a scope was written for the backbone alone."""
+    """A spec for a detector, from a YAML file if need be; a spec without a scope is for the backbone alone."""
     spec = source if isinstance(source, CompressionSpec) else CompressionSpec.from_yaml(Path(source))
     return spec if spec.scope else dataclasses.replace(spec, scope='backbone')
 
@@ -47,12 +47,16 @@ def compress_detector(model: GeneralizedRCNN, spec: CompressionSpec, fresh: bool
 
     Args:
         model: as `build_detector` makes it; it may be changed.
-        spec: `scope` says whether names are those of the backbone or of the whole detector.
-        fresh: the layers that the spec means hold random weights: they are drawn anew or cut at will, and keep the
-            variance of what they give.
+        spec: its `scope` says whether names are those of the backbone or of the whole detector.
+        fresh: the layers to compress have random weights. They are then drawn again or cut without a look at the
+            weights, and their outputs keep their variance.
 
     Raises:
         ValueError: the spec does not fit the detector.
+
+    Example:
+        >>> dense = build_detector('box', 'resnet50')
+        >>> small = compress_detector(dense, CompressionSpec(rank=2, rates=0.3, scope='backbone'))
     """
     device = next(model.parameters()).device
     images, batch = [torch.rand(3, _SIDE, _SIDE, device=device)], torch.rand(1, 3, _SIDE, _SIDE, device=device)
@@ -85,7 +89,7 @@ def _set(model: nn.Module, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _fan_in(model: GeneralizedRCNN) -> dict[str, int]:
-    """Inputs of every layer behind the backbone that has no normalisation to set its scale."""
+    """Number of inputs of every layer after the backbone: no normalisation sets the scale of these layers."""
     layers = {n: m for n, m in model.named_modules() if not n.startswith('backbone.body.')}
     fan_in = {n: m.in_features for n, m in layers.items() if type(m) is nn.Linear}
     return {**fan_in, **{n: m.in_channels for n, m in layers.items() if isinstance(m, (nn.Conv2d, CPDConv2d))}}
@@ -93,7 +97,7 @@ def _fan_in(model: GeneralizedRCNN) -> dict[str, int]:
 
 @torch.no_grad()
 def _keep_variance(model: GeneralizedRCNN, before: dict[str, int]) -> None:
-    """Weights were drawn for more inputs than are left: scale them up, as a fresh draw would be."""
+    """Scale up weights that were drawn for more inputs than are left, to the variance of a fresh draw."""
     for name, fan_in in _fan_in(model).items():
         if name in before:
             layer = model.get_submodule(name)

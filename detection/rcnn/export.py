@@ -1,8 +1,8 @@
-"""Detectors as exporters take them: one image in, named tensors out; comparison of detections.
+"""Detectors for exporters, as functions of one image with named outputs, and the comparison of their detections.
 
-What torchvision traces has a branch for pictures without boxes and a loop over masks. OpenVINO makes one detection out
-of none behind such a branch, and cannot take such a loop. `nms_by_class` and `paste_masks` are plain expressions in
-their place.
+Torchvision's traced code has a branch for images without boxes, and a loop over masks. After such a branch OpenVINO
+returns one detection where there is none, and it cannot take such a loop. `nms_by_class` and `paste_masks` replace
+both by plain expressions.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from norton_timm.inference import Agreement, TracedNetwork, larger
 BOX_TOLERANCE = 0.5  # pixels
 SCORE_TOLERANCE = 1e-3
 MASK_TOLERANCE = 1e-2  # of a mask's values, 0 to 1, in the mean over a picture
-KEYPOINT_TOLERANCE = 2.0  # pixels: of two neighbouring pixels that are equally warm, either may be taken
+KEYPOINT_TOLERANCE = 2.0  # pixels: two neighbouring pixels of a heatmap may be equally warm
 _DISTANCES = {'boxes': 'box_px', 'scores': 'score', 'masks': 'mask', 'keypoints': 'keypoint_px'}
 
 
 class OneImage(TracedNetwork):
-    """A detector as a function of one image (1, 3, H, W), which exporters can name: a tuple of tensors comes out.
+    """A detector as a function from one image (1, 3, H, W) to a tuple of tensors, as exporters need it.
 
     Attributes:
-        names: what the tensors are: boxes, labels, scores, and masks or keypoints.
+        names: names of the tensors: boxes, labels, scores, and masks or keypoints.
     """
 
     kind = 'detector'
@@ -47,16 +47,21 @@ class OneImage(TracedNetwork):
         return tuple(found[name] for name in self.names)
 
     def agreement(self) -> DetectionAgreement:
-        """Compares detections."""
+        """An empty comparison of detections."""
         return DetectionAgreement(names=tuple(self.names))
 
     def tracing(self):
-        """Traces the plain expressions of this file in the place of torchvision's own."""
+        """A context that traces the plain expressions of this file instead of torchvision's code."""
         return without_branches()
 
 
 def exportable(model: nn.Module) -> nn.Module:
-    """The network as a function of one batch (N, C, H, W); a detector as one of a single image."""
+    """The network in evaluation mode as exporters take it: a function of one batch, or of one image for a detector.
+
+    Example:
+        >>> detector = exportable(build_detector('box', 'norton_resnet50.r078'))
+        >>> boxes, labels, scores = detector(torch.rand(1, 3, 480, 640))
+    """
     model = model.eval()
     return OneImage(model).eval() if isinstance(model, GeneralizedRCNN) else model
 
@@ -71,8 +76,8 @@ class DetectionAgreement(Agreement):
         mask: largest mean difference of a mask's values over a picture there; a box that is rounded to another pixel
             moves the whole mask by one.
         keypoint_px: largest difference of a keypoint's coordinate there, in pixels.
-        detections: that the original network gave in all.
-        names: of the tensors that are compared.
+        detections: number of detections of the original network, in all images.
+        names: names of the compared tensors.
     """
 
     box_px: float = 0.0
@@ -103,7 +108,7 @@ class DetectionAgreement(Agreement):
                 setattr(self, _DISTANCES[name], larger(getattr(self, _DISTANCES[name]), distance))
 
     def problem(self) -> str | None:
-        """What is beyond tolerance; None if nothing is."""
+        """What exceeds the tolerance; None if nothing does."""
         if self.same == self.images and (self.box_px > BOX_TOLERANCE or self.score > SCORE_TOLERANCE):
             return (f'boxes differ by {self.box_px:.2f} px and scores by {self.score:.1e}, '
                     f'more than {BOX_TOLERANCE} px or {SCORE_TOLERANCE}')  # fmt: skip
@@ -113,7 +118,7 @@ class DetectionAgreement(Agreement):
         return super().problem()
 
     def to_dict(self) -> dict[str, float]:
-        """For JSON."""
+        """The figures as plain values, for JSON."""
         return {key: value for key, value in super().to_dict().items() if key != 'names'}
 
     def _distances(self) -> str:
@@ -124,7 +129,7 @@ class DetectionAgreement(Agreement):
 
 
 def _matching(boxes: Tensor, others: Tensor) -> Tensor:
-    """For each box the nearest one of the others that none before it took."""
+    """For each box, the index of the nearest other box that no earlier box has taken."""
     distance = torch.cdist(boxes.double(), others.double(), p=float('inf'))
     order = torch.empty(len(boxes), dtype=torch.long)
     for k in range(len(boxes)):
@@ -139,7 +144,7 @@ def nms_by_class(boxes: Tensor, scores: Tensor, classes: Tensor, iou_threshold: 
     Equal to torchvision's ``_batched_nms_coordinate_trick``: boxes of different classes are moved apart.
 
     Args:
-        boxes: (N, 4) in pixels, not negative; none is fine.
+        boxes: (N, 4) in pixels, not negative; N may be 0.
         scores: (N,).
         classes: (N,).
         iou_threshold: a box that overlaps a better one of its class by more is dropped.
@@ -178,7 +183,7 @@ def _interpolation(first: Tensor, last: Tensor, cells: int, size: Tensor) -> Ten
 
 @contextmanager
 def without_branches() -> Iterator[None]:
-    """While this context lasts, torchvision's detectors trace with the parts of this file."""
+    """A context in which torchvision's detectors are traced with the functions of this file."""
     with (
         patch.object(box_ops, '_batched_nms_coordinate_trick', nms_by_class),
         patch.object(roi_heads, '_onnx_paste_masks_in_image_loop', paste_masks),

@@ -1,4 +1,7 @@
-"""Detectors and backbones whose compression comes from a file: our checkpoints, and `norton_timm.save`."""
+"""Restore from files: compressed backbones of `norton_timm.save`, and whole detectors with weights and compression.
+
+Detectors come from our checkpoints or from torchvision's reference training.
+"""
 
 from __future__ import annotations
 
@@ -23,12 +26,16 @@ from norton_timm.graph import Metadata
 from norton_timm.models import convert_authors_checkpoint
 from norton_timm.utils import load_plain
 
+log = logging.getLogger(__name__)
+
+BODY = 'backbone.body.'
+
 
 def restore(model: GeneralizedRCNN, content: Mapping[str, Any]) -> None:
     """Give a detector the compression and the weights of a checkpoint (averaged ones if it has them), in place.
 
     Args:
-        model: the dense detector; one of the checkpoint's own shapes where that tells of no compression.
+        model: the dense detector; if the checkpoint has no compression, a detector with its shapes.
         content: the checkpoint.
 
     Raises:
@@ -56,7 +63,7 @@ def load_compressed(body: nn.Module, name: str, path: str | Path) -> None:
 
     Args:
         body: timm's `features_only` model.
-        name: timm's name of it.
+        name: timm's name of this model.
         path: the file, of the same architecture; its classifier is left out.
 
     Raises:
@@ -80,7 +87,7 @@ def load_compressed(body: nn.Module, name: str, path: str | Path) -> None:
 
 
 def _place(name: str, body: nn.Module) -> str | None:
-    """Where timm's feature wrappers put a network's module: as it was, stages flattened, or one level down."""
+    """Name of a network's module in timm's feature wrapper: the same, flattened, or below `model`; None if missing."""
     modules = dict(body.named_modules())
     return next((n for n in (name, name.replace('.', '_', 1), f'model.{name}') if n in modules), None)
 
@@ -89,11 +96,6 @@ def _key(tensor: str, places: Mapping[str, str | None]) -> str | None:
     owner, _, leaf = tensor.rpartition('.')
     place = places[owner]
     return None if place is None else f'{place}.{leaf}'.lstrip('.')
-
-
-log = logging.getLogger(__name__)
-
-BODY = 'backbone.body.'
 
 
 def detector_content(path: str | Path) -> dict[str, Any] | None:
@@ -115,7 +117,7 @@ def detector_content(path: str | Path) -> dict[str, Any] | None:
 
 
 def convert_detector_state_dict(path: str | Path) -> tuple[dict[str, Tensor], nn.Module]:
-    """A detector trained by torchvision's reference script: its tensors with our names and order, and its backbone.
+    """Read a detector of torchvision's reference script: its tensors with our names and order, and its backbone.
 
     Returns:
         The state dict of the whole detector, the backbone still under `backbone.body.`, and the backbone as
@@ -134,12 +136,12 @@ def convert_detector_state_dict(path: str | Path) -> tuple[dict[str, Tensor], nn
 
 
 def state_of(content: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The weights of a checkpoint to go on with: averaged ones if it has them."""
+    """The weights of a checkpoint: the averaged ones if it has them."""
     return dict(content['ema'] if content.get('ema') is not None else content['model'])
 
 
 def start_from(model: GeneralizedRCNN, tensors: Mapping[str, Tensor], path: str | Path) -> None:
-    """Load a detector's weights, in place; layers of other classes or keypoints keep their random start.
+    """Load a detector's weights, in place; layers for other classes or keypoints keep their random start.
 
     Args:
         model: the detector.

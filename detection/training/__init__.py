@@ -1,4 +1,4 @@
-"""Training of detectors: configuration, optimiser, the one loop, checkpoints, and the report of a run."""
+"""Training of detectors: configuration, optimiser, training loop, checkpoints, and the report of a run."""
 
 from detection.training.checkpoint import describe_data, detector_from_config, load_detector, save_checkpoint
 from detection.training.config import DataConfig, ModelConfig, OptimConfig, RunConfig, load_config

@@ -1,4 +1,4 @@
-"""What people look at: detections drawn on pictures, and latencies of frames as figures and charts."""
+"""Pictures for people: detections drawn on images, and latencies of frames as numbers and charts."""
 
 from detection.visual.draw import COCO_SKELETON, Image, draw_caption, draw_detections, grid, side_by_side
 from detection.visual.latency import LatencyRecorder, RateMeter, Summary, plot_histogram, summarize

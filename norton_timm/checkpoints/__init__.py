@@ -1,5 +1,5 @@
-"""Networks in files: the recipe beside the tensors, rebuilding a network from both, where pretrained weights come
-from, and the key names of other people's checkpoints.
+"""Networks in files: a file has the recipe beside the tensors, and a network is rebuilt from both. This room also finds
+pretrained weights and knows the key names of other people's checkpoints.
 """
 
 from norton_timm.checkpoints.file import is_saved, load, read_metadata, save, save_folder

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -66,8 +67,11 @@ def recipe_of(
     cut = {n: list(o.tensor.shape) for n, o in owned.items() if n in shapes and list(o.tensor.shape) != shapes[n]}
     recipe = dataclasses.replace(recipe, buffers=cut)
     stored = {n: o.tensor.detach() for n, o in owned.items() if o.persistent}
-    _install(base, recipe, {n: t.cpu() if _holds_index(base, n) else t.to('meta') for n, t in stored.items()})
-    return dataclasses.replace(recipe, numbers=_compare(model, base, owned))
+    shapes_only = {n: t.cpu() if _holds_index(base, n) else t.to('meta') for n, t in stored.items()}
+    _install(base, recipe, shapes_only)
+    recipe = dataclasses.replace(recipe, numbers=_compare(model, base, owned))
+    rebuild(Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))), shapes_only)  # the checks of a load
+    return recipe
 
 
 def _replaced_layers(model: nn.Module) -> dict[str, Any]:

@@ -16,7 +16,7 @@ KWARGS = (
     'drop_path_rate', 'drop_block_rate', 'act_layer', 'norm_layer', 'aux_logits', 'transform_input',
     'init_weights', 'min_size', 'max_size', 'trainable_backbone_layers', 'num_keypoints',
 )  # fmt: skip
-WIDTHS = ('num_features', 'head_hidden_size', 'in_features')  # whole numbers that surgery lowers
+WIDTHS = ('num_features', 'head_hidden_size', 'in_features', 'hidden_size')  # whole numbers that surgery lowers
 SETTINGS = ('eps', 'momentum', 'p', 'drop_prob', 'drop_rate', 'negative_slope')  # numbers that users change
 CFG_KEYS = (
     'architecture', 'tag', 'num_classes', 'input_size', 'pool_size', 'crop_pct', 'crop_mode', 'interpolation', 'mean',

@@ -29,10 +29,10 @@ def layer_distance(module: nn.Module, spec: CompressionSpec, rank: int) -> Tenso
 def removed_classes(
     group: ChannelGroup, keep: int, spec: CompressionSpec, ranks: Mapping[str, int], generator: torch.Generator
 ) -> list[int]:
-    """Channel classes of the group, as indices into ``group.classes``, that leave so that ``keep`` stay.
+    """The channel classes to remove so that ``keep`` stay, as indices into ``group.classes``.
 
-    A distance between two classes is the mean over the filters that each holds (grouped convolutions) and then
-    over the layers, each divided by its mean so that layers weigh equally. Frozen classes stay.
+    The distance between two classes is the mean over their filters (several each in a grouped convolution), then over
+    the layers. The distances of a layer are divided by their mean, so that layers weigh equally. Frozen classes stay.
     """
     n = len(group.classes)
     free = np.array([k for k in range(n) if k not in group.frozen], dtype=int)
@@ -55,7 +55,7 @@ def removed_classes(
 
 
 def merge_layers(values: list[Tensor], group: ChannelGroup, n: int) -> Tensor:
-    """Mean over layers of per-filter values (O,) or (O, O), brought to channel classes (n,) or (n, n)."""
+    """Mean over layers of values per filter (O,) or (O, O), as values per channel class (n,) or (n, n)."""
     shape = (n,) * values[0].dim()
     total, times = torch.zeros(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64)
     for value, places in zip(values, group.places):
@@ -74,7 +74,7 @@ def merge_layers(values: list[Tensor], group: ChannelGroup, n: int) -> Tensor:
 
 
 def _copies(places: np.ndarray) -> np.ndarray:
-    """How often the class of each filter was met before: 0 for the first filter of a class."""
+    """For each filter, the number of earlier filters of its class: 0 for the first filter of a class."""
     seen: dict[int, int] = {}
     copies = np.empty(len(places), dtype=int)
     for k, place in enumerate(places.tolist()):

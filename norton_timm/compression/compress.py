@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -14,11 +13,11 @@ from norton_timm.compression.plan import Plan, low_rank_layers, make_plan
 from norton_timm.compression.repair import refit
 from norton_timm.compression.report import CompressionReport, make_report
 from norton_timm.compression.spec import CompressionSpec
-from norton_timm.graph import ChannelGraph, Metadata, is_feature_extractor, remove_channels
+from norton_timm.graph import ChannelGraph, Metadata, remove_channels
 from norton_timm.layers import CPDConv2d, factor_linears, factor_shapes
 from norton_timm.profiling import layer_costs, make_input
 from norton_timm.tensors import cp_decompose
-from norton_timm.utils import not_finite, replace_module
+from norton_timm.utils import copy_of, not_finite, replace_module, uncompiled
 
 BetweenShots = Callable[[nn.Module, int], None]
 
@@ -55,11 +54,12 @@ def compress(
     """
     if not isinstance(spec, CompressionSpec):
         raise ValueError(f'got a spec of type {type(spec).__name__}, expected a CompressionSpec')
+    model = uncompiled(model)
     example_input = make_input(model, example_input)
     bad = not_finite(model.state_dict())
     if bad is not None:
         raise ValueError(f'got NaN or infinity in {bad}, expected finite weights')
-    dense, model = model, copy.deepcopy(model)
+    dense, model = model, copy_of(model)
     facts = Metadata(model, example_input)
     before = layer_costs(model, example_input)
     graph = channel_graph(model, example_input)
@@ -67,7 +67,7 @@ def compress(
 
     kept, nmse = run_plan(model, graph, plan, between_shots)
     refitted = [] if calibration is None else refit(model, dense, kept, calibration)
-    errors = factor_linears(model, low_rank_layers(model, spec))
+    errors = factor_linears(model, low_rank_layers(model, graph, spec))
 
     facts.refresh(model, example_input)
     errors.update((name, float(values.mean())) for name, values in nmse.items())
@@ -78,8 +78,8 @@ def compress(
 def reshape(model: nn.Module, spec: CompressionSpec, example_input: Any = None) -> nn.Module:
     """Give a freshly built model the shapes of a spec, in place, without looking at its weights.
 
-    Layers to decompose become CPDConv2d with fresh factors, linear layers of low rank likewise two fresh ones, and
-    every group keeps its first channels.
+    Layers to decompose become CPDConv2d with random factors, low-rank linear layers become two random ones, and every
+    group keeps its first channels.
 
     Example:
         >>> model = reshape(timm.create_model('resnet50'), CompressionSpec(rank=2, rates=0.3))
@@ -95,14 +95,14 @@ def reshape(model: nn.Module, spec: CompressionSpec, example_input: Any = None) 
         free = [int(c) for k, c in enumerate(group.classes) if k not in group.frozen]
         gone.update(free[len(free) - (len(group.classes) - keep) :])
     remove_channels(graph, gone)
-    factor_shapes(model, low_rank_layers(model, spec))
+    factor_shapes(model, low_rank_layers(model, graph, spec))
     facts.refresh(model, example_input)
     return model
 
 
 def channel_graph(model: nn.Module, example_input: Any) -> ChannelGraph:
     """The channel graph of a network; outputs are kept, unless they are features that the network describes."""
-    return ChannelGraph(model, example_input, freeze_outputs=not is_feature_extractor(model))
+    return ChannelGraph(model, example_input, freeze_outputs=None)
 
 
 def run_plan(
@@ -117,8 +117,8 @@ def run_plan(
         between_shots: see :func:`compress`.
 
     Returns:
-        By layer name: the indices of the filters that each layer of a group kept, and the NMSE of the filters of each
-        decomposed layer.
+        Two dicts by layer name: the indices of the filters that each layer of a group kept, and the NMSE of the kept
+        filters of each decomposed layer.
     """
     first = plan.spec.order == 'decompose-prune'
     nmse = _decompose(model, graph, plan) if first else {}

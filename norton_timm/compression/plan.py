@@ -1,7 +1,7 @@
 """The plan: everything that is decided about a network before it is changed.
 
-A plan is made once, from the dense network, its channel graph and a spec. Where the spec is for the part called
-`backbone` alone, its names are those within that part; `scope_prefix` leads there.
+A plan is made once, from the dense network, its channel graph and a spec. A spec with the scope `backbone` names the
+layers within the part called `backbone`; `scope_prefix` is the path of that part.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import nn
 from norton_timm.compression.rates import layout_of, widths_of
 from norton_timm.compression.spec import CompressionSpec
 from norton_timm.graph import ChannelGraph, ChannelGroup
-from norton_timm.layers import CPDConv2d, conv_padding
+from norton_timm.layers import CPDConv2d, conv_padding, has_computed_weight
 from norton_timm.utils import tied_modules
 
 
@@ -57,13 +57,13 @@ def make_plan(model: nn.Module, graph: ChannelGraph, spec: CompressionSpec) -> P
         >>> plan.ranks['layer1.0.conv2']
         2
     """
-    ranks, dense_because = _ranks(model, spec)
+    ranks, dense_because = _ranks(model, graph, spec)
     keep, unpruned_because = _widths(model, graph, spec)
     return Plan(spec, ranks, keep, dense_because, unpruned_because)
 
 
 def scope_prefix(model: nn.Module, spec: CompressionSpec) -> str:
-    """What stands before the names that ``spec`` means: the place of the part called ``backbone``, or nothing."""
+    """What precedes the names in ``spec``: the path of the part called ``backbone``, or nothing for the whole model."""
     if spec.scope != 'backbone' or not isinstance(getattr(model, 'backbone', None), nn.Module):
         return ''
     return 'backbone.body.' if isinstance(getattr(model.backbone, 'body', None), nn.Module) else 'backbone.'
@@ -74,7 +74,7 @@ def _scoped(model: nn.Module, spec: CompressionSpec) -> tuple[nn.Module, str]:
     return model.get_submodule(prefix[:-1]), prefix
 
 
-def _ranks(model: nn.Module, spec: CompressionSpec) -> tuple[dict[str, int], dict[str, str]]:
+def _ranks(model: nn.Module, graph: ChannelGraph, spec: CompressionSpec) -> tuple[dict[str, int], dict[str, str]]:
     """CPD rank of every layer to decompose, and for every other convolution the reason why it stays dense."""
     ranks: dict[str, int] = {}
     kinds = (nn.modules.conv._ConvNd, CPDConv2d)
@@ -89,6 +89,7 @@ def _ranks(model: nn.Module, spec: CompressionSpec) -> tuple[dict[str, int], dic
     for number, (name, conv) in enumerate(convs.items()):
         rank = spec.rank_of(name)
         why: str | None = 'shares parameters with another layer' if conv in tied else None
+        why = 'its weight is used outside of the layer as well' if prefix + name in graph.outside else why
         why = why or _why_dense(conv, rank, uniform=not isinstance(spec.rank, Mapping))
         if not spec.touches(name):
             why = 'excluded by the spec'
@@ -102,8 +103,8 @@ def _ranks(model: nn.Module, spec: CompressionSpec) -> tuple[dict[str, int], dic
     return ranks, reasons
 
 
-def low_rank_layers(model: nn.Module, spec: CompressionSpec) -> dict[str, int]:
-    """Rank of every linear layer to factor, as the layer is now.
+def low_rank_layers(model: nn.Module, graph: ChannelGraph, spec: CompressionSpec) -> dict[str, int]:
+    """Rank of every linear layer to factor, for its present width.
 
     Raises:
         ValueError: a pattern that matches no linear layer, or a rank that the layer cannot have.
@@ -112,7 +113,11 @@ def low_rank_layers(model: nn.Module, spec: CompressionSpec) -> dict[str, int]:
         return {}
     net, prefix = _scoped(model, spec)
     tied = tied_modules(model)
-    layers = {n: m for n, m in net.named_modules() if type(m) is nn.Linear and m not in tied and spec.touches(n)}
+    layers = {
+        name: m for name, m in net.named_modules()
+        if type(m) is nn.Linear and spec.touches(name) and m not in tied and not has_computed_weight(m)
+        and prefix + name not in graph.outside
+    }  # fmt: skip
     _check_patterns('low_rank', spec.low_rank, list(layers))
     ranks: dict[str, int] = {}
     for name, layer in layers.items():
@@ -131,6 +136,8 @@ def _why_dense(conv: nn.Module, rank: int, uniform: bool) -> str | None:
         return 'decomposed already'
     if rank == 0:
         return 'rank 0'
+    if has_computed_weight(conv):
+        return 'its weight is computed by a hook'
     if type(conv) is not nn.Conv2d:
         return f'{type(conv).__name__} is not a plain nn.Conv2d'
     kh, kw = conv.kernel_size
@@ -154,7 +161,7 @@ def _why_dense(conv: nn.Module, rank: int, uniform: bool) -> str | None:
 
 
 def _widths(model: nn.Module, graph: ChannelGraph, spec: CompressionSpec) -> tuple[list[int], dict[str, str]]:
-    """For every group the number of channel classes to keep; for each of its layers why none goes, or nothing."""
+    """For every group the number of channel classes to keep; for every layer why all its channels stay, or ''."""
     net, prefix = _scoped(model, spec)
     wanted = _wanted(net, graph, spec, prefix)
     widths, reasons = [], {}
@@ -173,7 +180,7 @@ def _widths(model: nn.Module, graph: ChannelGraph, spec: CompressionSpec) -> tup
 
 
 class _Wanted(NamedTuple):
-    """What a spec wants of one layer: a rate, or a number of filters; or that all stay, and why."""
+    """What a spec asks of one layer: a rate, a number of filters, or that all filters stay, with the reason."""
 
     rate: float | None = None
     width: int | None = None
@@ -181,12 +188,12 @@ class _Wanted(NamedTuple):
 
 
 def _within(names: list[str], prefix: str) -> list[str]:
-    """Names of layers of the part that a prefix leads to, as they are there."""
+    """The names that start with a prefix, without the prefix."""
     return [name[len(prefix) :] for name in names if name.startswith(prefix)]
 
 
 def _wanted(net: nn.Module, graph: ChannelGraph, spec: CompressionSpec, prefix: str) -> dict[str, _Wanted]:
-    """What the spec wants of the layers of ``net``, the part of the graph's model that the prefix leads to."""
+    """What the spec asks of the layers of ``net``, the part of the graph's model at the prefix."""
     names = _within([name for group in graph.groups for name in group.names], prefix)
     layers = {name: net.get_submodule(name) for name in names}
     if isinstance(spec.rates, Mapping):
@@ -231,7 +238,7 @@ def _listed(net: nn.Module, graph: ChannelGraph, rates: list[float], prefix: str
 def _group_width(
     group: ChannelGroup, wanted: Mapping[str, _Wanted], spec: CompressionSpec, prefix: str
 ) -> tuple[int, str]:
-    """Channel classes that the group should keep, and why all of them stay; its layers must agree."""
+    """Channel classes that the group should keep, and the reason if all stay; its layers must agree."""
     n = len(group.classes)
     outside = [name for name in group.names if not name.startswith(prefix)]
     if outside:

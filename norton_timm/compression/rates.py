@@ -1,8 +1,8 @@
-"""How a published list of pruning rates maps on the layers of a network.
+"""How a published list of pruning rates maps to the layers of a network.
 
 The authors number their rates per architecture (stem, stages, inner widths). Coupled layers share an entry. A network
-tells its own order by a method `rate_layout()`; timm's ResNets, which have none, are known here. Where a layer's width
-follows from what it receives, a method `follow_rates(widths, rates)` sets it.
+tells its order by a method `rate_layout()`; the order of timm's ResNets is defined here, because they have no such
+method. Widths that depend on a layer's input are set by the network's method `follow_rates(widths, rates)`.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ Layout = list[list[str]]
 
 
 def layout_of(model: nn.Module) -> Layout | None:
-    """For entry k of an authors' list of rates, the names of the layers whose output channels it sets.
+    """The layers that each entry of an authors' list of rates prunes.
 
-    An entry without layers is one that the authors' lists have and that prunes nothing. Layers in no entry keep all
-    their channels, but for the ones that `widths_of` derives.
+    Some entries of the authors' lists prune nothing and have no layers here. Layers in no entry keep all their
+    channels, except those that `widths_of` derives.
 
     Returns:
-        One list of module names per entry, or None for a network of which no list is known.
+        One list of module names per entry, or None for a network without a known list.
     """
     own = getattr(model, 'rate_layout', None)
     if own is not None:
@@ -37,8 +37,9 @@ def layout_of(model: nn.Module) -> Layout | None:
 def widths_of(model: nn.Module, rates: Sequence[float]) -> dict[str, int]:
     """Output channels that a list of rates gives each layer of the dense `model`: `int(full * (1 - rate))`.
 
-    In DenseNet a transition keeps that share of the channels that reach it (also when its own rate is 0), in
-    MobileNetV2 an expansion stays a multiple of what enters its block; both follow the pruning before them.
+    Two kinds of layers follow the pruning before them. A transition of DenseNet keeps that share of the channels that
+    reach it, also when its own rate is 0. An expansion of MobileNetV2 stays a multiple of the channels that enter its
+    block.
 
     Args:
         model: The uncompressed network.
@@ -67,7 +68,7 @@ def widths_of(model: nn.Module, rates: Sequence[float]) -> dict[str, int]:
 
 
 def exact_rates(model: nn.Module, rates: Sequence[float]) -> dict[str, float]:
-    """`widths_of` as one rate per layer name, each such that `int(full * (1 - rate))` is the width."""
+    """One rate per layer name for which `int(full * (1 - rate))` is the width that `widths_of` gives."""
     modules = dict(model.named_modules())
     found: dict[str, float] = {}
     for name, width in widths_of(model, rates).items():
@@ -87,7 +88,7 @@ def _is_resnet_body(model: nn.Module) -> bool:
 
 
 def _is_plain(block: nn.Module) -> bool:
-    """True for a residual block without grouped convolutions, whose inner widths are free."""
+    """True for a residual block without grouped convolutions: its inner widths are free."""
     return all(m.groups == 1 for m in block.modules() if isinstance(m, nn.Conv2d))
 
 

@@ -1,9 +1,10 @@
-"""What images without labels can repair after compression: least-squares refits and batch-norm statistics."""
+"""Repair after compression with unlabelled images: least-squares refits and new batch-norm statistics."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch.nn import functional as F
 
 from norton_timm.layers import CPDConv2d, conv_padding
 from norton_timm.tensors import CPFactors
-from norton_timm.utils import evaluating, removing
+from norton_timm.utils import before_call, evaluating, removing
 
 Batches = Iterable[Any]
 _CHUNK = 2**25  # float64 values of a temporary: 256 MiB
@@ -20,7 +21,7 @@ _BATCH = 32  # images whose patches are held at a time
 
 
 def without_labels(batch: Any) -> Any:
-    """The images of a batch (images, labels), as a tuple or as a loader's list; other batches as they are."""
+    """The images of a batch (images, labels), a tuple or a loader's list; other batches come back as they are."""
     if isinstance(batch, tuple) and batch:
         return batch[0]
     loaded = isinstance(batch, list) and batch and isinstance(batch[0], Tensor) and batch[0].dim() == 4
@@ -51,7 +52,18 @@ def _images(batches: Batches, model: nn.Module) -> Iterator[Tensor]:
 
 @torch.no_grad()
 def reestimate_batch_norm(model: nn.Module, batches: Batches) -> None:
-    """Set every batch norm's running mean and variance to the averages over ``batches``, in place."""
+    """Set every batch norm's running mean and variance to the averages over ``batches``, in place.
+
+    Args:
+        model: the network.
+        batches: images (N, C, H, W) of one size; labels, if any, are ignored.
+
+    Raises:
+        ValueError: no batch, or batches that are not images of one size.
+
+    Example:
+        >>> reestimate_batch_norm(model, [torch.rand(32, 3, 224, 224)])
+    """
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     modes, momenta = {m: m.training for m in model.modules()}, [m.momentum for m in norms]
     model.eval()
@@ -110,7 +122,7 @@ def _patches(layer: nn.Conv2d | CPDConv2d, x: Tensor, places: Tensor) -> Tensor:
 
 
 class _Moments:
-    """Means and second moments, about the means or about zero, of patches (M, P) and wanted outputs (M, O).
+    """Means and second moments of patches (M, P) and wanted outputs (M, O); the moments are about the means or zero.
 
     Attributes:
         gram: (P, P), of the patches with themselves.
@@ -136,14 +148,14 @@ class _Moments:
 
 
 def _refit_dense(weight: Tensor, gram: Tensor, cross: Tensor, ridge: float) -> Tensor:
-    """Kernel (O, I, Kh, Kw) of least squared output error, drawn to the present one by ``ridge``."""
+    """Kernel (O, I, Kh, Kw) with the least squared output error; ``ridge`` pulls it to the present one."""
     eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device) * (ridge * gram.diagonal().mean())
     old = weight.double().flatten(1).mT
     return torch.linalg.solve(gram + eye, cross + eye @ old).mT.reshape(weight.shape)
 
 
 def _solve(normal: Tensor, right: Tensor, old: Tensor, ridge: float) -> Tensor:
-    """Solutions (O, R, n) of normal equations (O, R n, R n), drawn to ``old`` by ``ridge``."""
+    """Solutions (O, R, n) of normal equations (O, R n, R n); ``ridge`` pulls them to ``old``."""
     weight = ridge * normal.diagonal(dim1=1, dim2=2).mean(1)[:, None, None].clamp_min(1e-30)
     eye = torch.eye(normal.shape[1], dtype=normal.dtype, device=normal.device)
     sides = right.reshape(len(old), -1, 1) + weight * old.reshape(len(old), -1, 1)
@@ -151,10 +163,10 @@ def _solve(normal: Tensor, right: Tensor, old: Tensor, ridge: float) -> Tensor:
 
 
 def _refit_cpd(layer: CPDConv2d, gram: Tensor, cross: Tensor, ridge: float, sweeps: int) -> CPFactors:
-    """Factors of least squared output error, by alternating least squares from the present ones.
+    """Factors with the least squared output error, by alternating least squares from the present ones.
 
-    The three factors take turns as in the decomposition itself, but the error is measured on what the filters make
-    of their inputs. The pointwise factors are solved last.
+    The three factors take turns as in the decomposition itself, but the error is that of the filters' outputs, not
+    of the filters. The pointwise factors are solved last.
     """
     old = layer.factors()
     a, b, c = (f.double().mT.contiguous() for f in old[:3])  # (O, R, n)
@@ -191,24 +203,28 @@ def refit(
     per_image: int = 32,
     sweeps: int = 3,
 ) -> list[str]:
-    """Refit each convolution of ``compressed``, in order, to give the dense network's output from its own input.
+    """Refit each changed convolution of ``compressed``, in order, so that it gives the dense output from its own input.
 
     The input already carries the error of the layers before, so that each layer also makes up for theirs. The mean
-    of the error goes into the layer's bias or, if it has none, the running mean of the batch norm behind it. Layers
-    of several groups, or that run more than once in a pass (heads shared by the levels of a pyramid), are left as
-    they are. One forward pass of all images does it: every layer is solved when its input arrives.
+    of the error goes into the layer's bias or, if it has none, the running mean of the batch norm after it. Grouped
+    convolutions stay as they are, and so do layers that run more than once in a pass (heads that the levels of a
+    pyramid share). One forward pass of all images is enough: each layer is solved when its input arrives.
 
     Args:
         compressed: the network to repair, in place; its layers have the names they have in ``dense``.
         dense: the network before compression.
-        kept: for each pruned layer the indices of the filters it kept; layers not named kept all.
-        batches: images, read once and run as one batch, in memory: a few hundred are enough.
+        kept: for each pruned layer the indices of the filters it kept; other layers kept all.
+        batches: images of one size, read once and run as one batch in memory: a few hundred are enough.
         ridge: weight of the present parameters, relative to the mean energy of the input.
         per_image: places of each output map that enter the fit.
-        sweeps: times that the pointwise factors of a CPDConv2d are solved, its spatial factors in between.
+        sweeps: how often the pointwise factors of a CPDConv2d are solved, with the spatial factors in between.
 
     Returns:
         Names of the layers that were refitted.
+
+    Example:
+        >>> kept, _ = run_plan(model, graph, plan)
+        >>> names = refit(model, dense, kept, [torch.rand(32, 3, 224, 224)])
     """
     images = list(_images(batches, compressed))
     order, norms = _in_order(compressed, images[0][:1])
@@ -239,10 +255,7 @@ def refit(
             elif centred:
                 norms[name].running_mean -= missing  # type: ignore[operator]
 
-        hooks = [
-            layer.register_forward_pre_hook(lambda m, args, name=name: solve(name, m, args[0]))
-            for name, layer in layers.items()
-        ]
+        hooks = [before_call(layer, partial(solve, name)) for name, layer in layers.items()]
         with removing(hooks):
             compressed(torch.cat(images))
     return list(layers)
@@ -263,7 +276,7 @@ def _in_order(model: nn.Module, image: Tensor) -> Order:
     """
     names = {m: n for n, m in model.named_modules() if isinstance(m, (nn.Conv2d, CPDConv2d)) and m.groups == 1}
     order: dict[str, nn.Conv2d | CPDConv2d] = {}
-    made: dict[int, tuple[str, Tensor]] = {}  # the tensors too, or another one could get the same id
+    made: dict[int, tuple[str, Tensor]] = {}  # with the tensors, or another tensor could get the same id
     norms: dict[str, nn.modules.batchnorm._BatchNorm] = {}
     calls: Counter[nn.Module] = Counter()
 
@@ -278,11 +291,7 @@ def _in_order(model: nn.Module, image: Tensor) -> Order:
             norms[made[id(x)][0]] = norm
 
     hooks = [m.register_forward_hook(lambda m, a, o: note(m, o)) for m in names]
-    hooks += [
-        m.register_forward_pre_hook(lambda m, a: read(m, a[0]))
-        for m in model.modules()
-        if isinstance(m, nn.modules.batchnorm._BatchNorm)
-    ]
+    hooks += [before_call(m, read) for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     with removing(hooks), evaluating(model):
         model(image)
     order = {name: layer for name, layer in order.items() if calls[layer] == 1}

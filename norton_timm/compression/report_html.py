@@ -23,8 +23,8 @@ def to_html(
     Args:
         report: what ``compress`` returned.
         title: heading of the page.
-        latency_ms: measured milliseconds before and after; the page says where they were not measured, because
-            fewer MACs are not always less time.
+        latency_ms: measured milliseconds before and after. Without them the page says that nothing was measured,
+            because fewer MACs do not always take less time.
 
     Example:
         >>> small, report = norton_timm.compress(model, spec)
@@ -53,6 +53,10 @@ def write_html(
 
     Raises:
         ValueError: the file cannot be written.
+
+    Example:
+        >>> small, report = norton_timm.compress(model, spec)
+        >>> path = write_html(report, 'report.html')
     """
     path = Path(path)
     try:
@@ -65,7 +69,7 @@ def write_html(
 
 @cache
 def _template() -> Any:
-    from jinja2 import Environment, StrictUndefined  # only who writes a page waits for it
+    from jinja2 import Environment, StrictUndefined  # a slow import, which only a page needs
 
     environment = Environment(autoescape=True, undefined=StrictUndefined)
     return environment.from_string(_TEMPLATE.read_text(encoding='utf-8'))

@@ -1,4 +1,4 @@
-"""CompressionSpec: what to decompose and prune, and how much; the authors' rates grammar; YAML."""
+"""CompressionSpec: what to decompose and prune, and how much; rates in the authors' grammar, specs in YAML."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from norton_timm.tensors import CRITERIA, SCORES, STRATEGIES
-from norton_timm.utils import read_plain, read_plain_file
+from norton_timm.utils import as_number, as_whole, read_plain, read_plain_file, write_text
 
 METHODS = ('norton', 'coring')
 ORDERS = ('decompose-prune', 'prune-decompose')
@@ -73,6 +73,7 @@ def _check_rates(rates: Any) -> str | float | tuple[float, ...] | dict[str, floa
     if isinstance(rates, str):
         parse_rates(rates)
         return rates
+    rates = rates.tolist() if hasattr(rates, 'tolist') else rates  # an array or a tensor
     if isinstance(rates, Mapping):
         return {_pattern(k, 'rates'): _rate(v, f'rates[{k!r}]') for k, v in rates.items()}
     if isinstance(rates, Sequence):
@@ -83,9 +84,10 @@ def _check_rates(rates: Any) -> str | float | tuple[float, ...] | dict[str, floa
 
 
 def _check_int(value: Any, field: str, low: int, high: int = 2**31) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value < high:
+    whole = as_whole(value)
+    if whole is None or not low <= whole < high:
         raise ValueError(f'{field}: got {str(value)[:60]!r}, expected an integer from {low} to {high - 1}')
-    return value
+    return whole
 
 
 def _pattern(value: Any, field: str) -> str:
@@ -104,16 +106,20 @@ def _low_rank(value: Any) -> dict[str, int | float]:
     """Pattern -> rank (a whole number), or share of the full rank (a fraction)."""
     if not isinstance(value, Mapping):
         raise ValueError(f'low_rank: got {str(value)[:60]!r}, expected {{layer-name pattern: rank}}')
+    ranks: dict[str, int | float] = {}
     for key, rank in value.items():
         _pattern(key, 'low_rank')
-        share = isinstance(rank, float) and 0 < rank < 1
-        whole = isinstance(rank, int) and not isinstance(rank, bool) and 1 <= rank <= 65536
-        if not share and not whole:
+        whole, share = as_whole(rank), as_number(rank)
+        if whole is not None and 1 <= whole <= 65536:
+            ranks[key] = whole
+        elif whole is None and share is not None and 0 < share < 1:
+            ranks[key] = share
+        else:
             raise ValueError(
                 f'low_rank[{key!r}]: got {str(rank)[:60]!r}, expected a rank from 1 to 65536, or a share of the full '
                 'rank between 0 and 1'
             )
-    return dict(value)
+    return ranks
 
 
 def _strings(value: Any, field: str) -> tuple[str, ...]:
@@ -138,21 +144,26 @@ class CompressionSpec:
         strategy: ``min_sum`` (Algorithm 1), ``min_min`` or ``sum``.
         include: only layers that match one of these patterns are touched (empty: all).
         exclude: layers that match are left alone.
-        protect: ``first`` / ``last``: the stem and the last convolution's output keep their channels, and the
-            stem stays dense, where ``rates`` is one float and ``rank`` one number; lists and patterns
-            say exactly what they mean.
-        low_rank: ``{layer-name pattern: rank}`` of linear layers to be replaced by two, whose product is the truncated
-            SVD of the weight; a fraction is a share of the full rank, ``min(inputs, outputs)``. Linear layers are
-            factored last, from the weights that pruning left.
-        scope: of a detector, what is compressed: ``backbone`` (patterns and rates are then those of the backbone
-            alone) or ``detector`` (all of it). None: all of whatever network is given.
+        protect: ``first`` keeps the stem dense and its channels, ``last`` keeps the output channels of the last
+            convolution. Channels are protected only where ``rates`` is one float, the dense stem only where ``rank``
+            is one number: lists and patterns say exactly what they mean.
+        low_rank: ``{layer-name pattern: rank}``: each linear layer that matches becomes two, by a truncated SVD of its
+            weight. A fraction is a share of the full rank, ``min(inputs, outputs)``. Linear layers are factored last,
+            from the weights that pruning left.
+        scope: which part of a detector is compressed: ``backbone`` (patterns and rates then refer to the backbone
+            alone) or ``detector`` (all of it). None means the whole network, whatever it is.
         round_to: kept channels are rounded up to a multiple of this number.
         order: ``decompose-prune`` as in the paper, or ``prune-decompose``.
         shots: rounds K in which the filters leave (CORING's K-shot pruning).
-        seed: of the random restarts of the decomposition and of ``random`` scores.
+        seed: seed of the decomposition's random restarts and of ``random`` scores.
 
     Raises:
-        ValueError: naming the field, the value, and what is allowed.
+        ValueError: a bad value; the message names the field, the value, and what is allowed.
+
+    Example:
+        >>> spec = CompressionSpec(rank={'layer*.conv2': 2}, rates=0.3, low_rank={'fc': 0.5})
+        >>> CompressionSpec.from_yaml(spec.to_yaml()) == spec
+        True
     """
 
     method: str = 'norton'
@@ -178,7 +189,7 @@ class CompressionSpec:
         if isinstance(self.rank, Mapping):
             put('rank', {_pattern(k, 'rank'): _check_int(v, f'rank[{k!r}]', 0, 4096) for k, v in self.rank.items()})
         else:
-            _check_int(self.rank, 'rank', 0, 4096)
+            put('rank', _check_int(self.rank, 'rank', 0, 4096))
         put('rates', _check_rates(self.rates))
         if self.criterion is not None:
             _choice(self.criterion, 'criterion', CRITERIA + SCORES)
@@ -189,10 +200,10 @@ class CompressionSpec:
         put('low_rank', _low_rank(self.low_rank))
         if self.scope is not None:
             _choice(self.scope, 'scope', SCOPES)
-        _check_int(self.round_to, 'round_to', 1)
+        put('round_to', _check_int(self.round_to, 'round_to', 1))
         _choice(self.order, 'order', ORDERS)
-        _check_int(self.shots, 'shots', 1)
-        _check_int(self.seed, 'seed', 0, 2**63)
+        put('shots', _check_int(self.shots, 'shots', 1))
+        put('seed', _check_int(self.seed, 'seed', 0, 2**63))
 
     def __hash__(self) -> int:
         values = (getattr(self, field.name) for field in dataclasses.fields(self))
@@ -224,7 +235,7 @@ class CompressionSpec:
         return list(self.rates) if isinstance(self.rates, tuple) else None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, without the fields that are at their default (method, rank and rates always there)."""
+        """Plain values of the fields that differ from their defaults, and of method, rank and rates."""
         values: dict[str, Any] = {}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
@@ -235,22 +246,22 @@ class CompressionSpec:
 
     @classmethod
     def from_dict(cls, values: Any) -> CompressionSpec:
-        """Inverse of :meth:`to_dict`; unknown keys are an error that names the nearest field."""
+        """Inverse of :meth:`to_dict`; an unknown key raises a ValueError that names the nearest field."""
         if not isinstance(values, Mapping):
             raise ValueError(f'got {type(values).__name__}, expected a mapping of CompressionSpec fields')
         names = [f.name for f in dataclasses.fields(cls)]
         for key in values:
             if key not in names:
                 near = difflib.get_close_matches(str(key), names, 1)
-                hint = f', did you mean {near[0]!r}?' if near else ''
+                hint = f', did you mean {near[0]!r}?' if near else '.'
                 raise ValueError(f'unknown field {str(key)[:60]!r}{hint} Fields: {", ".join(names)}')
         return cls(**values)
 
     def to_yaml(self, path: str | os.PathLike[str] | None = None) -> str:
-        """The spec as YAML text; written to ``path`` when one is given."""
+        """The spec as YAML text, which is also written to ``path`` if one is given."""
         text = yaml.safe_dump(self.to_dict(), sort_keys=False)
         if path is not None:
-            Path(path).write_text(text)
+            write_text(path, text)
         return text
 
     @classmethod

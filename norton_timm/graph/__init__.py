@@ -1,6 +1,6 @@
-"""Which channels of a network belong together, and how they are cut: the tracer follows channels through one forward
-pass, groups say what must keep the same indices, surgery slices, and features keeps true what a model says of
-itself.
+"""Which channels of a network depend on each other, and how they are removed. The tracer follows channels through one
+forward pass, groups collect the layers that must keep the same indices, and surgery slices those layers. Metadata
+updates what a timm model says about its own widths.
 """
 
 from norton_timm.graph.channels import Slot

@@ -20,6 +20,28 @@ class Channels(NamedTuple):
     dim: int
 
 
+class ChannelCount(int):
+    """A number of channels that a network read off a tensor's shape; it remembers which ones.
+
+    A product with plain numbers still counts these channels. Every other operation gives a plain number.
+    """
+
+    labels: np.ndarray
+
+    def __new__(cls, value: int, labels: np.ndarray) -> ChannelCount:
+        """A number that counts the channels with these labels."""
+        count = super().__new__(cls, value)
+        count.labels = labels
+        return count
+
+    def __mul__(self, other: object) -> int:
+        if isinstance(other, int) and not isinstance(other, ChannelCount):
+            return ChannelCount(int(self) * other, self.labels)
+        return int(self) * other  # type: ignore[operator]
+
+    __rmul__ = __mul__
+
+
 @dataclass(eq=False)
 class Slot:
     """One dimension of one module's parameters, with the label of each index.
@@ -68,7 +90,7 @@ class ChannelLabels:
         return labels
 
     def find(self, label: int) -> int:
-        """The label that stands for all that are tied to this one."""
+        """The label that represents all labels tied to this one."""
         while self._parent[label] != label:
             self._parent[label] = self._parent[self._parent[label]]
             label = self._parent[label]
@@ -84,7 +106,7 @@ class ChannelLabels:
         return np.where(a == ZERO, b, a)
 
     def freeze(self, labels: Iterable[int], why: str) -> None:
-        """Keep these channels; the first reason counts."""
+        """Mark channels that must stay; the first reason counts."""
         for label in labels:
             if label != ZERO:
                 self.frozen.setdefault(int(label), why)
@@ -94,5 +116,5 @@ class ChannelLabels:
         return self._of.get(tensor)
 
     def set_channels(self, tensor: Tensor, channels: Channels | None) -> None:
-        """Note the channels of a tensor."""
+        """Record the channels of a tensor."""
         self._of[tensor] = channels

@@ -1,4 +1,4 @@
-"""Which layers must keep the same channel indices: residual sums, concatenations, depthwise layers, ..."""
+"""The channel graph: which layers must keep the same channel indices, because of residual sums, concatenations, ..."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from norton_timm.layers import handler_of
 
 @dataclass(eq=False)
 class ChannelGroup:
-    """Layers whose output channels stand or fall together.
+    """Layers that must keep the same output channels.
 
-    A *channel class* is a set of channels that must all stay or all go: the same index of every layer that a
-    residual sum joins, the same place in every group of a grouped convolution.
+    A *channel class* is a set of channels that must all stay or all go: the same index of every layer in a residual
+    sum, or the same place in every group of a grouped convolution.
 
     Attributes:
         members: ``out`` slots of the layers that make the channels, in order of execution.
@@ -45,25 +45,31 @@ class ChannelGroup:
 
 
 class ChannelGraph:
-    """The channel dependencies of a model, found by running it once (see :mod:`norton_timm.trace`).
+    """The channel dependencies of a model, found by running it once (see :mod:`norton_timm.graph.tracer`).
 
     Args:
         model: any convolutional network; it is run in evaluation mode without gradients and left as it was.
         example_input: what the model's ``forward`` takes.
-        freeze_outputs: keep the model's output channels (not for backbones, which declare theirs in
-            ``feature_info``).
+        freeze_outputs: keep the model's output channels; None keeps them unless they are the features that the
+            model's ``feature_info`` describes.
 
     Attributes:
         groups: coupled groups in order of execution.
         slots: every dimension of every parameter that channels run along.
         frozen: channel class -> why it must stay.
-        unknown: operations without a rule, which froze the channels that entered them, with their number.
+        outside: layers with a weight that a function reads too, by name; they must stay as they are.
+        unknown: operation without a rule -> its number of calls; the channels that entered it are frozen.
+
+    Example:
+        >>> graph = ChannelGraph(model, torch.rand(1, 3, 224, 224))
+        >>> graph.group_of('layer1.0.conv1').names
+        ['layer1.0.conv1']
     """
 
-    def __init__(self, model: nn.Module, example_input: Any, freeze_outputs: bool = True) -> None:
+    def __init__(self, model: nn.Module, example_input: Any, freeze_outputs: bool | None = True) -> None:
         tracer = ChannelTracer(model)
         self.outputs = tracer.run(example_input, freeze_outputs)
-        self.unknown = tracer.unknown
+        self.unknown, self.outside = tracer.unknown, tracer.outside
         self.slots = tracer.slots
         for slot in self.slots:
             slot.labels = np.array([tracer.find(i) if i != ZERO else ZERO for i in slot.labels.tolist()], dtype=int)
@@ -106,7 +112,7 @@ class ChannelGraph:
         )
 
     def shrink(self, gone: set[int]) -> None:
-        """Forget channel classes that were sliced out of the model."""
+        """Remove channel classes that were sliced out of the model."""
         for group in self.groups:
             kept = [k for k, c in enumerate(group.classes.tolist()) if c not in gone]
             new = {old: k for k, old in enumerate(kept)}
@@ -115,7 +121,7 @@ class ChannelGraph:
             group.classes = group.classes[kept]
 
     def follow(self, name: str, layer: nn.Module) -> None:
-        """Go on with another layer in the place of the one of this name, which has the same channels."""
+        """Record that ``layer``, which has the same channels, has replaced the layer of this name."""
         for slot in self.slots:
             if slot.name == name:
                 slot.module = layer

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from norton_timm.graph.channels import BINARY, UNARY, ZERO, ChannelLabels, Channels
+from norton_timm.graph.channels import BINARY, UNARY, ZERO, ChannelCount, ChannelLabels, Channels
 from norton_timm.utils import tensors_in
 
 Labelled = list[tuple[Tensor, Channels]]
@@ -25,7 +25,7 @@ def apply_rule(
     labelled: Labelled,
     outputs: list[Tensor],
 ) -> bool:
-    """Label the outputs of operation ``name``; False where there is no rule, and then nothing was labelled."""
+    """Label the outputs of operation ``name``; without a rule, return False and label nothing."""
     source, found = labelled[0]
     if name == '__setitem__':
         return _assign(known, args, labelled)
@@ -58,6 +58,8 @@ def apply_rule(
         result = found if out.shape == source.shape else None
     elif name in _SHAPES and source is args[0]:
         result = _reshape(source, found, out)
+        if result is not None and not _follows(known, name, args, kwargs, found, result, out):
+            return False
     if result is None or out.dim() <= result.dim or out.shape[result.dim] != len(result.labels):
         return False
     known.set_channels(out, result)
@@ -171,7 +173,7 @@ def _permute(
 
 
 def _index(known: ChannelLabels, index: Any, source: Tensor, found: Channels, out: Tensor) -> Channels | None:
-    """Slices; along the channels a slice that cuts some off freezes them, one that keeps all does not."""
+    """Labels after indexing; a slice that drops some channels freezes all of them, one that keeps all does not."""
     items = list(index) if isinstance(index, tuple) else [index]
     if Ellipsis in [i for i in items if not isinstance(i, Tensor)]:
         at = next(k for k, i in enumerate(items) if i is Ellipsis)
@@ -230,3 +232,32 @@ def _reshape(source: Tensor, found: Channels, out: Tensor) -> Channels | None:
         if len(places) == 1 and out.numel() == source.numel() and width > 1:
             return Channels(found.labels, places[0])
     return None
+
+
+def _follows(
+    known: ChannelLabels,
+    name: str,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    found: Channels,
+    result: Channels,
+    out: Tensor,
+) -> bool:
+    """Whether the target shape would follow if channels were removed: it is not written as a number in code."""
+    if name in ('expand_as', 'view_as', 'reshape_as'):
+        other = args[1] if len(args) > 1 else kwargs['other']
+        like = known.channels(other)
+        if like is None or like.dim != result.dim or len(like.labels) != len(result.labels):
+            return False
+        known.tie(result.labels, like.labels)
+        return True
+    if name not in ('view', 'reshape', 'expand'):
+        return True
+    sizes: Any = args[1:] or tuple(kwargs.values())
+    sizes = sizes[0] if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)) else sizes
+    if len(sizes) != out.dim() or not all(isinstance(size, int) for size in sizes):
+        return True  # a view as another type
+    size = sizes[result.dim]
+    if not isinstance(size, ChannelCount):
+        return size == -1
+    return [known.find(k) for k in size.labels if k != ZERO] == [known.find(k) for k in found.labels if k != ZERO]

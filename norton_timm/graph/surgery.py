@@ -17,8 +17,16 @@ def remove_channels(graph: ChannelGraph, classes: Iterable[int]) -> None:
 
     The graph stays valid for further pruning of the same model.
 
+    Args:
+        graph: channel graph of the model.
+        classes: values of :attr:`ChannelGroup.classes`.
+
     Raises:
-        ValueError: a class is frozen, or nothing of a layer would be left.
+        ValueError: a class is frozen, or a layer would lose all its channels.
+
+    Example:
+        >>> graph = ChannelGraph(model, torch.rand(1, 3, 224, 224))
+        >>> remove_channels(graph, graph.group_of('layer1.0.conv1').classes[:8])
     """
     gone = set(int(c) for c in classes)
     held = [graph.frozen[c] for c in gone if c in graph.frozen]
@@ -36,7 +44,7 @@ def remove_channels(graph: ChannelGraph, classes: Iterable[int]) -> None:
 
 
 def put_channels(slot: Slot, keep: Tensor) -> None:
-    """Give one slot of a module the channels with these of its old indices, -1 stands for a channel of zeros."""
+    """Keep these old indices of one slot of a module; -1 adds a channel of zeros."""
     if slot.kind == 'param':
         take(slot.module, slot.name.rsplit('.', 1)[-1], keep, slot.dim)
         return

@@ -1,8 +1,8 @@
 """Follow the channels of every tensor through one forward pass.
 
-One no-grad forward runs under a ``TorchFunctionMode`` with hooks on the layers that own channels. Every
-tensor carries a label per channel; operations tie, map or freeze labels. No symbolic tracing, so control
-flow that depends on shapes or values is fine. An operation without a rule freezes the channels that enter
+One forward pass without gradients runs under a ``TorchFunctionMode``, with hooks on the layers that own channels.
+Every tensor carries a label per channel; operations tie, map or freeze labels. Nothing is traced symbolically, so
+control flow that depends on shapes or values is fine. An operation without a rule freezes the channels that enter
 it: we then prune less, never wrongly.
 """
 
@@ -12,13 +12,15 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from norton_timm.graph.channels import ChannelLabels, Channels, Slot
+from norton_timm.graph.channels import ChannelCount, ChannelLabels, Channels, Slot
+from norton_timm.graph.features import are_features
 from norton_timm.graph.rules import apply_rule
-from norton_timm.layers import MIXES, PASSES, LayerHandler, handler_of
-from norton_timm.utils import evaluating, removing, tensors_in, tied_modules
+from norton_timm.layers import MIXES, PASSES, LayerHandler, handler_of, has_computed_weight
+from norton_timm.utils import evaluating, first_input, removing, tensors_in, tied_modules
 
 
 class ChannelTracer(ChannelLabels, TorchFunctionMode):
@@ -44,7 +46,12 @@ class ChannelTracer(ChannelLabels, TorchFunctionMode):
             for key, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
                 self._owned[id(tensor)] = (f'{name}.{key}'.lstrip('.'), module)
         self._tied = tied_modules(model)
-        for module in model.modules():  # constants kept as plain attributes, such as anchors
+        self.outside: dict[str, nn.Module] = {}
+        self._know_constants()
+
+    def _know_constants(self) -> None:
+        """Constants kept as plain attributes, such as anchors, have no channels to follow."""
+        for module in self.model.modules():
             for value in vars(module).values():
                 for tensor in tensors_in(value):
                     if id(tensor) not in self._owned:
@@ -57,38 +64,92 @@ class ChannelTracer(ChannelLabels, TorchFunctionMode):
         self.freeze(range(len(self._parent)), f'reaches {where} through code that cannot be traced')
         self.set_channels(tensor, None)
 
-    # ---- the run
+    def run(self, example_input: Any, freeze_outputs: bool | None) -> Any:
+        """One forward pass in evaluation mode; the model's training flags are restored.
 
-    def run(self, example_input: Any, freeze_outputs: bool) -> Any:
-        """One forward pass in evaluation mode; the model's training flags are restored."""
+        Where layers did not run, a second pass in training mode follows them: some heads run in training only.
+
+        Args:
+            example_input: what ``forward`` takes.
+            freeze_outputs: keep the channels of the outputs; None: unless they are the features that the model's
+                ``feature_info`` describes.
+        """
         hooks = []
         for module in self.model.modules():
             if handler_of(module) is not None:
                 hooks.append(module.register_forward_pre_hook(self._enter))
-                hooks.append(module.register_forward_hook(self._leave))
-        with removing(hooks), evaluating(self.model), self:
-            for tensor in tensors_in(example_input):
-                self.set_channels(tensor, None)
-            outputs = self.model(example_input)
-        for tensor in tensors_in(outputs):
-            found = self.channels(tensor)
-            if tensor not in self._of:
-                self._note_origin(tensor, 'the output')
-            elif found and freeze_outputs:
-                self.freeze(found.labels, 'output of the model')
+                hooks.append(module.register_forward_hook(self._leave, with_kwargs=True))
+        with removing(hooks), evaluating(self.model):
+            outputs = self._pass(example_input)
+            if freeze_outputs is None:
+                freeze_outputs = not are_features(self.model, outputs)
+            self._end(outputs, freeze_outputs)
+            missing = self._not_run()
+            if missing:
+                self._training_pass(example_input, missing)
+        for name, module in self.outside.items():
+            for slot in self.slots:
+                if slot.module is module:
+                    self.freeze(slot.labels, f'the weight of {name} is used outside of the layer as well')
         self._of.clear()
         return outputs
+
+    def _pass(self, example_input: Any) -> Any:
+        with self:
+            for tensor in tensors_in(example_input):
+                self.set_channels(tensor, None)
+            return self.model(example_input)
+
+    def _end(self, outputs: Any, freeze_outputs: bool) -> None:
+        """Freeze what reaches the end of a pass."""
+        found = tensors_in(outputs)
+        if not found:
+            self.freeze(range(len(self._parent)), f'the output is a {type(outputs).__name__} that shows no tensor')
+        for tensor in found:
+            channels = self.channels(tensor)
+            if tensor not in self._of:
+                self._note_origin(tensor, 'the output')
+            elif channels and freeze_outputs:
+                self.freeze(channels.labels, 'output of the model')
+        owned = [(tensor, channels) for tensor, channels in self._of.items() if id(tensor) in self._owned]
+        self._of.clear()
+        for tensor, channels in owned:  # the same parameters in another pass
+            self.set_channels(tensor, channels)
+        self._know_constants()
+
+    def _not_run(self) -> list[str]:
+        """Names of layers that own channels and were not called."""
+        return [
+            name
+            for name, module in self.model.named_modules()
+            if (handler := handler_of(module)) and handler.role != MIXES and module not in self._calls
+        ]
+
+    def _training_pass(self, example_input: Any, missing: list[str]) -> None:
+        """A pass in which only containers are in training mode, so that statistics and random numbers stay."""
+        for module in self.model.modules():
+            module.training = any(True for _ in module.children())
+        try:
+            with torch.random.fork_rng(devices=[]):
+                self._end(self._pass(example_input), True)
+        except Exception as error:  # the network's own code, which may want targets, in whatever way it says so
+            self._of.clear()
+            reason = f'{missing[0]} did not run, and may read them in training ({type(error).__name__})'
+            self.freeze(range(len(self._parent)), reason)
+        finally:
+            self.model.eval()
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         self._depth += 1
 
-    def _leave(self, module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
+    def _leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> Tensor:
         """Label a layer's output; at depth 1 our own tensor calls are not traced."""
         try:
             if self._depth == 1:
-                if out is args[0]:  # an identity ChannelMap: its output needs labels of its own
+                x = first_input(args, kwargs)
+                if out is x:  # an identity ChannelMap: its output needs labels of its own
                     out = out.detach()
-                self._label_output(module, args[0], out)
+                self._label_output(module, x, out)
         finally:
             self._depth -= 1
         return out
@@ -143,12 +204,13 @@ class ChannelTracer(ChannelLabels, TorchFunctionMode):
                     for g in range(1, groups):
                         self.tie(labels[g * width : (g + 1) * width], labels[:width])
             self.slots += [Slot(name, module, 'in', reads), Slot(name, module, 'out', makes)]
-        if module in self._tied:
-            self.freeze([*reads.tolist(), *makes.tolist()], f'{name} shares parameters with another layer')
+        reason = f'{name} shares parameters with another layer' if module in self._tied else ''
+        if has_computed_weight(module):
+            reason = f'the weight of {name} is computed by a hook'
+        if reason:
+            self.freeze([*reads.tolist(), *makes.tolist()], reason)
         self._calls[module] = (reads, makes)
         self.set_channels(out, Channels(makes, dim))
-
-    # ---- functions between layers
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -159,10 +221,14 @@ class ChannelTracer(ChannelLabels, TorchFunctionMode):
             return out
         name = getattr(func, '__name__', str(func)).split('.')[0]
         inputs = tensors_in(args) + tensors_in(kwargs)
+        if isinstance(out, (int, torch.Size)):
+            return self._count_channels(out, name, args, kwargs)
+        outputs = tensors_in(out)
         for tensor in inputs:
             self._note_origin(tensor, name)
             self._label_owned(tensor)
-        outputs = tensors_in(out)
+            if outputs and id(tensor) in self._owned:
+                self._note_outside(*self._owned[id(tensor)])
         labelled = [(t, c) for t in inputs if (c := self.channels(t))]
         if labelled and (outputs or name == '__setitem__'):
             if apply_rule(self, name, args, kwargs, labelled, outputs):
@@ -174,6 +240,22 @@ class ChannelTracer(ChannelLabels, TorchFunctionMode):
             if id(tensor) not in self._owned:
                 self.set_channels(tensor, None)
         return out
+
+    def _count_channels(self, out: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A shape, or one number of it, in which the number of channels remembers what it counts."""
+        found = self.channels(args[0]) if args and isinstance(args[0], Tensor) else None
+        if found is None or name not in ('__get__', 'size'):
+            return out
+        count = ChannelCount(len(found.labels), found.labels)
+        if isinstance(out, torch.Size):
+            return torch.Size([*out[: found.dim], count, *out[found.dim + 1 :]]) if len(out) > found.dim else out
+        dim = args[1] if len(args) > 1 else kwargs.get('dim')
+        return count if name == 'size' and dim in (found.dim, found.dim - args[0].dim()) else out
+
+    def _note_outside(self, name: str, module: nn.Module) -> None:
+        """A function reads a tensor of a layer, which must then stay as the function wants it."""
+        if handler_of(module) is not None:
+            self.outside.setdefault(name.rpartition('.')[0], module)
 
     def _label_owned(self, tensor: Tensor) -> None:
         """A per-channel parameter used outside of layers (layer scale) has channels of its own."""

@@ -1,4 +1,4 @@
-"""Widen layers to round numbers of channels, for runtimes whose fast kernels take only those."""
+"""Widen layers to round numbers of channels; the fast kernels of some runtimes take no others."""
 
 from __future__ import annotations
 
@@ -10,26 +10,29 @@ from torch import nn
 from norton_timm.graph.channels import Slot
 from norton_timm.graph.groups import ChannelGraph, ChannelGroup
 from norton_timm.graph.surgery import put_channels
-from norton_timm.layers import LayerHandler, nearest_handler
+from norton_timm.layers import LayerHandler, has_computed_weight, nearest_handler
 
 
 @torch.no_grad()
 def align_channels(model: nn.Module, example_input: Any, multiple: int = 8) -> dict[str, int]:
-    """Append channels of zeros, in place, until layers have a multiple of so many; outputs stay as they were.
+    """Append channels of zeros, in place, up to a multiple of ``multiple`` channels; outputs stay equal.
 
-    ONNX Runtime keeps maps in blocks of 8 channels only where a layer's channels fill them, and copies them to and fro
-    around each layer where they do not. Pruned networks have 38 or 614 channels; 40 and 616 are faster there.
+    ONNX Runtime keeps maps in blocks of 8 channels where a layer's channels fill the blocks. Around other layers it
+    converts the maps each time. Pruned networks have 38 or 614 channels; 40 and 616 are faster there.
 
     Args:
-        model: in evaluation mode; layers of coupled groups whose channels cannot be widened alike stay.
+        model: a network in evaluation mode. A coupled group stays as it is where its layers cannot be widened alike.
         example_input: what its ``forward`` takes.
-        multiple: of channels.
+        multiple: the new numbers of channels are multiples of this.
 
     Returns:
-        New number of channels by name of the layer that makes them, for those that were widened.
+        New number of output channels of each widened layer, by name.
 
     Raises:
         ValueError: a multiple below 1.
+
+    Example:
+        >>> widened = align_channels(model, torch.rand(1, 3, 224, 224), multiple=8)
     """
     if multiple < 1:
         raise ValueError(f'got {multiple} as the multiple of channels, expected 1 or more')
@@ -66,8 +69,7 @@ def _can_grow(group: ChannelGroup, labels: list[int], slots: list[Slot]) -> bool
         module, handler, length = slot.module, nearest_handler(slot.module) or LayerHandler(), len(labels)
         grouped = getattr(module, 'groups', 1) > 1 and slot.kind != 'depthwise'
         multiplies = slot.kind == 'depthwise' and module.in_channels != module.out_channels
-        computed = hasattr(module, 'weight') and 'weight' not in module._parameters  # by a hook, from other tensors
-        if handler.carries or grouped or multiplies or computed:
+        if handler.carries or grouped or multiplies or has_computed_weight(module):
             return False
         starts = [k for k, label in enumerate(found) if label == labels[0]]
         whole = all(found[k : k + length] == labels for k in starts)

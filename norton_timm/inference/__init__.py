@@ -1,5 +1,6 @@
-"""A network made fast: norms folded, each layer in its fastest form, fused for oneDNN, compiled, exported, quantised.
-Outputs stay what they were, and every result says how well.
+"""Networks made fast for inference: batch norms are folded, each layer gets its fastest form, and the network is fused
+for oneDNN, compiled, exported or quantised. The result is compared with the original network, and reports say how well
+both agree.
 """
 
 from norton_timm.inference.compiled import compiled, compiled_ahead, frozen_weights

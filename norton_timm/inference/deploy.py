@@ -22,14 +22,14 @@ from norton_timm.inference.fuse import fuse_network
 from norton_timm.inference.onednn import Fused, onednn_available
 from norton_timm.layers import CPDConv2d
 from norton_timm.profiling import WARM_UP, Turns, synchronise, take_turns
-from norton_timm.utils import removing, replace_module, tensors_in
+from norton_timm.utils import copy_of, removing, replace_module, tensors_in, to_layout, uncompiled
 
 log = logging.getLogger(__name__)
 
 MEMORY_FORMATS = {'channels_last': torch.channels_last, 'contiguous': torch.contiguous_format}
-_SECONDS = 2.5  # at least, for each of two comparisons, and half as many as the last one has
+_SECONDS = 2.5  # least time of each of the first two comparisons; the last one takes twice as long
 _QUICK = 0.1  # seconds
-_NEAR = 1.15  # times the fastest form's time: a longer comparison may turn that round
+_NEAR = 1.15  # times the fastest form's time: a longer comparison may still prefer a form this close
 
 
 @dataclass
@@ -38,18 +38,18 @@ class Deployment:
 
     Attributes:
         device: where the network was measured.
-        threads: torch's threads then.
-        folded: layer that absorbed a norm, by the norm's name.
+        threads: number of torch's threads in that measurement.
+        folded: name of the layer that absorbed a norm, by the norm's name.
         norms_left: batch norms that no convolution could absorb.
-        widened: new number of channels of layers that got channels of zeros.
+        widened: new number of channels of each layer that got channels of zeros.
         forms: chosen form of each CPDConv2d.
         layer_ms: milliseconds of each form by layer, inside the running network.
-        form_ms: milliseconds of the whole network by form, ``mixed`` is each layer's fastest; channels-last, and
-            fused where that can be.
-        network_ms: the same of the finalists (``form, layout``), all measured in one comparison.
+        form_ms: milliseconds of the whole network by form, channels-last and fused where possible; ``mixed`` has
+            each layer's fastest form.
+        network_ms: milliseconds of the finalists (``form, layout``), all measured in one comparison.
         chosen: the finalist that was taken.
         error: largest difference from the original's outputs, relative to their largest value; None where the
-            outputs cannot be compared (another number of them).
+            outputs cannot be compared (their number or shapes differ).
     """
 
     device: str
@@ -65,7 +65,7 @@ class Deployment:
     error: float | None = None
 
     def to_json(self) -> str:
-        """All of it as JSON text."""
+        """The report as JSON text."""
         return json.dumps(asdict(self), indent=2) + '\n'
 
     def __str__(self) -> str:
@@ -83,6 +83,10 @@ def deployment_report(model: nn.Module) -> Deployment:
 
     Raises:
         ValueError: a network that it did not make.
+
+    Example:
+        >>> fast = deploy(model, torch.rand(1, 3, 224, 224))
+        >>> print(deployment_report(fast))
     """
     report = getattr(model, 'deployment', None)
     if not isinstance(report, Deployment):
@@ -98,32 +102,38 @@ def deploy(
     channel_multiple: int = 1,
     form: str | None = None,
 ) -> nn.Module:
-    """An inference copy with equal outputs, made of plain modules; classifiers and whole detectors.
+    """An inference copy of a classifier or a whole detector, with equal outputs and made of plain modules.
 
-    Batch norms go into the convolutions before them; each CPDConv2d becomes a few plain convolutions or one dense
-    one, whichever is fastest here; weights are laid out channels-last, and on a CPU additions and ReLUs go into
-    oneDNN's convolutions, where that wins. Layers are timed inside the running network, and the mixture is taken only
-    if the whole network measures faster with it than with every layer dense. The report is the result's attribute
-    ``deployment``, see :func:`deployment_report`.
+    Batch norms go into the convolutions before them. Each CPDConv2d becomes a few plain convolutions or one dense
+    one, whichever is fastest here. Where that is faster, weights are laid out channels-last, and on a CPU oneDNN's
+    convolutions take over additions and ReLUs. Layers are timed inside the running network, and a mixture of forms is
+    taken only if the whole network is faster with it than with every layer dense. The report is the result's
+    attribute ``deployment``, see :func:`deployment_report`.
 
     Args:
         model: dense or compressed network; it is not changed.
         example_input: what its ``forward`` takes, of the size that matters, on the model's device.
         autotune: measure; otherwise each layer gets ``form`` and weights are channels-last.
-        channel_multiple: append channels of zeros until layers have a multiple of so many, for export to runtimes
-            that want it (``norton_timm.inference.CHANNEL_MULTIPLES``), see :func:`norton_timm.graph.align_channels`.
-        form: one of ``norton_timm.inference.FIXED_FORMS`` for all layers, if nothing is measured; None leaves each in
-            its ``active_form``.
+        channel_multiple: append channels of zeros up to a multiple of this many, for export to runtimes that want it
+            (``norton_timm.inference.CHANNEL_MULTIPLES``), see :func:`norton_timm.graph.align_channels`.
+        form: one of ``norton_timm.inference.FIXED_FORMS`` for all layers, only without ``autotune``; None leaves each
+            layer in its ``active_form``.
 
     Raises:
-        ValueError: no tensor in the input, one on another device than the model, a multiple below 1, or a form that is
-            unknown or given beside ``autotune``.
+        ValueError: no tensor in the input or the output, one on another device than the model, a multiple below 1, or
+            a form that is unknown or given beside ``autotune``.
+
+    Example:
+        >>> images = torch.rand(1, 3, 224, 224)
+        >>> fast = deploy(model, images)
+        >>> scores = fast(images)
     """
     _check_input(model, example_input)
     if form is not None and (autotune or form not in FIXED_FORMS):
         raise ValueError(f'form: got {form!r} with autotune={autotune}, expected one of {", ".join(FIXED_FORMS)} '
                          'with autotune=False')  # fmt: skip
-    base = copy.deepcopy(model).eval().requires_grad_(False)
+    model = uncompiled(model)
+    base = copy_of(model).eval().requires_grad_(False)
     base.__dict__.pop('deployment', None)
     report = Deployment(_device(example_input), torch.get_num_threads())
     report.folded = fold_batch_norm(base, example_input)
@@ -135,8 +145,13 @@ def deploy(
         best = _autotune(base, example_input, report)
     else:
         best = _candidate(base, report.forms, 'channels_last')
-    report.error = relative_difference(best(example_input), copy.deepcopy(model).eval()(example_input))
-    if report.error is not None and not report.error <= 1e-3:
+    expected = copy_of(model).eval()(example_input)
+    if not tensors_in(expected):
+        raise ValueError(f'got outputs of type {type(expected).__name__} without tensors, which cannot be compared')
+    report.error = relative_difference(best(example_input), expected)
+    if report.error is None:
+        log.warning('the deployed network gives outputs of another number or shape than the original')
+    elif not report.error <= 1e-3:
         log.warning('the deployed network differs from the original by %.1e of its largest output', report.error)
     best.deployment = report  # type: ignore[assignment]
     return best
@@ -161,17 +176,17 @@ def _candidate(base: nn.Module, forms: Mapping[str, str], layout: str) -> nn.Mod
     model = copy.deepcopy(base)
     for name, form in forms.items():
         replace_module(model, name, fixed(model.get_submodule(name), form).requires_grad_(False))  # type: ignore[arg-type]
-    return model.to(memory_format=MEMORY_FORMATS[layout])
+    return to_layout(model, MEMORY_FORMATS[layout])
 
 
 def _compare(models: Mapping[Any, nn.Module], x: Any, least: int = 3, seconds: float = _SECONDS) -> dict[Any, float]:
-    """Milliseconds of each model, taking turns; see :meth:`norton_timm.profiling.Turns.milliseconds`."""
+    """Milliseconds of each model, measured in turns; see :meth:`norton_timm.profiling.Turns.milliseconds`."""
     calls = [partial(m, x) for m in models.values()]
     synchronise(x)
     start = time.perf_counter()
     calls[0]()
     synchronise(x)
-    # a network that is run over and over finds its weights in the cache, if it is one of the quick, small ones
+    # a quick, small network that runs over and over finds its weights in the cache
     passes = 3 if time.perf_counter() - start < _QUICK else 1
     return dict(zip(models, take_turns(calls, lambda: synchronise(x), seconds, least, passes).milliseconds()))
 
@@ -181,7 +196,7 @@ def _autotune(base: nn.Module, x: Any, report: Deployment) -> nn.Module:
     forms = {'dense': dict.fromkeys(report.forms, 'dense')}
     if report.forms:
         forms |= {form: dict.fromkeys(report.forms, form) for form in distinct_forms(base)}
-    # fused as early as that: fusion helps one form more than another
+    # fused before the choice: fusion helps one form more than another
     models = {name: _fused_candidate(base, chosen, x) for name, chosen in forms.items()}
     best = 'dense'
     if report.forms:
@@ -209,7 +224,7 @@ def _autotune(base: nn.Module, x: Any, report: Deployment) -> nn.Module:
 
 
 def _fused_candidate(base: nn.Module, forms: Mapping[str, str], x: Any) -> nn.Module:
-    """The network in these forms with packed and fused oneDNN layers, as far as it can be and computes the same."""
+    """The network in these forms with packed and fused oneDNN layers, where that is possible and outputs stay equal."""
     model, first = _candidate(base, forms, 'channels_last'), tensors_in(x)[0]
     if first.device.type != 'cpu' or first.dtype != torch.float32 or not onednn_available():
         return model
@@ -218,7 +233,7 @@ def _fused_candidate(base: nn.Module, forms: Mapping[str, str], x: Any) -> nn.Mo
         return model
     try:
         difference = relative_difference(fused(x), model(x))
-    except Exception as error:  # traced code may take another way than its own, and oneDNN does not broadcast sums
+    except Exception as error:  # traced code may take another branch, and oneDNN does not broadcast sums
         log.warning('layers stay apart from additions and activations: %s', str(error).partition('\n')[0])
         return model
     if difference is None or not difference <= 1e-4:
@@ -236,7 +251,7 @@ def _layers_in_place(
 ) -> tuple[dict[str, dict[str, float]], dict[Any, float]]:
     """Milliseconds of the named layers within each model, as {layer: {form: ms}}, and of each whole model.
 
-    Timed alone, a layer finds its input in the cache and its neighbours' memory free; inside the network it does not.
+    Timed alone, a layer finds its input in the cache and its neighbours' memory free; inside a network it does not.
     """
     spent: dict[str, dict[str, list[float]]] = {name: {} for name in names}
     hooks = []
@@ -276,7 +291,7 @@ def _layers_in_place(
 
 
 def _pass(times: list[float], k: int, total: int) -> list[float]:
-    """The time of pass ``k``, as a turn of one pass, where each of ``total`` passes called the layer equally often."""
+    """The time of pass ``k`` of ``total``, as a turn of one pass; every pass calls the layer equally often."""
     calls = len(times) // total
     return [sum(times[k * calls : (k + 1) * calls])]
 
@@ -284,7 +299,7 @@ def _pass(times: list[float], k: int, total: int) -> list[float]:
 def relative_difference(a: Any, b: Any) -> float | None:
     """Largest difference of the tensors in two outputs, relative to the largest value of ``b``'s tensor.
 
-    None where they differ in number or shape, or have no tensors; infinite where one is not a number.
+    None where the tensors differ in number or shape, or there are none; infinite where a value is NaN or infinite.
     """
     first, second = tensors_in(a), tensors_in(b)
     if not first or len(first) != len(second) or any(s.shape != t.shape for s, t in zip(first, second)):

@@ -1,4 +1,4 @@
-"""Write a network for other runtimes: ONNX, OpenVINO IR, torch.export; and read such files back as callables."""
+"""Write a network for other runtimes (ONNX, OpenVINO IR, torch.export), and read such files back as functions."""
 
 from __future__ import annotations
 
@@ -51,14 +51,15 @@ def need(module: str) -> Any:
 
 
 class TracedNetwork(nn.Module):
-    """A network for the tracing exporters, where :mod:`torch.export` stops at parts that depend on the data.
+    """A network that must be exported by tracing, because :mod:`torch.export` stops at parts that depend on the data.
 
-    Subclasses say what their outputs are, and by a method ``agreement()`` what adds up the comparison of two such
-    networks (a :class:`norton_timm.inference.Agreement`). The file takes images of the example's size only.
+    Subclasses name their outputs. Their method ``agreement()`` returns an empty
+    :class:`norton_timm.inference.Agreement` that compares two such networks. The file takes images of the example's
+    size only.
 
     Attributes:
         kind: what the network is, for messages.
-        names: of the tensors that ``forward`` returns.
+        names: names of the tensors that ``forward`` returns.
     """
 
     kind = 'network'
@@ -71,7 +72,7 @@ class TracedNetwork(nn.Module):
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporters print and warn about their own insides."""
+    """Silence the exporters, which print and warn about their own internals."""
     level = logging.root.manager.disable
     with warnings.catch_warnings(), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
         warnings.simplefilter('ignore')
@@ -87,7 +88,7 @@ def write_exported(model: nn.Module, example: Tensor, path: Path) -> None:
     """Export to the format that the path's ending names.
 
     Args:
-        model: exported for any batch size; a :class:`TracedNetwork` for the example's size.
+        model: a network, exported for any batch size; a :class:`TracedNetwork` is exported for the example's size.
         example: images (N, C, H, W).
         path: .onnx, .xml (OpenVINO, with a .bin beside it) or .pt2.
 
@@ -115,10 +116,10 @@ def write_exported(model: nn.Module, example: Tensor, path: Path) -> None:
 
 
 def with_plain_averages(model: nn.Module) -> nn.Module:
-    """A copy whose global averages are exported as one pooling.
+    """A copy that exports each global average as one pooling operation.
 
-    PyTorch writes ``nn.AdaptiveAvgPool2d(1)`` as a mean and, where channels lie last, eleven operations that compute
-    the places of its values in memory.
+    PyTorch exports ``nn.AdaptiveAvgPool2d(1)`` as a mean and, with channels last, eleven operations that compute the
+    places of its values in memory.
     """
     names = [n for n, m in model.named_modules() if type(m) is nn.AdaptiveAvgPool2d and m.output_size in (1, (1, 1))]
     if names:
@@ -132,7 +133,7 @@ def _captured(model: nn.Module, example: Tensor) -> Any:
     model = with_plain_averages(model)
     if isinstance(model, TracedNetwork):
         return torch.export.export(model, (example,), strict=False)
-    # an example of one image would be taken for a constant
+    # torch.export would take a batch of one for a constant size
     images = example if len(example) > 1 else torch.cat([example, example])
     return torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim('batch')},))
 
@@ -153,8 +154,8 @@ def read_exported(path: Path, threads: int | None = None) -> Runner:
     """An exported file as a function from images (N, C, H, W) to a list of tensors.
 
     Args:
-        path: as :func:`write` made it.
-        threads: of ONNX Runtime and OpenVINO; None is torch's own number.
+        path: a file of :func:`write_exported`.
+        threads: number of threads of ONNX Runtime and OpenVINO; None means torch's number.
 
     Raises:
         ValueError: another ending, or a missing package.
@@ -181,8 +182,8 @@ def openvino_runner(path: Path, threads: int, static: Sequence[int] | None = Non
 
     Args:
         path: the file.
-        threads: how many.
-        static: fix the input to this shape, which lets it plan memory, with channels last in memory.
+        threads: number of threads.
+        static: fix the input to this shape, with channels last; OpenVINO can then plan its memory.
 
     Raises:
         ValueError: OpenVINO is not installed.

@@ -1,4 +1,4 @@
-"""Does an exported file compute what the network does? Compared on images before anybody is told that it worked."""
+"""Checked export: a file is kept only if it computes what the network does on some images."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class Agreement:
     """How two networks compare on some images.
 
     Attributes:
-        images: how many were compared.
-        same: those with the same answer, the same best class.
+        images: number of images that were compared.
+        same: number of images with the same best class.
         difference: largest difference of outputs, relative to the largest output.
     """
 
@@ -47,7 +47,7 @@ class Agreement:
             self.same += int((outputs[0].flatten(1).argmax(1) == others[0].flatten(1).argmax(1)).sum())
 
     def problem(self) -> str | None:
-        """What is beyond tolerance; None if nothing is."""
+        """What exceeds the tolerance; None if nothing does."""
         if self.same < self.images:
             return f'{self.images - self.same} of {self.images} images get another answer'
         if self.difference > OUTPUT_TOLERANCE:
@@ -61,7 +61,7 @@ class Agreement:
         return f'outputs within {self.difference:.1e} of the largest'
 
     def to_dict(self) -> dict[str, float]:
-        """For JSON."""
+        """The figures as plain values, for JSON."""
         return asdict(self)
 
 
@@ -98,9 +98,9 @@ def compare_outputs(
 
     Args:
         model: the original.
-        other: what it is compared with, a function from images (N, C, H, W) to a list of tensors.
+        other: the network or function to compare, from images (N, C, H, W) to a list of tensors.
         images: batches (N, C, H, W).
-        agreement: adds the comparison up; by default that of class scores.
+        agreement: collects the comparison; by default it compares class scores.
     """
     agreement = Agreement() if agreement is None else agreement
     for batch in images:
@@ -109,7 +109,7 @@ def compare_outputs(
 
 
 def larger(a: float, b: float) -> float:
-    """The maximum, where what is not a number counts as infinite."""
+    """The maximum of two numbers; ``b`` counts as infinite if it is NaN."""
     return max(a, b if math.isfinite(b) else math.inf)
 
 
@@ -122,11 +122,15 @@ def export_checked(
         model: network to export, deployed or not.
         path: .onnx, .xml or .pt2; it appears whole or not at all.
         images: batches (N, C, H, W); all of one size for a :class:`norton_timm.inference.TracedNetwork`.
-        reference: the network to compare with, if not ``model`` itself: the one before deployment.
+        reference: the network to compare with, such as the one before deployment; by default ``model``.
         int8: quantise with the runtime's own tool, calibrated on the images. The agreement is then only reported.
 
     Raises:
-        ValueError: no images, a folder that is not there, a format that cannot, or a result that does not agree.
+        ValueError: no images, a missing folder, a format that cannot hold the network, or outputs that do not agree.
+
+    Example:
+        >>> images = torch.rand(1, 3, 224, 224)
+        >>> agreement = export_checked(deploy(model, images), Path('small.onnx'), [images], reference=model)
     """
     if not len(images):
         raise ValueError('images: got none, expected at least one to compare on')
@@ -155,6 +159,6 @@ def export_checked(
 
 
 def size_mb(path: Path) -> float:
-    """Megabytes of an exported network, OpenVINO's weights beside the .xml included."""
+    """Megabytes of an exported network; OpenVINO's weights beside the .xml count too."""
     files: list[Any] = [path, path.with_suffix('.bin')] if path.suffix == '.xml' else [path]
     return sum(file.stat().st_size for file in files) / 1e6

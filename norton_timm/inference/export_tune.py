@@ -1,4 +1,4 @@
-"""Which of a classifier's deployed forms is fastest in the runtime that its exported file is for."""
+"""Choose the deployed form of a classifier that is fastest in the runtime of its exported file."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ _SECONDS = 1.0
 
 
 def export_variants(model: nn.Module, images: Tensor) -> Iterator[nn.Module]:
-    """Deployed networks with equal outputs, of which one or another is the fastest in an exported file's runtime.
+    """Deployed networks with equal outputs, as candidates for the fastest one in another runtime.
 
-    They are what :func:`norton_timm.deploy` chooses in PyTorch, and each form for all layers, with channels as they are
-    or with channels of zeros that fill blocks of 8 or 16.
+    One is the choice of :func:`norton_timm.deploy` in PyTorch. The others have one form for all layers, without and
+    with channels of zeros that fill blocks of 8 or 16.
 
     Args:
         model: dense or compressed classifier; it is not changed.
@@ -54,17 +54,20 @@ def export_variants(model: nn.Module, images: Tensor) -> Iterator[nn.Module]:
 
 @torch.no_grad()
 def fastest_variant(model: nn.Module, images: Tensor, kind: str) -> nn.Module:
-    """The one of :func:`export_variants` that takes least time in the runtime of a format.
+    """The fastest of :func:`export_variants` in the runtime of a format.
 
-    Each meets the fastest one of those before it, in turns, so that no more than two lie in memory.
+    Each variant is measured in turns with the fastest one so far, so at most two are in memory.
 
     Args:
         model: dense or compressed classifier; it is not changed.
-        images: (N, C, H, W), as many at a time as matter.
+        images: (N, C, H, W), with the batch size that matters.
         kind: one of ``norton_timm.inference.FORMATS``.
 
     Raises:
         ValueError: a package that is missing, or a network that the exporter cannot take.
+
+    Example:
+        >>> fast = fastest_variant(model, torch.rand(1, 3, 224, 224), 'onnx')
     """
     with tempfile.TemporaryDirectory() as folder:
         best: tuple[nn.Module, Callable[[], Any]] | None = None

@@ -15,14 +15,14 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from norton_timm.layers import handler_of
-from norton_timm.utils import evaluating, removing, replace_module, tensors_in, tied_modules
+from norton_timm.utils import before_call, evaluating, removing, replace_module, tensors_in, tied_modules
 
 _ACTIVATING = (timm_layers.BatchNormAct2d, timm_layers.SyncBatchNormAct, timm_layers.FrozenBatchNormAct2d)
 FOLDED_NORMS: tuple[type, ...] = (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d, *_ACTIVATING)
 
 
 class _Readers(TorchDispatchMode):
-    """Runs a model once and notes who reads each convolution's output.
+    """Runs a model once and records which operations read each convolution's output.
 
     Attributes:
         pairs: (layer, norm) -> calls in which the norm was the only reader of the layer's output.
@@ -74,13 +74,13 @@ class _Readers(TorchDispatchMode):
 
 
 def _foldable_pairs(model: nn.Module, example_input: Any) -> list[tuple[nn.Module, nn.Module]]:
-    """Layers and the norm that is the one reader of their output, at every call of both."""
+    """Pairs of a layer and the norm that is the only reader of its output, at every call of both."""
     readers, hooks = _Readers(), []
     for module in model.modules():
         if _scales(module):
             hooks.append(module.register_forward_hook(lambda m, _, out: readers.made(m, out)))
         elif type(module) in FOLDED_NORMS:
-            hooks.append(module.register_forward_pre_hook(lambda m, args: readers.enter(m, args[0])))
+            hooks.append(before_call(module, readers.enter))
             hooks.append(module.register_forward_hook(lambda *_: readers.leave()))
     with removing(hooks), evaluating(model), readers:
         readers.read(model(example_input))
@@ -98,7 +98,7 @@ def _foldable_pairs(model: nn.Module, example_input: Any) -> list[tuple[nn.Modul
 
 
 def _scales(layer: nn.Module) -> str:
-    """The parameter that can take a norm in, '' if there is none."""
+    """Name of the parameter that a norm can be folded into, '' if there is none."""
     handler = handler_of(layer)
     return '' if handler is None else handler.scales
 
@@ -125,14 +125,17 @@ def fold_batch_norm(model: nn.Module, example_input: Any) -> dict[str, str]:
     """Fold, in place, every batch norm that is the only reader of one convolution's output.
 
     A CPDConv2d takes the norm into its last factor and its bias. The activation of timm's ``BatchNormAct2d`` stays.
-    Norms that stand before a convolution, or whose input is read elsewhere too, are left.
+    A norm stays if it stands before a convolution, or if another operation reads its input too.
 
     Args:
-        model: a network in evaluation mode; one forward pass tells who reads what.
+        model: a network in evaluation mode; one forward pass finds the readers of each output.
         example_input: what its ``forward`` takes.
 
     Returns:
-        Name of the layer by name of the norm that it absorbed.
+        Name of the layer that absorbed each norm, by the norm's name.
+
+    Example:
+        >>> folded = fold_batch_norm(model.eval(), torch.rand(1, 3, 224, 224))
     """
     names = {m: n for n, m in model.named_modules()}
     folded = {}

@@ -1,4 +1,4 @@
-"""The forms of a CPDConv2d as plain convolutions, their kernels computed once."""
+"""The forms of a CPDConv2d: each form as plain convolutions with fixed kernels, and the time that each form takes."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 from norton_timm.layers import CPDConv2d
 from norton_timm.profiling import synchronise, take_turns
-from norton_timm.utils import evaluating, removing
+from norton_timm.utils import before_call, evaluating, removing
 
 FIXED_FORMS = ('factored', 'merged', 'separable', 'dense')
+_MEASURED = ('factored', 'merged', 'dense')
+_fastest: dict[tuple[Any, ...], dict[str, float]] = {}  # milliseconds by form, by layer shape and device
 
 
 def distinct_forms(model: nn.Module) -> tuple[str, ...]:
@@ -22,7 +24,7 @@ def distinct_forms(model: nn.Module) -> tuple[str, ...]:
 
 
 class Sum(nn.Module):
-    """Sum of what its branches make of one input."""
+    """Sum of the outputs of its branches, which all read one input."""
 
     def __init__(self, *branches: nn.Module) -> None:
         super().__init__()
@@ -40,9 +42,9 @@ class Sum(nn.Module):
 def fixed(layer: CPDConv2d, form: str) -> nn.Module:
     """The layer in one form as plain convolutions.
 
-    ``separable`` exists in this way only: component by component a 1x1 and a depthwise Kh x Kw convolution (a CPD of
-    rank R is a sum of R depthwise-separable convolutions). For ranks above 1 depthwise convolutions are far faster on
-    CPUs than the grouped one of ``merged``, which has R inputs a group; at rank 1 the two are the same.
+    ``separable`` exists only here: each component becomes a 1x1 and a depthwise Kh x Kw convolution, because a CPD of
+    rank R is a sum of R depthwise-separable convolutions. Above rank 1, depthwise convolutions are far faster on CPUs
+    than the grouped one of ``merged``, which has R inputs per group. At rank 1 the two forms are the same.
 
     Raises:
         ValueError: a form that is not one of ``FIXED_FORMS``.
@@ -68,7 +70,7 @@ def _component(layer: CPDConv2d, r: int) -> nn.Sequential:
 
 
 def _pair(layer: CPDConv2d, pointwise: Tensor, spatial: Tensor, bias: Tensor | None) -> nn.Sequential:
-    """1x1 convolution and one of Kh x Kw with a group for each filter."""
+    """A 1x1 convolution and a Kh x Kw convolution with one group per filter."""
     result = nn.Sequential()
     result.add_module('pointwise', _pointwise(layer, pointwise))
     conv = nn.Conv2d(
@@ -80,7 +82,7 @@ def _pair(layer: CPDConv2d, pointwise: Tensor, spatial: Tensor, bias: Tensor | N
 
 
 def _factored(layer: CPDConv2d) -> nn.Sequential:
-    """1x1, Kh x 1 and 1 x Kw convolution."""
+    """A 1x1, a Kh x 1 and a 1 x Kw convolution."""
     o, rows, (kh, kw) = layer.out_channels, len(layer.pointwise), layer.kernel_size
     (sh, sw), (ph, pw), (dh, dw) = layer.stride, layer.padding, layer.dilation
     vertical = nn.Conv2d(rows, rows, (kh, 1), (sh, 1), (ph, 0), (dh, 1), groups=rows, bias=False)
@@ -104,10 +106,6 @@ def _with_weights(conv: nn.Conv2d, weight: Tensor, bias: Tensor | None = None) -
     return conv
 
 
-_MEASURED = ('factored', 'merged', 'dense')
-_fastest: dict[tuple[Any, ...], dict[str, float]] = {}  # milliseconds by form, by layer shape and device
-
-
 def _key(layer: CPDConv2d, x: Tensor, training: bool) -> tuple[Any, ...]:
     layout = x.is_contiguous(memory_format=torch.channels_last)
     geometry = (layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.groups, layer.rank)
@@ -127,8 +125,8 @@ def _key(layer: CPDConv2d, x: Tensor, training: bool) -> tuple[Any, ...]:
 def measure_forms(layer: CPDConv2d, x: Tensor, training: bool = False, repeats: int = 7) -> dict[str, float]:
     """Median milliseconds of each form on input ``x`` (N, I, H, W); forward and backward where ``training``.
 
-    The forms take turns, so that a drift of the machine's speed meets all of them. Results are kept for the
-    life of the process, by layer shape, input shape, layout, type, device and number of threads.
+    The forms take turns, so that a drift of the machine's speed affects all of them. Results are cached for the life
+    of the process, by layer shape, input shape, layout, type, device and number of threads.
     """
     key = _key(layer, x, training)
     if key in _fastest:
@@ -164,17 +162,17 @@ def tune_forms(
 
     Returns:
         Milliseconds of each form by layer name.
+
+    Example:
+        >>> times = tune_forms(model, torch.rand(1, 3, 224, 224))
     """
     layers = {name: m for name, m in model.named_modules() if isinstance(m, CPDConv2d)}
     inputs: dict[str, Tensor] = {}
 
-    def hook_for(name: str):
-        def record(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            inputs.setdefault(name, args[0].detach())
+    def hook_for(name: str, layer: CPDConv2d) -> Any:
+        return before_call(layer, lambda _, x: inputs.setdefault(name, x.detach()))
 
-        return record
-
-    hooks = [layer.register_forward_pre_hook(hook_for(name)) for name, layer in layers.items()]
+    hooks = [hook_for(name, layer) for name, layer in layers.items()]
     with removing(hooks), evaluating(model):
         model(example_input)
     report = {}

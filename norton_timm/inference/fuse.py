@@ -1,7 +1,7 @@
-"""Fuse convolution, shortcut addition and ReLU, linear layer and ReLU into one oneDNN call each; CPUs only.
+"""Fuse layers into oneDNN calls: a convolution with a shortcut addition and ReLU, a linear layer with ReLU; CPUs only.
 
 In eager mode an addition and a ReLU each read and write the whole map again, and every call of a convolution reorders
-its weights. Both cost a compressed network, which computes less for each byte, more than a dense one.
+its weights. Both cost a compressed network more than a dense one, because it computes less per byte.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ _STATELESS = (nn.MaxPool2d, nn.AvgPool2d, nn.Flatten, nn.ReLU, GlobalAverage)
 
 
 class FusedNetwork(fx.GraphModule):
-    """A traced network that runs its packed layers one after the other, without a module's call around each.
+    """A traced network that runs its packed layers one after the other, without module calls.
 
-    On inputs that oneDNN's calls do not take, while a hook listens, and at the first pass after a change of weights it
-    runs module by module.
+    It runs module by module on inputs that oneDNN's calls do not take, while there are hooks, and in the first pass
+    after a change of weights.
     """
 
     def recompile(self) -> Any:
@@ -85,7 +85,7 @@ def _unpickle(rebuild: Callable[..., fx.GraphModule], content: tuple[Any, ...]) 
 
 
 class _Program:
-    """The steps of a network whose convolutions and linear layers are all packed, as one function."""
+    """All steps of a network as one function; its convolutions and linear layers are packed."""
 
     def __init__(self, network: FusedNetwork) -> None:
         self._dims = (4,) if any(isinstance(m, FusedConv2d) for m in network.modules()) else range(2, 9)
@@ -94,7 +94,7 @@ class _Program:
         places: list[tuple[dict[str, Any], str, Any]] = []
         self._hooks: list[dict[int, Any]] = []
         self._parameters = list(network.parameters())
-        self._fits = not any(node.op == 'get_attr' for node in graph.nodes)  # a tensor that may be replaced
+        self._fits = not any(node.op == 'get_attr' for node in graph.nodes)  # such a tensor may be replaced
         for node in [n for n in graph.nodes if n.op == 'call_module']:
             module = modules[str(node.target)]
             if node.kwargs or (step := _step_of(module)) is None:
@@ -106,18 +106,18 @@ class _Program:
         for name in dict.fromkeys('.'.join(path[: k + 1]) for path in called for k in range(len(path))):
             parent, _, key = name.rpartition('.')
             places.append((modules[parent]._modules, key, modules[name]))
-        # compared by functions written in C: between two passes all of this has left the processor's cache
+        # compared by functions written in C, because all of this leaves the processor's cache between two passes
         self._owners, self._keys, self._owned = zip(*places)
         self._weights = [m.weight for m in modules.values() if isinstance(m, Fused) and not m.weight.is_inference()]
         self._state = self._versions()
         self.run = fx.GraphModule(network, graph).forward
 
     def takes(self, inputs: tuple[Tensor, ...]) -> bool:
-        """Whether packed layers can run on inputs of so many dimensions; one image without a batch they cannot."""
+        """Whether packed layers can run on inputs with this many dimensions; an image without a batch has too few."""
         return all(x.dim() in self._dims for x in inputs)
 
     def is_current(self) -> bool:
-        """Whether the network still has the modules and weights that it was made of."""
+        """Whether the network still has the modules and weights that this program was made from."""
         return all(map(operator.is_, map(dict.get, self._owners, self._keys), self._owned)) and (
             self._versions() == self._state
         )
@@ -126,7 +126,7 @@ class _Program:
         return list(map(operator.attrgetter('_version'), self._weights)), list(map(Tensor.data_ptr, self._weights))
 
     def is_unobserved(self) -> bool:
-        """Whether nothing asks for its modules: a tensor of the graph itself, gradients, or hooks."""
+        """Whether nothing needs the modules: no tensor of the graph itself, no gradients, no hooks."""
         return (
             self._fits
             and not any(self._hooks)
@@ -135,7 +135,7 @@ class _Program:
 
 
 def _step_of(module: nn.Module) -> PackedCall | None:
-    """What computes the same without a module's call around it, if anything does."""
+    """A function that computes the same without a module call; None if there is none."""
     if isinstance(module, Fused):
         return module.packed()
     if type(module) in _STATELESS:
@@ -145,7 +145,7 @@ def _step_of(module: nn.Module) -> PackedCall | None:
 
 
 def _replace(node: fx.Node, step: PackedCall) -> None:
-    """Let a step do what a module did; between two matrix products channels stay last."""
+    """Replace a module's call by a step; between two matrix products channels stay last."""
     graph, x = node.graph, node.args[0]
     with graph.inserting_before(node):
         if isinstance(step, PixelProduct):
@@ -167,15 +167,24 @@ _programs: weakref.WeakKeyDictionary[nn.Module, _Program] = weakref.WeakKeyDicti
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        # containers are opened; whatever else has no children is a step
+        # containers are traced through; a module without children is a step
         return not any(True for _ in m.children()) or super().is_leaf_module(m, module_qualified_name)
 
 
 def fuse_network(model: nn.Module) -> tuple[nn.Module, int]:
-    """A copy in which convolutions and linear layers took over additions and ReLUs behind them, and how many did.
+    """A copy in which convolutions and linear layers take over the additions and ReLUs that follow them.
 
-    The largest parts of the network that ``torch.fx`` can trace are rewritten, also for packed weights alone; the
-    others keep their code, with linear layers packed.
+    The largest parts of the network that ``torch.fx`` can trace are rewritten, also where only the weights get packed.
+    Other parts keep their code, and their linear layers are packed.
+
+    Args:
+        model: the network; it is not changed.
+
+    Returns:
+        The copy in evaluation mode, and the number of layers that took something over.
+
+    Example:
+        >>> fused, count = fuse_network(model)
     """
     model = copy.deepcopy(model).eval()
     return _fuse_part(model)
@@ -202,12 +211,12 @@ def _fuse_part(module: nn.Module) -> tuple[nn.Module, int]:
 
 
 def _stays_open(module: nn.Module) -> bool:
-    """Containers that cannot be called, and modules that set ``parts_stay``: their children stay modules."""
+    """Whether children stay modules: in containers that cannot be called, and in modules that set ``parts_stay``."""
     return getattr(module, 'parts_stay', False) is True or isinstance(module, (nn.ModuleList, nn.ModuleDict))
 
 
 def _has_options(module: nn.Module) -> bool:
-    """Whether its code may depend on arguments left out, for which ``torch.fx`` would trace a tensor."""
+    """Whether ``forward`` has optional arguments: ``torch.fx`` would trace a tensor for each of them."""
     parameters = inspect.signature(module.forward).parameters.values()
     return any(p.default is not p.empty for p in parameters)
 
@@ -223,7 +232,7 @@ def _rewrite(module: nn.Module, graph: fx.Graph) -> tuple[nn.Module, int]:
         return node.op in ('call_function', 'call_method') and node.target in functions
 
     def free_link(node: fx.Node | None) -> fx.Node | None:
-        """Of a chain of convolutions that add up, the one that can take another summand in."""
+        """The convolution in a chain of fused sums that can take one more summand; None if there is none."""
         while node is not None and len(node.args) == 2:
             before: Any = node.args[1]
             open_ = kind(before, (FusedConv2d,)) and _only_user(before) is node
@@ -262,11 +271,11 @@ def _rewrite(module: nn.Module, graph: fx.Graph) -> tuple[nn.Module, int]:
         while isinstance(fused, FusedConv2d) and (addition := _only_user(node)) and calls(addition, _ADD_CALLS):
             other = _summand(addition, node)
             link = free_link(node)
-            # the summand that is computed last takes the other one in
+            # the summand that is computed last takes over the addition
             if other is None or link is None or order[other] >= order[link]:
                 break
             others = [u for u in other.users if u is not addition]
-            # an alias (a slice, say) would see the change
+            # an alias, such as a slice, would see the change
             in_place = kind(other, (FusedConv2d,)) and all(kind(u, (FusedConv2d, FusedLinear)) for u in others)
             modules[str(link.target)].in_place = in_place and all(order[u] < order[link] for u in others)  # type: ignore[assignment]
             link.args = (*link.args, other)
@@ -286,7 +295,7 @@ def _rewrite(module: nn.Module, graph: fx.Graph) -> tuple[nn.Module, int]:
 
 
 def _with_attributes(traced: FusedNetwork, module: nn.Module, memo: dict[int, Any]) -> FusedNetwork:
-    """What the module said of itself (feature_info, pretrained_cfg, ...) is asked of the result too."""
+    """Copy the module's own attributes (feature_info, pretrained_cfg, ...) to the traced network."""
     for key, value in vars(module).items():
         if not key.startswith('_') and key not in vars(traced):
             traced.__dict__[key] = copy.deepcopy(value, memo)
@@ -299,7 +308,7 @@ def _only_user(node: fx.Node) -> fx.Node | None:
 
 
 def _summand(addition: fx.Node, node: fx.Node) -> fx.Node | None:
-    """What is added to the node, if that is one tensor."""
+    """The tensor that is added to the node, None if it is not one node of the graph."""
     if len(addition.args) != 2 or addition.kwargs:
         return None
     other = addition.args[1] if addition.args[0] is node else addition.args[0]

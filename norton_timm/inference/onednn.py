@@ -1,7 +1,7 @@
-"""Convolutions and linear layers that oneDNN runs with what follows them, their weights packed once; CPUs only.
+"""Convolutions and linear layers that oneDNN runs together with an addition and a ReLU, on packed weights; CPUs only.
 
 This module is the only one that uses private parts of PyTorch: the operators `torch.ops.mkldnn._*` and four functions
-of `torch._C`. `onednn_available` tries all of them out once. Where one is missing or takes other arguments, layers run
+of `torch._C`. `onednn_available` tries all of them once. Where one is missing or takes other arguments, layers run
 as plain PyTorch, and the log says so.
 """
 
@@ -21,13 +21,13 @@ from torch.nn import functional as F
 log = logging.getLogger(__name__)
 
 TO_LAST, TO_FIRST = (0, 2, 3, 1), (0, 3, 1, 2)  # channels
-_SMALL = 100_000_000  # MACs up to which a call's overhead tells
+_SMALL = 100_000_000  # MACs up to which a call's overhead matters
 PackedCall = Callable[..., Tensor]
 
 
 @functools.cache
 def onednn_available() -> bool:
-    """Whether this build of PyTorch has oneDNN's fused operators, and they compute what they should."""
+    """Whether this build of PyTorch has oneDNN's fused operators and they compute the right values."""
     if not torch.backends.mkldnn.is_available():
         return False
     try:
@@ -63,20 +63,20 @@ def _operators_agree() -> bool:
 
 
 def below_autograd() -> AbstractContextManager[Any]:
-    """A context in which operators skip autograd, which takes 8 us of each call without gradients."""
+    """A context in which operators skip autograd, which takes 8 us per call even without gradients."""
     return torch._C._AutoDispatchBelowAutograd()
 
 
 class Fused(nn.Module):
-    """A layer that oneDNN runs with a ReLU behind it.
+    """A layer that oneDNN runs together with a ReLU.
 
-    Runs plain operations where it is compiled, exported or differentiated, and off the CPU. From the first call on it
-    holds its weights twice, the second time packed as oneDNN reads them; copies and pickles do not. Weights that change
-    are packed again, but two ways to change them go unnoticed: in place through ``.data``, and in place if they were
-    made in inference mode, for then PyTorch counts no version.
+    It runs plain operations where it is compiled, exported or differentiated, and on other devices. From its first call
+    on it also holds a copy of its weights, packed as oneDNN reads them; copies and pickles of the layer do not have it.
+    Weights that change are packed again. Two changes go unnoticed: in place through ``.data``, and in place to weights
+    made in inference mode, because PyTorch counts no version for those.
 
     Attributes:
-        relu: whether a ReLU ends it.
+        relu: whether the layer ends with a ReLU.
     """
 
     weight: Tensor
@@ -85,18 +85,18 @@ class Fused(nn.Module):
     _packed: tuple[Any, PackedCall, Tensor] | None = None
 
     def packed(self) -> PackedCall | None:
-        """The call that computes it with packed weights: None before the first input and after a change of weights."""
+        """The layer as one call with packed weights; None before the first input and after a change of weights."""
         if self._packed is None or self._packed[0] != self._version():
             return None
         return self._packed[1]
 
     def _version(self) -> Any:
         weight = self.weight
-        # the bias is not packed: a change of its values needs no notice
+        # the bias is not packed, so its values may change
         return weight.data_ptr(), None if weight.is_inference() else weight._version, id(self.bias)
 
     def _keep(self, step: PackedCall) -> PackedCall:
-        # with the weight itself, lest another one should get its address
+        # with the weight itself, so that no other tensor can get its address
         self._packed = self._version(), step, self.weight.detach()
         return step
 
@@ -155,7 +155,7 @@ class FusedConv2d(Fused, nn.Conv2d):
 class FusedLinear(Fused, nn.Linear):
     """``relu(linear(x))`` where ``relu`` is optional; (..., I) -> (..., O).
 
-    PyTorch's own product is MKL's, which on an AMD EPYC takes two to five times as long for more than one row.
+    PyTorch's own product uses MKL. On an AMD EPYC that takes two to five times as long for more than one row.
     """
 
     @classmethod
@@ -199,28 +199,28 @@ def _is_plain_input(x: Any) -> bool:
         and x.numel() > 0  # a head without boxes
         and not (x.requires_grad and torch.is_grad_enabled())
         and not torch._C._is_any_autocast_enabled()
-        and not torch._C._len_torch_dispatch_stack()  # who counts or traces operations does not know oneDNN's
+        and not torch._C._len_torch_dispatch_stack()  # counters and tracers of operations do not know oneDNN's
     )
 
 
 def is_pointwise(conv: nn.Conv2d, any_stride: bool = False) -> bool:
-    """Whether a convolution multiplies each pixel, or each of a grid of pixels, by one matrix and does nothing else."""
+    """Whether a convolution is one matrix product per pixel: 1x1, ungrouped, unpadded, with stride 1 or any stride."""
     strides = any_stride or conv.stride == (1, 1)
     return conv.kernel_size == (1, 1) and strides and conv.padding == (0, 0) and conv.groups == 1
 
 
 def packed_bytes(model: nn.Module) -> int:
-    """Bytes of the second copies of weights that fused layers hold in oneDNN's own layout."""
+    """Bytes of the packed copies of weights that fused layers hold for oneDNN."""
     return sum(m.weight.nbytes for m in model.modules() if isinstance(m, Fused) and m._packed is not None)
 
 
 def _convolution(
     weight: Tensor, bias: Tensor | None, geometry: list[Any], relu: bool, adds: bool, in_place: bool
 ) -> PackedCall:
-    """A convolution of oneDNN with everything but the maps bound."""
+    """A convolution of oneDNN as a function of its input maps alone."""
     act, unary = 'relu' if relu else 'none', 'relu' if relu else None
     padding, stride, dilation, groups = geometry
-    # without the Python method that calls an overload: 66 times a pass of a ResNet-50
+    # `_op` skips the Python method that calls an overload, 66 times in a pass of a ResNet-50
     conv, in_place_conv = torch.ops.mkldnn._convolution_pointwise, torch.ops.mkldnn._convolution_pointwise_
     plain, adding, inside = conv.default._op, conv.binary._op, in_place_conv.binary._op
 
@@ -237,7 +237,7 @@ def _convolution(
 
 
 class PixelProduct:
-    """A 1x1 convolution as a matrix product, whose call costs half as much; (N, I, H, W) -> (N, O, H, W).
+    """A 1x1 convolution as a matrix product, with half the cost of a call; (N, I, H, W) -> (N, O, H, W).
 
     Attributes:
         product: the same with channels last, (N, H, W, I) -> (N, H, W, O).
@@ -251,7 +251,7 @@ class PixelProduct:
 
 
 def _product(weight: Tensor, bias: Tensor | None, relu: bool, rows: int) -> PackedCall:
-    """A matrix product of oneDNN with everything but its input bound; ``weight`` (O, I), ``rows`` at a time."""
+    """A matrix product of oneDNN as a function of its input (``rows``, I) alone; ``weight`` is (O, I)."""
     packed, act = torch.ops.mkldnn._reorder_linear_weight(weight, rows), 'relu' if relu else 'none'
     product = torch.ops.mkldnn._linear_pointwise.default._op
 

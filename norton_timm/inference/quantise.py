@@ -12,10 +12,10 @@ from norton_timm.inference.export import TracedNetwork, format_of, need
 
 
 def quantise(path: Path, images: Sequence[Tensor], model: nn.Module) -> Path:
-    """Quantise an exported classifier; ranges of activations come from the images.
+    """Quantise an exported classifier; the ranges of its activations come from the images.
 
     Args:
-        path: .onnx (ONNX Runtime's static quantisation, QDQ, a scale for each channel) or .xml (NNCF).
+        path: .onnx (ONNX Runtime's static quantisation, QDQ, one scale per channel) or .xml (NNCF).
         images: batches (N, C, H, W).
         model: the network in the file.
 

@@ -1,6 +1,6 @@
-"""Layer types of ours, which take the place of PyTorch's in a compressed network: the decomposed convolution, the
-linear layer of low rank, the shortcut that maps channels; and a handler for
-every layer type.
+"""Our layer types, and what the toolkit knows of every layer type. The decomposed convolution, the low-rank linear
+layer and the shortcut that maps channels replace PyTorch's layers in a compressed network. One handler per layer type
+says how the layer is sliced and what it costs.
 """
 
 from norton_timm.layers.channel_map import ChannelMap, padding_index
@@ -14,6 +14,7 @@ from norton_timm.layers.handlers import (
     filters_of,
     first_conv,
     handler_of,
+    has_computed_weight,
     is_counted,
     nearest_handler,
     register,
@@ -25,6 +26,6 @@ from norton_timm.layers.low_rank import LowRankLinear, factor_linears, factor_sh
 __all__ = [
     'FORMS', 'MAKES', 'MIXES', 'PASSES', 'CPDConv2d', 'ChannelMap', 'ConvHandler', 'LayerHandler',
     'LowRankLinear', 'Positions', 'conv_padding', 'factor_linears', 'factor_shapes', 'filters_of', 'first_conv',
-    'handler_of', 'is_counted', 'nearest_handler', 'padding_index', 'prefers_merged', 'register', 'set_form', 'take',
-    'use_form',
+    'handler_of', 'has_computed_weight', 'is_counted', 'nearest_handler', 'padding_index', 'prefers_merged',
+    'register', 'set_form', 'take', 'use_form',
 ]  # fmt: skip

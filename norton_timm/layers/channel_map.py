@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 
 def padding_index(in_channels: int, out_channels: int) -> list[int]:
-    """Where option A's symmetric zero padding (or, when narrowing, cropping) puts each input channel.
+    """The map of option A: symmetric zero padding, or symmetric cropping where there are fewer outputs than inputs.
 
     Returns:
-        For each of the `out_channels` outputs the input channel that it shows, or -1 for zero.
+        For each of the `out_channels` outputs, the index of its input channel, or -1 for zero.
     """
     low = (out_channels - in_channels) // 2
     return [j - low if 0 <= j - low < in_channels else -1 for j in range(out_channels)]
@@ -22,8 +22,8 @@ def padding_index(in_channels: int, out_channels: int) -> list[int]:
 class ChannelMap(nn.Module):
     """Subsamples space and places each channel: output `j` is input `index[j]`, or zero where that is -1.
 
-    Option A (He et al. 2015, section 4.2) pads with zero channels; a map that says where each channel lands
-    stays exact when channels on either side are pruned, and keeps the stages independent of each other.
+    Option A (He et al. 2015, section 4.2) pads with zero channels. A map from outputs to inputs stays exact when
+    channels on either side are pruned, and keeps the stages independent of each other.
 
     Args:
         in_channels: Channels of the input (N, in_channels, H, W).
@@ -33,6 +33,11 @@ class ChannelMap(nn.Module):
 
     Raises:
         ValueError: `index` has another length than `out_channels`, or an entry outside that range.
+
+    Example:
+        >>> shortcut = ChannelMap(16, 32, stride=2)
+        >>> shortcut(torch.rand(1, 16, 8, 8)).shape
+        torch.Size([1, 32, 4, 4])
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int = 1, index: Sequence[int] | None = None):
@@ -49,7 +54,7 @@ class ChannelMap(nn.Module):
 
     @torch.jit.unused
     def set_index(self, index: Sequence[int] | Tensor, in_channels: int | None = None) -> None:
-        """Replaces the map and both channel counts in place, on the device where the old one is."""
+        """Replace the map and both channel counts in place, on the device of the old map."""
         entries = [int(i) for i in (index.tolist() if isinstance(index, Tensor) else index)]
         in_channels = self.in_channels if in_channels is None else in_channels
         bad = [i for i in entries if not -1 <= i < in_channels]
@@ -83,7 +88,7 @@ class ChannelMap(nn.Module):
         return x.index_select(1, self.index)
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, errors):
-        """Takes an index of any length over; networks trained elsewhere carry none and keep the current one."""
+        """Load an index of any length; a checkpoint from elsewhere has none, and the current one stays."""
         index = state_dict.get(prefix + 'index')
         if index is None:
             return

@@ -13,8 +13,8 @@ from norton_timm.tensors import CPFactors, cp_decompose
 
 FORMS = ('factored', 'merged', 'dense', 'auto')
 
-# up to so many products O * R * I * Kh * Kw, one elementwise product and sum builds and differentiates a kernel faster
-# than O matrix products of inner size R do, most of all under autocast, which casts their operands (2 CPU cores)
+# up to this many products O * R * I * Kh * Kw, an elementwise product and a sum build and differentiate a kernel faster
+# than O matrix products of inner size R, above all under autocast, which casts their operands (2 CPU cores)
 _FEW_PRODUCTS = 100_000
 
 IntPair = int | tuple[int, ...]
@@ -43,16 +43,15 @@ def conv_padding(conv: nn.Conv2d) -> tuple[int, int]:
 
 
 class CPDConv2d(nn.Module):
-    """A 2-d convolution whose every filter is a rank-R canonical polyadic decomposition (CPD).
+    """A 2-d convolution that stores every filter as a canonical polyadic decomposition (CPD) of rank R.
 
     Filter o is ``sum_r C[o, :, r] x A[o, :, r] x B[o, :, r]`` (NORTON, eq. 6): a 1x1, a Kh x 1 and a
-    1 x Kw convolution. Rows are filter-major (``o * R + r``), so the sum over r is done by the last
-    grouped convolution.
+    1 x Kw convolution. Rows are filter-major (``o * R + r``), so the last grouped convolution sums over r.
 
-    The same parameters run in three equal forms:
+    The same parameters run in three forms with equal outputs, or in the one that ``auto`` picks:
 
-    * ``factored``: 1x1, Kh x 1, 1 x Kw, the fewest multiply-accumulates;
-    * ``merged``: 1x1, then one grouped Kh x Kw convolution, fewer passes over memory;
+    * ``factored``: 1x1, Kh x 1, 1 x Kw; it has the fewest multiply-accumulates;
+    * ``merged``: 1x1, then one grouped Kh x Kw convolution; it passes over memory fewer times;
     * ``dense``: the full kernel is rebuilt (a small matrix product) and one ordinary convolution runs;
     * ``auto``: ``dense`` while training; otherwise the cheaper of ``merged`` and ``dense`` by a cost rule,
       or what :func:`norton_timm.tune_forms` measured. It never measures by itself, because then two runs of
@@ -68,6 +67,11 @@ class CPDConv2d(nn.Module):
 
     Raises:
         ValueError: a rank below 1, an unknown form, or channels that the groups do not divide.
+
+    Example:
+        >>> layer = CPDConv2d(64, 128, 3, rank=2, padding=1)
+        >>> layer(torch.rand(1, 64, 32, 32)).shape
+        torch.Size([1, 128, 32, 32])
     """
 
     def __init__(
@@ -130,13 +134,13 @@ class CPDConv2d(nn.Module):
     def like(
         cls, conv: nn.Conv2d, rank: int, form: str = 'auto', device: torch.device | str | None = None
     ) -> CPDConv2d:
-        """A layer with fresh factors in the place of a convolution.
+        """A layer with random factors and the geometry of a convolution.
 
         Args:
-            conv: tells channels, geometry, type, training mode and whether there are gradients.
+            conv: gives channels, geometry, dtype, training mode, and whether gradients are needed.
             rank: R.
             form: one of ``FORMS``.
-            device: of the factors; by default the convolution's.
+            device: device of the factors; by default that of the convolution.
 
         Raises:
             ValueError: padding that is not zeros, or asymmetric.
@@ -164,6 +168,11 @@ class CPDConv2d(nn.Module):
 
         Raises:
             ValueError: padding that is not zeros, or asymmetric.
+
+        Example:
+            >>> layer = CPDConv2d.from_conv(nn.Conv2d(64, 128, 3, padding=1), rank=2)
+            >>> layer.kernel().shape
+            torch.Size([128, 64, 3, 3])
         """
         weight = conv.weight
         layer = cls.like(conv, rank, form, 'meta').to_empty(device=weight.device)
@@ -177,10 +186,10 @@ class CPDConv2d(nn.Module):
 
     @torch.no_grad()
     def set_factors(self, factors: CPFactors) -> None:
-        """Load ``A (O, Kh, R)``, ``B (O, Kw, R)``, ``C (O, I / groups, R)``, with the three norms made equal.
+        """Load ``A (O, Kh, R)``, ``B (O, Kw, R)``, ``C (O, I / groups, R)``, scaled to equal norms.
 
-        Equal norms make one learning rate right for all three factors. A component with a zero column contributes
-        nothing and is loaded as it is: with all three columns at zero it would never get a gradient.
+        With equal norms one learning rate is right for all three factors. A component with a zero column contributes
+        nothing and is loaded unscaled: with all three columns at zero it would never get a gradient.
         """
         a, b, c = (f.detach().double() for f in factors[:3])
         norms = torch.stack([f.norm(dim=1) for f in (a, b, c)])  # (3, O, R)
@@ -206,7 +215,7 @@ class CPDConv2d(nn.Module):
         """The dense kernel (O, I / groups, Kh, Kw) that the factors stand for."""
         o, r, (kh, kw) = self.out_channels, self.rank, self.kernel_size
         spatial = self.merged_kernel()
-        fan_in = self.in_channels // self.groups  # numbers of Python: torch.fx follows tensors only
+        fan_in = self.in_channels // self.groups  # a Python number: torch.fx traces tensors only
         if o * r * fan_in * kh * kw <= _FEW_PRODUCTS:
             terms = self.pointwise.view(o, r, fan_in, 1, 1) * spatial[:, :, None]
             return terms.sum(1)
@@ -260,7 +269,7 @@ class CPDConv2d(nn.Module):
 def prefers_merged(rank: int, fan_in: float, kernel: float, stride: float) -> bool:
     """Whether the merged form is cheaper than the dense one by a rule of thumb.
 
-    The 1x1 convolution runs at input resolution; a grouped convolution takes about 4 times as long as its MACs say.
+    The 1x1 convolution runs at input resolution. A grouped convolution takes about 4 times as long as its MACs say.
 
     Args:
         rank: R.
@@ -272,7 +281,11 @@ def prefers_merged(rank: int, fan_in: float, kernel: float, stride: float) -> bo
 
 
 def set_form(model: nn.Module, form: str) -> nn.Module:
-    """Set the form of every CPDConv2d of ``model``; returns the model."""
+    """Set the form of every CPDConv2d of ``model``; returns the model.
+
+    Example:
+        >>> model = set_form(model, 'factored')
+    """
     for module in model.modules():
         if isinstance(module, CPDConv2d):
             module.form = form
@@ -281,7 +294,7 @@ def set_form(model: nn.Module, form: str) -> nn.Module:
 
 @contextmanager
 def use_form(model: nn.Module, form: str) -> Iterator[None]:
-    """Run a block with every CPDConv2d in one form, then restore each layer's own."""
+    """Run a block with every CPDConv2d in one form, then restore each layer's own form."""
     layers = [m for m in model.modules() if isinstance(m, CPDConv2d)]
     before = [layer.form for layer in layers]
     set_form(model, form)

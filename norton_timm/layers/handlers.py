@@ -1,7 +1,7 @@
-"""What the toolkit must know of a layer type: one class per type.
+"""The base class of layer handlers, and how the handler of a layer is found.
 
 A handler says how channels run through a layer, how they are sliced, what a filter costs, what the filters are, and
-how the widths are read back from tensors. `handler_of` looks the type up. The handlers stand in `layer_types.py`.
+how the widths are read back from tensors. `handler_of` looks the type up. The handlers are in `layer_types.py`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ MAKES, PASSES, MIXES = 'makes', 'passes', 'mixes'  # roles of a layer, see Layer
 
 @dataclass
 class Positions:
-    """Places that a layer computes at, summed over its calls and the batch.
+    """Positions at which a layer computes, summed over its calls and the batch.
 
     Attributes:
         inputs: positions of the input map.
@@ -40,8 +40,8 @@ class LayerHandler:
         role: ``makes`` channels from those that it reads (a convolution), ``passes`` each channel through on its own
             (a batch norm), or ``mixes`` all channels, which are then kept (a layer norm).
         counted: whether its multiply-accumulates count.
-        carries: whether it only puts channels into other places.
-        scales: name of the parameter whose rows scale the outputs, so that a norm can be folded into it; '' if none.
+        carries: whether it only moves channels to other places.
+        scales: name of the parameter that a norm can be folded into, because its rows scale the outputs; '' if none.
     """
 
     types: tuple[type[nn.Module], ...] = ()
@@ -59,11 +59,11 @@ class LayerHandler:
         return 1
 
     def groups(self, module: Any) -> int:
-        """Groups in which outputs read inputs."""
+        """Number of groups of a convolution, 1 for other layers."""
         return int(getattr(module, 'groups', 1))
 
     def put(self, module: Any, kind: str, keep: Tensor) -> None:
-        """Give the layer the channels of these indices, in place; -1 stands for a channel of zeros.
+        """Keep the channels of these indices, in place; -1 adds a channel of zeros.
 
         Args:
             module: the layer.
@@ -73,19 +73,19 @@ class LayerHandler:
         raise NotImplementedError(f'{type(self).__name__} slices no channels')
 
     def read_widths(self, module: Any, name: str, inputs: int | None = None) -> None:
-        """Set the numbers of channels after new tensors took the place of the old ones.
+        """Set the numbers of channels from the layer's tensors, after they were replaced.
 
         Args:
             module: the layer.
-            name: for messages.
-            inputs: input channels, where no tensor tells them.
+            name: name of the layer, for messages.
+            inputs: number of input channels, for layers without a tensor that tells it.
 
         Raises:
             ValueError: tensors that do not fit together.
         """
 
     def filters(self, module: Any) -> Tensor:
-        """The filters (O, I, Kh, Kw), I of one group; missing kernel dimensions are 1."""
+        """The filters (O, I, Kh, Kw) with I inputs of one group; missing kernel dimensions are 1."""
         return four_dimensions(module.weight.detach())
 
     def note_positions(self, places: Positions, inputs: Tensor, output: Tensor) -> None:
@@ -96,12 +96,12 @@ class LayerHandler:
             places.middle += inputs.shape[0] * output.shape[2] * inputs.shape[3]
 
     def filter_cost(self, module: Any, places: Positions, rank: int) -> tuple[float, float]:
-        """Multiply-accumulates of one filter: for each input channel that it reads, and besides.
+        """Multiply-accumulates of one filter: per input channel that it reads, and those that do not depend on inputs.
 
         Args:
             module: the layer.
-            places: where it computes; one place each gives the numbers that a filter stores.
-            rank: of a decomposition of the layer, 0 for the layer as it is.
+            places: positions at which it computes; with one position each, the result is the filter's parameters.
+            rank: rank of a decomposition of the layer, 0 for the layer as it is.
         """
         return 0.0, 0.0
 
@@ -110,10 +110,15 @@ _HANDLERS: dict[type, LayerHandler] = {}
 
 
 def register(cls: type[LayerHandler]) -> type[LayerHandler]:
-    """Make a handler known for its types; a decorator.
+    """Decorator that registers a handler for its layer types.
 
     Raises:
         ValueError: a type that has a handler already.
+
+    Example:
+        >>> @register
+        ... class MyConvHandler(ConvHandler):
+        ...     types = (MyConv2d,)
     """
     handler = cls()
     for kind in cls.types:
@@ -124,17 +129,33 @@ def register(cls: type[LayerHandler]) -> type[LayerHandler]:
 
 
 def handler_of(module: nn.Module) -> LayerHandler | None:
-    """The handler of exactly this layer type, None for all other modules."""
+    """The handler of exactly this layer type; None for modules without one.
+
+    Example:
+        >>> conv = nn.Conv2d(3, 8, 5)
+        >>> handler_of(conv).widths(conv)
+        (3, 8)
+    """
     return _HANDLERS.get(type(module))
 
 
 def nearest_handler(module: nn.Module) -> LayerHandler | None:
-    """The handler of the layer's type or of the nearest type that it derives from."""
+    """The handler of the layer's type, or of its nearest base class that has one; None if there is none."""
     return next((_HANDLERS[kind] for kind in type(module).__mro__ if kind in _HANDLERS), None)
 
 
+def has_computed_weight(module: nn.Module) -> bool:
+    """Whether a hook computes the weight from other tensors before each call (weight norm, pruning masks)."""
+    return isinstance(getattr(module, 'weight', None), Tensor) and 'weight' not in module._parameters
+
+
 def filters_of(module: nn.Module) -> Tensor:
-    """The filters of a layer (O, I, Kh, Kw), see :meth:`LayerHandler.filters`."""
+    """The filters of a layer (O, I, Kh, Kw), see :meth:`LayerHandler.filters`.
+
+    Example:
+        >>> filters_of(nn.Conv2d(3, 8, 5)).shape
+        torch.Size([8, 3, 5, 5])
+    """
     return (nearest_handler(module) or LayerHandler()).filters(module)
 
 
@@ -150,13 +171,13 @@ def first_conv(model: nn.Module) -> tuple[str, nn.Module] | None:
 
 
 def take(module: nn.Module, name: str, keep: Tensor, dim: int) -> None:
-    """Put the given indices of one parameter or buffer in its place; type, device and memory layout stay.
+    """Replace a parameter or buffer by the given indices of it; dtype, device and memory layout stay.
 
     Args:
-        module: the owner.
-        name: of the tensor.
-        keep: (n,) old indices, -1 is zero.
-        dim: that they are of.
+        module: owner of the tensor.
+        name: name of the tensor.
+        keep: (n,) old indices, -1 gives zeros.
+        dim: dimension that the indices select from.
     """
     old = getattr(module, name)
     source = old.detach()

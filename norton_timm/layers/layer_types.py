@@ -16,7 +16,7 @@ from norton_timm.layers.handlers import MIXES, PASSES, LayerHandler, Positions, 
 
 
 def _set_outputs(module: Any, kind: str, channels: int) -> None:
-    """Note the number of outputs; a depthwise layer has as many inputs and groups, by its multiplier."""
+    """Set the number of outputs; a depthwise layer also has outputs / multiplier inputs and groups."""
     if kind == 'depthwise':
         module.in_channels = module.groups = channels // (module.out_channels // module.in_channels)
     module.out_channels = channels
@@ -40,7 +40,7 @@ class ConvHandler(_Convolution):
     scales = 'weight'
 
     def put(self, module: Any, kind: str, keep: Tensor) -> None:
-        if kind == 'in':  # equal places are kept in every group
+        if kind == 'in':  # every group keeps the same places
             take(module, 'weight', keep[keep < module.in_channels // module.groups], 1)
             module.in_channels = len(keep)
             return
@@ -77,7 +77,7 @@ class TransposedConvHandler(_Convolution):
             return
         if kind == 'depthwise':
             take(module, 'weight', keep, 0)
-        else:  # equal places are kept in every group
+        else:  # every group keeps the same places
             take(module, 'weight', keep[keep < module.out_channels // module.groups], 1)
         if module.bias is not None:
             take(module, 'bias', keep, 0)
@@ -91,7 +91,7 @@ class TransposedConvHandler(_Convolution):
 
     def filters(self, module: Any) -> Tensor:
         weight = module.weight.detach().transpose(0, 1)
-        if module.groups > 1:  # (O / groups, I, ...): the input channels of a filter are one group's
+        if module.groups > 1:  # (O / groups, I, ...): a filter reads the input channels of one group
             weight = torch.cat([w for w in weight.split(weight.shape[1] // module.groups, dim=1)])
         return four_dimensions(weight)
 
@@ -136,7 +136,7 @@ class CPDConvHandler(_Convolution):
         return module.kernel().detach()
 
     def filter_cost(self, module: CPDConv2d, places: Positions, rank: int) -> tuple[float, float]:
-        return super().filter_cost(module, places, module.rank)  # it costs what its own rank says
+        return super().filter_cost(module, places, module.rank)  # its own rank decides
 
 
 @register
@@ -196,7 +196,7 @@ class ChannelMapHandler(LayerHandler):
 
 @register
 class BatchNormHandler(LayerHandler):
-    """Norms with statistics of each channel on its own."""
+    """Norms with separate statistics for each channel."""
 
     types = (
         nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, FrozenBatchNorm2d,

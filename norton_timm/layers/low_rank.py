@@ -1,4 +1,4 @@
-"""LowRankLinear: a linear layer as two, the product of whose weights has low rank."""
+"""LowRankLinear: a linear layer of low rank, stored as two linear layers."""
 
 from __future__ import annotations
 
@@ -9,18 +9,23 @@ from norton_timm.utils import plain_layer, replace_module
 
 
 class LowRankLinear(nn.Sequential):
-    """A linear layer whose weight (O, I) is ``second.weight @ first.weight``, (O, R) times (R, I).
+    """A linear layer of rank R: its weight (O, I) is ``second.weight @ first.weight``, (O, R) times (R, I).
 
-    It is made of two ordinary linear layers, so that all that knows linear layers knows this one too.
+    It consists of two ordinary linear layers, so code that handles linear layers handles this one too.
 
     Args:
         in_features: I.
         out_features: O.
         rank: R.
-        bias: of the second layer.
+        bias: whether the second layer has a bias.
 
     Raises:
         ValueError: a rank below 1 or above min(I, O).
+
+    Example:
+        >>> layer = LowRankLinear.from_linear(nn.Linear(512, 256), rank=32)
+        >>> layer(torch.rand(1, 512)).shape
+        torch.Size([1, 256])
     """
 
     def __init__(
@@ -58,7 +63,7 @@ class LowRankLinear(nn.Sequential):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, rank: int) -> LowRankLinear:
-        """The best approximation of this rank (truncated SVD); both factors get the roots of the singular values."""
+        """The best approximation of this rank, a truncated SVD; each factor takes the roots of the singular values."""
         weight = linear.weight
         layer = cls(
             linear.in_features, linear.out_features, rank, linear.bias is not None, weight.device, weight.dtype
@@ -80,7 +85,15 @@ class LowRankLinear(nn.Sequential):
 
 
 def factor_linears(model: nn.Module, ranks: dict[str, int]) -> dict[str, float]:
-    """Replace linear layers by their truncated SVD, in place; squared relative error of each weight by name."""
+    """Replace linear layers by their truncated SVD, in place.
+
+    Args:
+        model: the network.
+        ranks: rank by layer name.
+
+    Returns:
+        Squared relative error of each weight, by layer name.
+    """
     errors = {}
     for name, rank in ranks.items():
         linear: nn.Linear = model.get_submodule(name)  # type: ignore[assignment]
@@ -93,15 +106,15 @@ def factor_linears(model: nn.Module, ranks: dict[str, int]) -> dict[str, float]:
 
 
 def factor_shapes(model: nn.Module, ranks: dict[str, int], device: str | None = None) -> None:
-    """Replace linear layers by fresh ones of these ranks, in place.
+    """Replace linear layers by low-rank layers with random weights, in place.
 
     Args:
         model: the network.
         ranks: rank by layer name.
-        device: of the new weights; by default that of the old ones.
+        device: device of the new weights; by default that of the old ones.
 
     Raises:
-        ValueError: a name that is no plain linear layer, or a rank that it cannot have.
+        ValueError: a name that is no plain linear layer, or a rank that the layer cannot have.
     """
     for name, rank in ranks.items():
         linear = plain_layer(model, name, nn.Linear, 'low-rank')

@@ -1,4 +1,4 @@
-"""What a network costs: multiply-accumulates and parameters counted, milliseconds and megabytes measured."""
+"""What a network costs: its MACs and parameters are counted, its latency and memory are measured."""
 
 from norton_timm.profiling.complexity import (
     Complexity,

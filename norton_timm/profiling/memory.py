@@ -1,4 +1,4 @@
-"""Memory: what inference of a network needs, and the most that this process has held."""
+"""Memory in bytes: what inference with a network needs, and the most that this process has held."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MEGABYTE = 1_000_000
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Follows the storages that operations make and notes the largest sum of those alive at once."""
+    """Follows the storages that operations make and keeps the largest total of those alive at once."""
 
     def __init__(self, known: Sequence[Tensor]) -> None:
         super().__init__()
@@ -45,11 +45,14 @@ class _LiveBytes(TorchDispatchMode):
 
 
 def peak_memory(model: nn.Module, example_input: Any) -> int:
-    """Bytes that inference needs: parameters, buffers, and the activations alive at once at the worst moment.
+    """Bytes that inference needs: parameters, buffers, and the largest total of activations alive at once.
 
-    Counts what tensors hold, the input included, in evaluation mode without gradients; an operation's input and
-    output are alive together. Scratch space inside a kernel and the allocator's own overhead are not in it, so the
-    figure does not depend on the device.
+    The network runs in evaluation mode without gradients. The bytes of all tensors count, the input included; an
+    operation's input and output are alive together. Scratch space inside a kernel and the allocator's overhead do not
+    count, so the figure does not depend on the device.
+
+    Example:
+        >>> megabytes = peak_memory(model, torch.rand(1, 3, 224, 224)) / MEGABYTE
     """
     owned = [*model.parameters(), *model.buffers()]
     weights = {StorageWeakRef(t.untyped_storage()).cdata: t.untyped_storage().nbytes() for t in owned}
@@ -60,7 +63,7 @@ def peak_memory(model: nn.Module, example_input: Any) -> int:
 
 
 def process_peak(device: torch.device) -> int:
-    """Bytes: the most allocated on the accelerator, or the most this process held in main memory."""
+    """The most bytes that this process has held: allocated on a CUDA device, for others in main memory."""
     if device.type == 'cuda':
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == 'darwin' else 1024

@@ -1,8 +1,7 @@
-"""Milliseconds and megabytes of a network on this device, measured."""
+"""Latency: milliseconds of networks and of their layers on this device, measured in turns."""
 
 from __future__ import annotations
 
-import copy
 import random
 import statistics
 import time
@@ -15,14 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from norton_timm.layers import is_counted
-from norton_timm.utils import tensors_in
+from norton_timm.utils import copy_of, tensors_in, to_layout
 
 WARM_UP = 2  # rounds that take_turns leaves out
 
 
 def ready_to_run(model: nn.Module) -> nn.Module:
     """A copy for inference: evaluation mode, channels-last weights."""
-    return copy.deepcopy(model).eval().to(memory_format=torch.channels_last)
+    return to_layout(copy_of(model).eval(), torch.channels_last)
 
 
 def channels_last(value: Any) -> Any:
@@ -35,10 +34,10 @@ def channels_last(value: Any) -> Any:
 
 
 def synchronise(where: Any) -> None:
-    """Wait until the accelerator has done all that was queued; a CPU needs no waiting.
+    """Wait until the accelerator has finished all queued work; a CPU needs no waiting.
 
     Args:
-        where: a device or its name, or an input, whose first tensor tells the device.
+        where: a device or its name, or an input; the first tensor of an input tells the device.
     """
     named = isinstance(where, (str, torch.device))
     device = torch.device(where) if named else next((t.device for t in tensors_in(where)), torch.device('cpu'))
@@ -48,7 +47,7 @@ def synchronise(where: Any) -> None:
 
 @dataclass(frozen=True)
 class Turns:
-    """What calls that took turns spent.
+    """Times of calls that took turns.
 
     Attributes:
         rounds: milliseconds as ``rounds[call][round][pass]``, the same number of rounds for every call.
@@ -61,17 +60,17 @@ class Turns:
         return [ms for turn in self.rounds[call] for ms in turn]
 
     def relative(self) -> list[float]:
-        """Each call's time over the first's: what the median round says.
+        """Each call's time over the first call's: the median of this ratio over the rounds.
 
-        A shared machine changes its speed while one measures: two virtual cores share a cache now and do not a second
-        later, and one network loses more by that than another. Medians of two calls may then come from two speeds; the
-        turns of a round, milliseconds apart, hardly do.
+        A shared machine changes its speed during a measurement: two virtual cores share a cache now and do not a second
+        later, and one network loses more by that than another. The medians of two calls may then come from two speeds.
+        The turns of one round, milliseconds apart, hardly do.
         """
         turns = [[statistics.median(turn) for turn in mine] for mine in self.rounds]
         return [statistics.median(ms / first for ms, first in zip(mine, turns[0])) for mine in turns]
 
     def milliseconds(self) -> list[float]:
-        """Of each call, such that their ratios are those of :meth:`relative`; the first has its median."""
+        """Milliseconds of each call: the median of the first call, times the ratios of :meth:`relative`."""
         first = statistics.median(self.passes(0))
         return [first * ratio for ratio in self.relative()]
 
@@ -79,18 +78,22 @@ class Turns:
 def take_turns(
     calls: Sequence[Callable[[], Any]], sync: Callable[[], None], seconds: float = 2.0, least: int = 7, passes: int = 1
 ) -> Turns:
-    """Time every call again and again.
+    """Time several calls in rounds; in each round every call has one turn.
 
-    The calls take turns, so that a drift of the machine's speed meets all of them, in an order drawn anew each round,
-    because what ran before a call tells in its time.
+    Turns spread a drift of the machine's speed over all calls. The order is drawn again for each round, because the
+    time of a call depends on what ran before it.
 
     Args:
         calls: what to time.
         sync: waits for the device; called before and after each run.
         seconds: about how long to measure in all.
-        least: rounds at least, after those that warm up.
-        passes: runs of a call in each of its turns. Where there are several the first does not count: it finds the
-            cache full of the others' weights, which a network that runs over and over does not.
+        least: least number of rounds, after those that warm up.
+        passes: runs of a call in each of its turns. The first of several does not count: it finds the cache full of
+            the other calls' weights, but a network that runs over and over finds its own.
+
+    Example:
+        >>> turns = take_turns([partial(dense, x), partial(small, x)], partial(synchronise, x))
+        >>> speedup = 1 / turns.relative()[1]
     """
     rounds: list[list[list[float]]] = [[] for _ in calls]
     turns, shuffle = list(zip(calls, rounds)), random.Random(0).shuffle
@@ -120,7 +123,7 @@ def latencies(models: Sequence[nn.Module], example_input: Any, seconds: float = 
         models: networks that take the same input; they are not changed.
         example_input: what their ``forward`` takes.
         seconds: about how long to measure in all.
-        least: rounds at least, after two that warm up.
+        least: least number of rounds, after two that warm up.
     """
     runners, x = [ready_to_run(m) for m in models], channels_last(example_input)
     calls = [partial(runner, x) for runner in runners]
@@ -164,11 +167,15 @@ def compare_latency(
     Args:
         models: networks that take the same input, on the same device; they take turns and are not changed.
         example_input: what their ``forward`` takes.
-        repeats: timed passes of each at least.
+        repeats: least number of timed passes of each network.
         seconds: about how long to measure in all.
 
     Raises:
         ValueError: no networks, or fewer than one pass.
+
+    Example:
+        >>> times = compare_latency({'dense': model, 'compressed': small}, torch.rand(1, 3, 224, 224))
+        >>> speedup = times['dense'] / times['compressed']
     """
     if not models or repeats < 1:
         raise ValueError(f'got {len(models)} networks and repeats={repeats}, expected at least one of each')

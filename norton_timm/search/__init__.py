@@ -1,5 +1,5 @@
-"""From a budget to a recipe: the error and cost of each layer at each rank and width, and the choice of least error
-within the budget.
+"""From a budget to a recipe. This room estimates the error and the cost of each layer at each rank and width, and
+chooses the recipe with the least error within the budget.
 """
 
 from norton_timm.search.budget import find_spec

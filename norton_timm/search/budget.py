@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
 from collections.abc import Callable, Iterable
@@ -25,6 +24,7 @@ from norton_timm.search.allocate import Allocator, Choice
 from norton_timm.search.cost import CostModel
 from norton_timm.search.loss_weights import check_calibration, loss_weights
 from norton_timm.search.sensitivity import Sensitivity, measure_sensitivity, refresh_selection, weighted_nmse
+from norton_timm.utils import as_number, copy_of, uncompiled
 
 logger = logging.getLogger(__name__)
 
@@ -84,8 +84,8 @@ def check_target(kind: str, value: Any) -> None:
     Raises:
         ValueError: it is no positive number, or a fraction above 1.
     """
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > 0
-    if not number or (kind in ('macs', 'params') and value > 1):
+    number = as_number(value)
+    if number is None or not 0 < number < math.inf or (kind in ('macs', 'params') and number > 1):
         wanted = 'the fraction to keep, above 0 and at most 1' if kind in ('macs', 'params') else 'a positive number'
         raise ValueError(f'{kind}: got {str(value)[:60]!r}, expected {wanted}')
 
@@ -111,7 +111,7 @@ class Budget:
         if method not in METHODS:
             raise ValueError(f'method: got {str(method)[:60]!r}, expected one of {", ".join(METHODS)}')
         batches = None if calibration is None else check_calibration(calibration)
-        self.model, self.method = model, method
+        self.model, self.method = (model := uncompiled(model)), method
         self.example_input = make_input(model, example_input)
         self.graph = channel_graph(model, self.example_input)
         self.costs = CostModel(model, self.graph, self.example_input)
@@ -139,7 +139,7 @@ class Budget:
 
     def build(self, spec: CompressionSpec) -> nn.Module:
         """A network of the spec's shapes; its weights mean nothing."""
-        return reshape(copy.deepcopy(self.model), spec, self.example_input)
+        return reshape(copy_of(self.model), spec, self.example_input)
 
     def complexity(self, model: nn.Module) -> Complexity:
         """MACs and parameters of a network, counted by running it."""

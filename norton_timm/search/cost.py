@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from norton_timm.graph import ChannelGraph, Slot
 from norton_timm.layers import LayerHandler, Positions, handler_of, prefers_merged
 from norton_timm.profiling import count_params, layer_macs
-from norton_timm.utils import evaluating, removing
+from norton_timm.utils import after_call, evaluating, removing
 
 COSTS = ('macs', 'params')
 
@@ -26,12 +26,10 @@ def positions_of(model: nn.Module, example_input: Any) -> dict[str, Positions]:
         if handler is None or not handler.counted:
             continue
 
-        def record(
-            _: nn.Module, args: tuple[Tensor, ...], out: Tensor, name: str = name, handler: LayerHandler = handler
-        ) -> None:
-            handler.note_positions(found.setdefault(name, Positions()), args[0], out)
+        def record(_: nn.Module, x: Tensor, out: Tensor, name: str = name, handler: LayerHandler = handler) -> None:
+            handler.note_positions(found.setdefault(name, Positions()), x, out)
 
-        hooks.append(module.register_forward_hook(record))
+        hooks.append(after_call(module, record))
     with removing(hooks), evaluating(model):
         model(example_input)
     return found

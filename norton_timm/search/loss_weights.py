@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ from norton_timm.compression import CompressionSpec, removed_classes, without_la
 from norton_timm.graph import ChannelGraph
 from norton_timm.search.sensitivity import Sensitivity
 from norton_timm.tensors import cp_decompose, cp_reconstruct
-from norton_timm.utils import evaluating, tensors_in
+from norton_timm.utils import copy_of, evaluating, tensors_in
 
 _PROBED_NMSE = 0.2  # the error that a layer is given: large enough to show, small enough that the loss is still smooth
 _LEAST_WEIGHT = 1e-3  # share of the mean: no layer's error is free
@@ -64,7 +63,7 @@ def loss_weights(
         calibration: input batches.
         method: ``norton`` or ``coring``.
     """
-    model = copy.deepcopy(model)
+    model = copy_of(model)
     with evaluating(model):
         reference = [model(batch) for batch in calibration]
         found: dict[str, float] = {}

@@ -10,7 +10,6 @@ layer makes no channels of its own.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import hashlib
 from collections import OrderedDict
@@ -34,6 +33,7 @@ from norton_timm.graph import ChannelGraph, ChannelGroup
 from norton_timm.layers import filters_of
 from norton_timm.profiling import make_input
 from norton_timm.tensors import cp_decompose, select_filters
+from norton_timm.utils import copy_of
 
 _KEPT_AT = np.linspace(0, 1, 17)  # fractions of a group's free channels at which the selection is run
 _EVERY_KEEP = 32  # in groups of at most so many free channels the selection is run at every number
@@ -185,7 +185,7 @@ def layer_errors(model: nn.Module, spec: CompressionSpec, example_input: Any = N
     Returns:
         ``|W - W'|^2 / |W|^2`` in [0, 1] by layer name.
     """
-    model = copy.deepcopy(model)
+    model = copy_of(model)
     energies = {n: _energy(filters_of(m)) for n, m in model.named_modules() if isinstance(m, nn.modules.conv._ConvNd)}
     graph = channel_graph(model, make_input(model, example_input))
     plan = make_plan(model, graph, dataclasses.replace(spec, order='decompose-prune'))

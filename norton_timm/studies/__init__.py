@@ -1,5 +1,5 @@
 """Studies behind the figures of the README and the papers: benchmarks of networks and kernels, the table of the zoo,
-the papers' experiments, clustering, activation maps.
+the papers' experiments, clustering of filters, and activation maps.
 """
 
 from norton_timm.studies.activation_maps import compare_looks

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
@@ -60,6 +61,7 @@ def cp_decompose(
         >>> error = factors.nmse.mean()
     """
     _check(weight, rank, n_iter, restarts, tol)
+    rank, n_iter, restarts = int(rank), int(n_iter), int(restarts)
     filters, i, kh, kw = weight.shape
     if generator is None:
         generator = torch.Generator().manual_seed(0)  # on the CPU, so that every device starts alike
@@ -97,7 +99,7 @@ def _check(weight: Tensor, rank: int, n_iter: int, restarts: int, tol: float) ->
         got = f'{weight.dtype} {tuple(weight.shape)}'
         raise ValueError(f'weight: expected a non-empty floating-point tensor (O, I, Kh, Kw), got {got}')
     for name, value, low in (('rank', rank, 1), ('n_iter', n_iter, 0), ('restarts', restarts, 0)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        if isinstance(value, bool) or not isinstance(value, Integral) or value < low:
             raise ValueError(f'{name}: expected an integer >= {low}, got {value!r}')
     if not 0 <= tol < 1:
         raise ValueError(f'tol: expected a number in [0, 1), got {tol!r}')

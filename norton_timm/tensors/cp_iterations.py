@@ -10,6 +10,10 @@ import torch
 from torch import Tensor
 
 COLLINEAR = 1e-4  # sine of the angle between a component and the others below which they count as collinear
+NEARLY_LOW_RANK = 0.02  # squared relative error below which ALS tends to crawl, but Newton's method does not
+_HAND_OVER = 25  # ALS sweeps after which such a filter goes to Newton's method
+_C_PULL = 1e-12  # weak enough that the error equals that of the best C to all significant digits
+EXACT = 1e-24  # squared relative error that counts as zero
 
 
 def compress_input_mode(x: Tensor, kh: int, kw: int) -> Tensor:
@@ -53,11 +57,6 @@ def split_norm(x: Tensor) -> tuple[Tensor, Tensor]:
         unit = unit.masked_fill(tiny, 0)
         unit[..., :1, :].masked_fill_(tiny, 1)
     return unit, norm
-
-
-NEARLY_LOW_RANK = 0.02  # squared relative error below which ALS tends to crawl, but Newton's method does not
-_HAND_OVER = 25  # ALS sweeps after which such a filter goes to Newton's method
-_C_PULL = 1e-12  # weak enough that the error equals that of the best C to all significant digits
 
 
 def als(x: Tensor, a: Tensor, b: Tensor, n_iter: int, tol: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -179,9 +178,6 @@ def _solve(gram: Tensor, product: Tensor, old: Tensor, strength: float = 1e-9) -
         return right / (gram + pull)
     gram = gram + pull * torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
     return right @ torch.linalg.inv_ex(gram)[0]  # several times faster than solving, for matrices this small
-
-
-EXACT = 1e-24  # squared relative error that counts as zero
 
 
 def newton(x: Tensor, a: Tensor, b: Tensor, error: Tensor, n_iter: int, tol: float) -> tuple[Tensor, Tensor, Tensor]:

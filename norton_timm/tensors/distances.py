@@ -16,6 +16,7 @@ SCORES: list[str] = []  # names of all scores, see `score_criterion`
 
 ValueDistance = Callable[[Tensor, bool], Tensor]
 Score = Callable[[Tensor, torch.Generator | None], Tensor]
+_CHUNK = 2**21  # float64 values per temporary: 16 MiB
 _DISTANCES: dict[str, ValueDistance] = {}
 _SCORES: dict[str, Score] = {}
 
@@ -163,9 +164,6 @@ def _check_finite(x: Tensor) -> None:
     bad = ~torch.isfinite(x).flatten(1).all(1)
     if bad.any():
         raise ValueError(f'filter {int(bad.nonzero()[0])} has NaN or infinite values')
-
-
-_CHUNK = 2**21  # float64 values per temporary: 16 MiB
 
 
 def value_distance(x: Tensor, criterion: str, free_sign: bool) -> Tensor:

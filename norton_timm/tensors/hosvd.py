@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -85,13 +86,13 @@ def _check(weight: Tensor, rank: int | tuple[int, int, int]) -> tuple[int, int, 
     if weight.numel() == 0:
         raise ValueError(f'weight: expected at least one filter and value, got shape {tuple(weight.shape)}')
     ranks = tuple(rank) if isinstance(rank, (tuple, list)) else (rank,) * 3
-    if len(ranks) != 3 or any(isinstance(r, bool) or not isinstance(r, int) or r < 1 for r in ranks):
+    if len(ranks) != 3 or any(isinstance(r, bool) or not isinstance(r, Integral) or r < 1 for r in ranks):
         raise ValueError(f'rank: expected an integer >= 1 or three of them, got {rank!r}')
     bad = ~torch.isfinite(weight).flatten(1).all(1)
     if bad.any():
         raise ValueError(f'weight: filter {int(bad.nonzero()[0])} has NaN or infinite values')
     _, i, kh, kw = weight.shape
-    return min(ranks[0], kh), min(ranks[1], kw), min(ranks[2], i, kh * kw)
+    return min(int(ranks[0]), kh), min(int(ranks[1]), kw), min(int(ranks[2]), i, kh * kw)
 
 
 def _unfold(x: Tensor, mode: int) -> Tensor:

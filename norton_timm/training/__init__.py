@@ -1,5 +1,5 @@
-"""Training and evaluation of classifiers: data, the one loop, distillation, metrics, and the run that compresses,
-repairs and trains.
+"""Training and evaluation of classifiers: data, the training loop, distillation, metrics, and the run that compresses,
+repairs and trains a network.
 """
 
 from norton_timm.training.config import DistillConfig, OptimConfig, TrainConfig, load_train_config

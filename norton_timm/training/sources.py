@@ -20,6 +20,7 @@ from torchvision.datasets import CIFAR10
 from norton_timm.training.data import ArrayData, Batch, ClassificationData, LoadedData, Preprocessing
 from norton_timm.utils import DAMAGE, picture_size, read_rgb, refuse_postscript
 
+_BATCH = 128
 _LARGEST = 64  # pixels a side of images that are held in memory
 _LARGEST_FILE, _MOST_FILES = 2**20, 4_000_000  # bytes of one such image, and how many
 
@@ -162,9 +163,6 @@ def _class_names(dataset: Any) -> list[str]:
     holder = dataset if hasattr(dataset, 'class_to_idx') else getattr(dataset, 'reader', None)
     to_index: dict[str, int] = getattr(holder, 'class_to_idx', {})
     return sorted(to_index, key=lambda name: to_index[name])
-
-
-_BATCH = 128
 
 
 def calibration_images(

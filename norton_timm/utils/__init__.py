@@ -1,10 +1,11 @@
-"""What has nothing to do with compression: files written whole or not at all and pickles read without running code,
-processes of torchrun and held signals, configurations from YAML, pictures from anywhere, and walks over modules and
-tensors. It imports nothing of ours.
+"""General helpers that know nothing about compression: safe files and pickles, torchrun's processes and held signals,
+settings from YAML, untrusted pictures, figures, and walks over modules and tensors. This room imports no other room.
 """
 
 from norton_timm.utils.config import (
     Settings,
+    as_number,
+    as_whole,
     brief,
     checked,
     outside,
@@ -16,14 +17,20 @@ from norton_timm.utils.config import (
 from norton_timm.utils.files import check_output, load_plain, remove_partial, replacing, write_plain, write_text
 from norton_timm.utils.images import DAMAGE, MOST_PIXELS, picture_size, read_rgb, refuse_postscript
 from norton_timm.utils.modules import (
+    after_call,
+    before_call,
     check_weights,
+    copy_of,
     evaluating,
+    first_input,
     not_finite,
     plain_layer,
     removing,
     replace_module,
     tensors_in,
     tied_modules,
+    to_layout,
+    uncompiled,
     watched,
 )
 from norton_timm.utils.plots import new_figure, write_png
@@ -42,10 +49,11 @@ from norton_timm.utils.processes import (
 )
 
 __all__ = [
-    'AMP', 'DAMAGE', 'MOST_PIXELS', 'HeldSignals', 'Settings', 'autocast', 'brief', 'check_output',
-    'check_weights', 'checked', 'choose_device', 'evaluating', 'is_main', 'load_plain', 'make_deterministic',
-    'new_figure', 'not_finite', 'outside', 'picture_size', 'plain_layer', 'process_group', 'rank', 'read_plain',
-    'read_plain_file', 'read_rgb', 'read_tree', 'refuse_postscript', 'remove_partial', 'removing', 'replace_module',
-    'replacing', 'settings_from', 'tensors_in', 'tied_modules', 'undisturbed', 'wait_for_all', 'watched',
-    'world_size', 'write_plain', 'write_png', 'write_text',
+    'AMP', 'DAMAGE', 'MOST_PIXELS', 'HeldSignals', 'Settings', 'after_call', 'as_number', 'as_whole',
+    'autocast', 'before_call', 'brief', 'check_output', 'check_weights', 'checked', 'choose_device', 'copy_of',
+    'evaluating', 'first_input', 'is_main', 'load_plain', 'make_deterministic', 'new_figure', 'not_finite', 'outside',
+    'picture_size', 'plain_layer', 'process_group', 'rank', 'read_plain', 'read_plain_file', 'read_rgb', 'read_tree',
+    'refuse_postscript', 'remove_partial', 'removing', 'replace_module', 'replacing', 'settings_from', 'tensors_in',
+    'tied_modules', 'to_layout', 'uncompiled', 'undisturbed', 'wait_for_all', 'watched', 'world_size', 'write_plain',
+    'write_png', 'write_text',
 ]  # fmt: skip

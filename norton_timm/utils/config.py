@@ -1,9 +1,16 @@
-"""YAML of plain values from files that nobody vouches for: small, shallow, and no larger read than written."""
+"""Safe YAML and typed settings.
+
+YAML from untrusted files is read with limits on its size and depth, and holds plain values only. The values are then
+checked against a dataclass of settings, and all problems are reported together.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
+import operator
+import re
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -12,23 +19,52 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
+from torch import Tensor
 
 MOST_CHARACTERS = 1_000_000
 MOST_VALUES = 100_000  # with aliases written out: ten short lines of them can stand for 10^10 values
 MOST_LEVELS = 50
+_T = TypeVar('_T')
+_DEEPEST = 8  # dots in a key
+_LARGEST = 2**53  # whole numbers up to here are exact in every language
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as people mean it: `3e-1` is a number, `010` is ten, `1:30` is text, and a key stands once (YAML 1.2)."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        """A mapping; a key that stands twice is an error."""
+        keys = [(key.tag, key.value) for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        twice = next((value for tag, value in keys if keys.count((tag, value)) > 1), None)
+        if twice is not None:
+            raise ValueError(f'the key {twice[:60]} stands twice')
+        return super().construct_mapping(node, deep)
+
+
+_NUMBERS = {
+    'int': r'[-+]?[0-9]+',
+    'float': r'[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)',
+}
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in rules if tag.rpartition(':')[2] not in _NUMBERS]
+    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _kind, _pattern in _NUMBERS.items():
+    _Loader.add_implicit_resolver(f'tag:yaml.org,2002:{_kind}', re.compile(f'^({_pattern})$'), list('-+0123456789.'))
+_Loader.add_constructor('tag:yaml.org,2002:int', lambda loader, node: int(node.value))
 
 
 def read_plain(text: str) -> Any:
     """The value of a YAML document.
 
     Raises:
-        ValueError: no YAML, more than one document, tags of other than plain values, or a document that is too large,
-            too deep, or holds itself.
+        ValueError: the text is no YAML, has more than one document, has tags of values that are not plain, is too large
+            or too deep, or contains itself.
     """
     if len(text) > MOST_CHARACTERS:
         raise ValueError(f'not valid YAML: more than {MOST_CHARACTERS:,} characters')
     try:
-        loader = yaml.SafeLoader(text)
+        loader = _Loader(text)
         try:
             root = loader.get_single_node()
             if root is None:
@@ -39,7 +75,7 @@ def read_plain(text: str) -> Any:
             loader.dispose()
     except RecursionError:
         raise ValueError(f'not valid YAML: deeper than {MOST_LEVELS} levels') from None
-    # constructors of dates, numbers and binaries raise what Python's own do
+    # the constructors of dates, numbers and binaries raise Python's own errors
     except (yaml.YAMLError, ValueError, TypeError, OverflowError, IndexError, KeyError, AttributeError) as error:
         raise ValueError(f'not valid YAML: {" ".join(str(error).split())[:200]}') from None
 
@@ -49,7 +85,7 @@ def read_plain_file(path: Path) -> Any:
 
     Raises:
         OSError: it cannot be read.
-        ValueError: as `read_plain`, or no UTF-8.
+        ValueError: as in `read_plain`, or the file is not UTF-8.
     """
     try:
         with path.open(encoding='utf-8') as file:
@@ -59,7 +95,7 @@ def read_plain_file(path: Path) -> Any:
 
 
 def _check_size(node: yaml.Node, known: dict[int, int], level: int) -> int:
-    """How many values a node stands for; raises ValueError for too many, or a node inside itself."""
+    """The number of values that a node expands to; raises ValueError for too many, or a node inside itself."""
     if level > MOST_LEVELS:
         raise ValueError(f'deeper than {MOST_LEVELS} levels, or a value that holds itself')
     if id(node) not in known:
@@ -69,14 +105,6 @@ def _check_size(node: yaml.Node, known: dict[int, int], level: int) -> int:
         if known[id(node)] > MOST_VALUES:
             raise ValueError(f'more than {MOST_VALUES:,} values once its aliases are written out')
     return known[id(node)]
-
-
-_T = TypeVar('_T')
-NAMES = {int: 'a whole number', float: 'a number', str: 'text', bool: 'true or false'}
-
-
-_DEEPEST = 8  # dots in a key
-_LARGEST = 2**53  # whole numbers up to here are exact in every language
 
 
 class ConfigError(ValueError):
@@ -91,11 +119,11 @@ class Settings:
     """Base of the dataclass that holds a run's settings."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain types only, as YAML and checkpoints take them."""
+        """The settings as plain types, for YAML and checkpoints."""
         return plain(dataclasses.asdict(typing.cast(Any, self)))
 
     def to_yaml(self) -> str:
-        """The same as a YAML file."""
+        """The settings as YAML text."""
         return yaml.safe_dump(self.to_dict(), sort_keys=False)
 
 
@@ -103,10 +131,10 @@ def checked(kind: type[_T], tree: dict[str, Any], problems: Sequence[str], check
     """Settings from nested plain types.
 
     Args:
-        kind: their dataclass.
-        tree: keys and values.
-        problems: what was found before, reported with the rest.
-        check: what is wrong with the values, each of which has the right type.
+        kind: dataclass of the settings.
+        tree: nested keys and values.
+        problems: problems that were found earlier; they are reported too.
+        check: returns what is wrong with the settings; every value has the right type by then.
 
     Raises:
         ConfigError: with all problems found.
@@ -120,14 +148,14 @@ def checked(kind: type[_T], tree: dict[str, Any], problems: Sequence[str], check
 
 
 def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """A YAML mapping merged over those that its `base` names."""
+    """A YAML mapping, merged over the file that its key `base` names."""
     path = path.resolve()
     if path in seen:
         raise ConfigError([f'{path.name} is its own base'])
     if not path.is_file():
         raise FileNotFoundError(f'no configuration file {path}')
     try:
-        tree = _numbers(read_plain_file(path) or {})
+        tree = read_plain_file(path) or {}
     except ValueError as error:
         raise ConfigError([f'{path.name} is {error}']) from None
     if not isinstance(tree, dict):
@@ -148,7 +176,7 @@ def read_tree(
     Args:
         path: YAML file; None starts from nothing.
         overrides: `key=value` texts such as `optim.lr=0.01`, the value as in YAML; they win over `values`.
-        values: dotted keys with values as they are; None means not given.
+        values: values by dotted key; None means not given.
 
     Raises:
         ConfigError: a file that is no YAML mapping.
@@ -187,21 +215,7 @@ def nested(keys: list[str], value: Any) -> dict[str, Any]:
 
 def parse(text: str) -> Any:
     """A value as YAML reads it."""
-    return _numbers(read_plain(text))
-
-
-def _numbers(value: Any) -> Any:
-    """YAML 1.1 reads 1e-3 as text; people mean the number."""
-    if isinstance(value, dict):
-        return {key: _numbers(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_numbers(item) for item in value]
-    if isinstance(value, str) and value[:1] in '0123456789.+-' and 'e' in value.lower():
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
+    return read_plain(text)
 
 
 def brief(value: Any) -> str:
@@ -211,8 +225,30 @@ def brief(value: Any) -> str:
     return text if len(text) <= 80 else f'{text[:76]} ...'
 
 
+def as_whole(value: Any) -> int | None:
+    """The value as a whole number if it is one, of Python, NumPy or torch; None for all else, truth values included."""
+    if isinstance(value, (bool, str)) or str(getattr(value, 'dtype', '')).removeprefix('torch.') == 'bool':
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
+
+
+def as_number(value: Any) -> float | None:
+    """The value as a number if it is one, of Python, NumPy or torch; None for all else, truth values included."""
+    whole = as_whole(value)
+    if whole is not None:
+        return whole
+    single = isinstance(value, Tensor) and value.dim() == 0 and value.is_floating_point()
+    return float(value) if single or (isinstance(value, numbers.Real) and not isinstance(value, bool)) else None
+
+
 def outside(values: Mapping[str, float | None], low: float, high: float, above: bool = False) -> list[str]:
-    """A problem for each value (None: not given) below `low`, or with `above` equal to it, or beyond `high`."""
+    """One problem for each value that is not from `low` to `high`; with `above`, `low` itself is a problem too.
+
+    A value of None was not given and is no problem.
+    """
     told = f'more than {low:g}' if above else f'{low:g} or more'
     problems = []
     for key, value in values.items():
@@ -231,7 +267,7 @@ def plain(value: Any) -> Any:
 
 
 def settings_from(cls: type, tree: Any, where: str, problems: list[str]) -> Any:
-    """An instance of a dataclass; what does not fit is noted and left at its default."""
+    """A dataclass filled from a tree; a value that does not fit is added to `problems` and keeps its default."""
     hints = typing.get_type_hints(cls)
     if not isinstance(tree, dict):
         problems.append(f'{where.rstrip(".") or "configuration"} is {brief(tree)}, expected keys: {", ".join(hints)}')
@@ -253,7 +289,7 @@ def settings_from(cls: type, tree: Any, where: str, problems: list[str]) -> Any:
 
 
 def _convert(value: Any, hint: Any) -> Any:
-    """The value as the annotated type; TypeError names what was expected."""
+    """The value as the annotated type; raises TypeError, which names the expected type."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         options = [option for option in typing.get_args(hint) if option is not type(None)]
         if value is None:

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Safe files: written whole or not at all, pickles that are read without running code, and checks of output paths."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from torch import Tensor
 
 from norton_timm.utils.processes import undisturbed
 
+_RATIO = 1.1  # torch stores tensors uncompressed; a compressed archive may unpack to a thousand times its size
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
@@ -35,14 +37,14 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def remove_partial(path: Path) -> None:
-    """Remove what killed processes had begun to write in place of a file, or of the checkpoints in a folder."""
+    """Remove the temporary files that killed processes left: of one file, or of the checkpoints in a folder."""
     pattern = '.*.pt.*' if path.is_dir() else f'.{glob.escape(path.name)}.*'
     for partial in (path if path.is_dir() else path.parent).glob(pattern):
         partial.unlink(missing_ok=True)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> Path:
-    """Write a text file whole or not at all, in a folder that is made if there is none."""
+    """Write a text file whole or not at all; a missing folder is made."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
@@ -56,11 +58,8 @@ def _umask() -> int:
     return mask
 
 
-_RATIO = 1.1  # torch stores tensors as they are; a packed archive may stand for a thousand times its size
-
-
 def load_plain(path: Path, allowed: Sequence[Any] = ()) -> Any:
-    """What `torch.save` wrote, on the CPU; nothing in it is run.
+    """Load what `torch.save` wrote, on the CPU, without running code from the file.
 
     Args:
         path: the file.
@@ -68,7 +67,7 @@ def load_plain(path: Path, allowed: Sequence[Any] = ()) -> Any:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no checkpoint, damaged, would run code, or unpacks to more than its size.
+        ValueError: the file is no checkpoint, is damaged, would run code, or unpacks to more than its size.
     """
     if not path.is_file():
         raise FileNotFoundError(f'no checkpoint file {path}')
@@ -81,7 +80,7 @@ def load_plain(path: Path, allowed: Sequence[Any] = ()) -> Any:
         _check_tensors(content, size)
     except OSError as error:
         raise ValueError(f'{path} is not a checkpoint that can be read: {error.strerror or error}') from None
-    # a damaged pickle makes the unpickler's opcodes fail in whatever way its arguments lead to
+    # a damaged pickle can make the unpickler raise any error
     except Exception as error:
         told = (' '.join(str(error).split()) or type(error).__name__)[:300]
         raise ValueError(f'{path} is not a checkpoint that can be read with weights_only=True: {told}') from None
@@ -89,7 +88,7 @@ def load_plain(path: Path, allowed: Sequence[Any] = ()) -> Any:
 
 
 def write_plain(path: Path, content: Any) -> None:
-    """`torch.save`, with what a full disk does to it told as such.
+    """Call `torch.save`; its failure is raised as an OSError that tells the cause, such as a full disk.
 
     Raises:
         OSError: it could not be written.
@@ -105,7 +104,7 @@ def write_plain(path: Path, content: Any) -> None:
 
 
 def _check_archive(path: Path, size: int) -> None:
-    """Every part of torch's archive against its checksum, which torch does not look at; older files have none."""
+    """Check every part of torch's archive by its checksum, which torch ignores; files in the old format have none."""
     if not zipfile.is_zipfile(path):
         return
     with zipfile.ZipFile(path) as archive:
@@ -119,7 +118,7 @@ def _check_archive(path: Path, size: int) -> None:
 
 
 def _check_tensors(content: Any, size: int) -> None:
-    """No tensor stands for more numbers than the file has bytes for, as views with a stride of 0 do."""
+    """Refuse tensors with more numbers than the file can hold, such as views with a stride of 0."""
     seen, todo = set(), [content]
     while todo:
         value = todo.pop()
@@ -132,10 +131,11 @@ def _check_tensors(content: Any, size: int) -> None:
 
 
 def check_output(path: str | os.PathLike[str], *suffixes: str) -> Path:
-    """The path of a file that can be written there.
+    """Check that a file can be written at this path, and return the path.
 
     Raises:
-        ValueError: another ending than ``suffixes``, a folder, or in a folder that does not exist.
+        ValueError: the ending is none of ``suffixes``, the path is a folder, or its folder does not exist or cannot be
+            written to.
     """
     path = Path(path)
     if path.suffix not in suffixes:

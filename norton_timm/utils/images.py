@@ -1,4 +1,4 @@
-"""Picture files from anywhere, opened with Pillow: few formats, no more pixels than announced and allowed."""
+"""Untrusted picture files, opened with Pillow: common formats only, and no more pixels than a limit."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 from PIL import EpsImagePlugin, Image
 
 MOST_PIXELS = 89_478_485  # Pillow's own limit: 256 MB once decoded, which a file of a few KB can announce
-# of all that Pillow knows, formats that are made by cameras and datasets; PostScript, for one, would run Ghostscript
+# only the formats of cameras and data sets: PostScript, for one, would run Ghostscript
 IMAGE_FORMATS = ('JPEG', 'MPO', 'PNG', 'WEBP', 'BMP', 'TIFF', 'GIF', 'PPM', 'JPEG2000', 'AVIF')
 # what Pillow's decoders raise on damaged files
 DAMAGE = (OSError, ValueError, SyntaxError, TypeError, LookupError, ArithmeticError, EOFError, AttributeError,
@@ -21,12 +21,12 @@ DAMAGE = (OSError, ValueError, SyntaxError, TypeError, LookupError, ArithmeticEr
 
 
 def read_rgb(source: Path | bytes, name: object, most_pixels: int = MOST_PIXELS) -> Image.Image:
-    """A picture in RGB, all of it decoded.
+    """Decode a whole picture to RGB.
 
     Args:
         source: a file, or the encoded picture.
-        name: for messages.
-        most_pixels: larger ones are not decoded.
+        name: name of the picture, for messages.
+        most_pixels: a picture with more pixels is refused before it is decoded.
 
     Raises:
         ValueError: no picture, a damaged one, or one that is too large.
@@ -52,7 +52,7 @@ def picture_size(source: Path | bytes, name: object) -> tuple[int, int]:
 
 
 def refuse_postscript() -> None:
-    """Keep libraries that open pictures with Pillow themselves from running Ghostscript on them."""
+    """Keep Pillow from running Ghostscript, also where another library opens the pictures."""
     EpsImagePlugin.gs_binary = False  # type: ignore[assignment]
 
 

@@ -1,13 +1,16 @@
-"""Walks over modules and tensors: modes, hooks, replacement, and NaN found and named."""
+"""Helpers for modules and tensors: evaluation mode, hooks, replaced submodules, and NaN that is found and named."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+_PLAIN = (bool, int, float, complex, str, bytes, torch.Size, torch.dtype, torch.device, nn.Module, type)
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
@@ -17,14 +20,14 @@ def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
 
 
 def check_weights(model: nn.Module, what: object) -> None:
-    """Look at all weights and statistics of a network.
+    """Check that all weights and statistics of a network are finite.
 
     Args:
         model: the network.
-        what: of it, for the message.
+        what: name of the network, for the message.
 
     Raises:
-        FloatingPointError: naming the tensor that is not finite.
+        FloatingPointError: a tensor is not finite; the message names it.
     """
     name = not_finite(model.state_dict())
     if name is not None:
@@ -33,7 +36,7 @@ def check_weights(model: nn.Module, what: object) -> None:
 
 @contextlib.contextmanager
 def removing(hooks: Iterable[Any]) -> Iterator[None]:
-    """Within the block these hooks are called; then they are removed."""
+    """Remove these hooks at the end of the block."""
     try:
         yield
     finally:
@@ -47,7 +50,7 @@ def watched(modules: Mapping[str, nn.Module], hint: str) -> Iterator[None]:
 
     Args:
         modules: what to watch; outputs are tensors, or mappings or sequences of them.
-        hint: the end of the message, what to do about it.
+        hint: end of the message: what to do about it.
     """
 
     def look(name: str) -> Any:
@@ -63,18 +66,81 @@ def watched(modules: Mapping[str, nn.Module], hint: str) -> Iterator[None]:
 
 
 def tensors_in(value: Any) -> list[Tensor]:
-    """All tensors inside nested lists, tuples, dicts and objects with ``tensors`` (torchvision's ImageList)."""
+    """All tensors inside nested lists, tuples, mappings and the attributes of objects that hold data.
+
+    Such objects are dataclasses, namespaces and outputs of other libraries. Modules and classes are not looked into.
+    """
+    return list(_tensors(value, set()))
+
+
+def _tensors(value: Any, seen: set[int]) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
-        return [value]
+        yield value
+        return
+    if value is None or isinstance(value, _PLAIN) or id(value) in seen:
+        return
+    seen.add(id(value))  # an object may hold itself
+    items: Iterable[Any] = ()
     if isinstance(value, Mapping):
-        value = list(value.values())
-    if isinstance(value, (list, tuple)):
-        return [t for v in value for t in tensors_in(v)]
-    return tensors_in(value.tensors) if hasattr(value, 'tensors') else []
+        items = list(value.values())
+    elif isinstance(value, (list, tuple, set, frozenset)):
+        items = value
+    elif not callable(value):
+        items = list(getattr(value, '__dict__', {}).values())
+        items += [getattr(value, name, None) for name in getattr(type(value), '__slots__', ())]
+    for item in items:
+        yield from _tensors(item, seen)
+
+
+def before_call(module: nn.Module, see: Callable[[Any, Any], object]) -> Any:
+    """A hook: ``see(module, first input)`` before each call, whether the input comes by position or by keyword."""
+
+    def hook(m: nn.Module, args: Any, kwargs: Any) -> None:
+        see(m, first_input(args, kwargs))
+
+    return module.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def after_call(module: nn.Module, see: Callable[[Any, Any, Any], object]) -> Any:
+    """A hook: ``see(module, first input, output)`` after each call, see :func:`before_call`."""
+
+    def hook(m: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        see(m, first_input(args, kwargs), output)
+
+    return module.register_forward_hook(hook, with_kwargs=True)
+
+
+def first_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """The first argument of a call, by position or by keyword; None where there is none."""
+    return args[0] if args else next(iter(kwargs.values()), None)
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The network inside a result of ``torch.compile``; other networks come back as they are."""
+    return getattr(model, '_orig_mod', model)
+
+
+def copy_of(model: nn.Module) -> nn.Module:
+    """A deep copy; weights that a hook computed in a pass with gradients are copied without their history."""
+    memo = {
+        id(value): value.detach().clone()
+        for module in model.modules()
+        for value in vars(module).values()
+        if isinstance(value, Tensor) and not value.is_leaf
+    }
+    return copy.deepcopy(model, memo)
+
+
+def to_layout(model: nn.Module, layout: torch.memory_format) -> nn.Module:
+    """Change the memory layout of 4-d weights, in place; PyTorch's own way fails where there are 5-d weights too."""
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if tensor.dim() == 4:
+            tensor.data = tensor.data.to(memory_format=layout)
+    return model
 
 
 def tied_modules(model: nn.Module) -> set[nn.Module]:
-    """Modules with a parameter that is also another module's."""
+    """Modules that share a parameter with another module."""
     owners: dict[int, list[nn.Module]] = {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
@@ -84,7 +150,7 @@ def tied_modules(model: nn.Module) -> set[nn.Module]:
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; every module's training flag comes back."""
+    """Run a block in evaluation mode without gradients, then restore every module's training flag."""
     modes = {m: m.training for m in model.modules()}
     model.eval()
     try:
@@ -96,7 +162,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def plain_layer(model: nn.Module, name: str, kind: type[nn.Module], what: str) -> Any:
-    """The layer of this dotted name, of exactly this type; ``what`` tells in messages what it becomes.
+    """The layer with this dotted name and exactly this type; messages say ``what`` it is to become.
 
     Raises:
         ValueError: there is no such layer.
@@ -110,7 +176,7 @@ def plain_layer(model: nn.Module, name: str, kind: type[nn.Module], what: str) -
 
 
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
-    """Put ``new`` in the place of the submodule of this dotted name, everywhere that it is used."""
+    """Replace the submodule with this dotted name by ``new``, everywhere it is used."""
     old = model.get_submodule(name)
     for parent in list(model.modules()):
         for key, child in list(parent._modules.items()):

@@ -1,4 +1,4 @@
-"""Figures of matplotlib without a display or global state, and PNG files that are written whole or not at all."""
+"""Matplotlib figures without a display or global state, and PNG files that are written whole or not at all."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from norton_timm.utils.files import replacing
 
 
 def new_figure(width: float, height: float, dpi: int = 120) -> Any:
-    """An empty figure of so many inches, whose parts find their place by themselves.
+    """An empty figure of ``width`` x ``height`` inches in constrained layout.
 
-    matplotlib is imported here, because it takes long.
+    Matplotlib is imported here because its import is slow.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -1,4 +1,7 @@
-"""Processes started by torchrun, and the device of each. One process without torchrun needs nothing of it."""
+"""Processes of torchrun, their devices and mixed precision, and signals that are held until a safe point.
+
+All of it works in a single process without torchrun too.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +15,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+AMP = ('none', 'bf16', 'fp16')  # mixed precisions
+_DTYPES = {'bf16': torch.bfloat16, 'fp16': torch.float16}
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
 
 def rank() -> int:
-    """Number of this process among all."""
+    """Index of this process among all, 0 without torchrun."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -29,13 +36,15 @@ def is_main() -> bool:
 
 
 def wait_for_all() -> None:
-    """Go on when every process has come here."""
+    """Wait until every process has come here."""
     if world_size() > 1:
         dist.barrier()
 
 
 def choose_device(name: str = 'auto') -> torch.device:
-    """`auto` is the accelerator if there is one, else the CPU; under torchrun each process gets its own.
+    """The device of this name; `auto` is the accelerator if there is one, else the CPU.
+
+    Under torchrun each process gets a GPU of its own.
 
     Raises:
         ValueError: PyTorch does not know the name, or the device is not there.
@@ -61,9 +70,9 @@ def autocast(device: torch.device, amp: str) -> contextlib.AbstractContextManage
 
 
 def make_deterministic() -> None:
-    """Let PyTorch use only operations that give the same bits each time; where there is none, it says which.
+    """Let PyTorch use only deterministic operations; an operation without a deterministic form raises an error.
 
-    On a CPU the bits depend on the number of threads all the same; on a GPU on its kind and on PyTorch's version.
+    Results still depend on the number of threads on a CPU, and on the kind of GPU and PyTorch's version on a GPU.
     """
     os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # read when CUDA starts
     torch.use_deterministic_algorithms(True)
@@ -72,7 +81,7 @@ def make_deterministic() -> None:
 
 @contextlib.contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
-    """Join the processes of torchrun (nccl on GPUs, gloo else) for the time of the block; nothing without torchrun."""
+    """Join the processes of torchrun during the block, by nccl on GPUs, else gloo; without torchrun do nothing."""
     if 'WORLD_SIZE' not in os.environ:
         yield
         return
@@ -85,16 +94,11 @@ def process_group(device: torch.device) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-AMP = ('none', 'bf16', 'fp16')  # mixed precisions
-_DTYPES = {'bf16': torch.bfloat16, 'fp16': torch.float16}
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-
 class HeldSignals:
-    """A context in which Ctrl-C and SIGTERM only leave a note; a second one of them acts at once.
+    """A context that holds Ctrl-C and SIGTERM back; a second signal acts at once.
 
-    A loop asks `arrived` between its steps, keeps its state, and calls `deliver`. Outside the main thread, where
-    Python delivers no signals, nothing is held.
+    A loop asks `arrived` between its steps, saves its state, and calls `deliver`. Outside the main thread nothing is
+    held, because Python delivers no signals there.
     """
 
     def __init__(self) -> None:
@@ -116,14 +120,14 @@ class HeldSignals:
 
     @property
     def noted(self) -> int:
-        """The signal that came to this process, 0 for none."""
+        """Number of the signal that came to this process, 0 for none."""
         return self._noted
 
     def arrived(self, device: torch.device) -> bool:
-        """Whether one came, to this process or, where there are several, to any: all get the same answer.
+        """Whether a signal came to any of the processes; all get the same answer.
 
         Args:
-            device: of this process; all processes must ask at the same step.
+            device: device of this process. All processes must ask at the same step.
         """
         if world_size() > 1:
             noted = torch.tensor(self._noted, device=device)
@@ -132,7 +136,7 @@ class HeldSignals:
         return self._noted != 0
 
     def deliver(self) -> None:
-        """Let the signal that arrived do what it would have done."""
+        """Let the held signal act as it would have without this context."""
         number = self._noted
         self.__exit__()
         signal.raise_signal(number)
@@ -149,7 +153,7 @@ class HeldSignals:
             self.__enter__()
 
     def _note(self, number: int, frame: Any) -> None:
-        if os.getpid() != self._owner:  # a loading process, which its parent ends
+        if os.getpid() != self._owner:  # a loading process: its parent ends it
             if number == signal.SIGTERM:
                 signal.signal(number, signal.SIG_DFL)
                 signal.raise_signal(number)
@@ -161,15 +165,15 @@ class HeldSignals:
 
 @contextlib.contextmanager
 def undisturbed() -> Iterator[None]:
-    """A short block into which Ctrl-C and SIGTERM do not break; they act behind it.
+    """Delay Ctrl-C and SIGTERM to the end of a short block.
 
-    Native code that reads a file may turn the exception of a signal into an error of its own, and the file would be
-    called damaged.
+    Native code that reads a file may turn the exception of a signal into an error of its own. We would then call the
+    file damaged.
     """
     held = HeldSignals()
     try:
         with held:
             yield
-    finally:  # the handlers are those of before: no signal slips in between
+    finally:  # the former handlers are back, so no signal is lost in between
         if held.noted:
             held.deliver()
