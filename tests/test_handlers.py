@@ -12,7 +12,7 @@ from torch import nn
 from norton_timm import CompressionSpec, CPDConv2d, compress, count
 from norton_timm.graph import ChannelGraph, remove_channels
 from norton_timm.layers import ChannelMap, LayerHandler, Positions, filters_of, handler_of
-from norton_timm.layers.handlers import _HANDLERS, PASSES, is_counted, nearest_handler, register, take
+from norton_timm.layers.handler_base import _HANDLERS, PASSES, is_counted, nearest_handler, register, take
 
 
 class Scale(nn.Module):
@@ -54,7 +54,7 @@ def exact_error(model: nn.Module, x: torch.Tensor) -> float:
 def test_a_new_layer_type_is_one_class(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = prepared(Scale(8))
     assert not [g for g in ChannelGraph(model, x).groups if '0' in g.names and not g.why_frozen], 'not known yet'
-    monkeypatch.setattr('norton_timm.layers.handlers._HANDLERS', _HANDLERS | {})
+    monkeypatch.setattr('norton_timm.layers.handler_base._HANDLERS', _HANDLERS | {})
 
     @register
     class ScaleHandler(LayerHandler):

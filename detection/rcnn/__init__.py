@@ -1,5 +1,5 @@
-"""Torchvision's R-CNNs on compressed backbones. This room builds them, compresses them, restores them from files of any
-origin, and prepares them for export.
+"""Torchvision's R-CNNs on timm backbones, dense or compressed. This room builds them, compresses them, restores them
+from our files and those of torchvision's reference training, and prepares them for export.
 """
 
 from detection.rcnn.backbone import NORMS, create_features

@@ -207,8 +207,8 @@ def rebuild(recipe: Recipe, tensors: Mapping[str, Tensor]) -> nn.Module:
         ValueError: recipe and tensors do not make a network.
     """
     widest = max((n for t in tensors.values() for n in t.shape), default=0)
-    for key in ('num_classes', 'in_chans'):
-        if not isinstance(recipe.model_kwargs.get(key, 0), int) or recipe.model_kwargs.get(key, 0) > widest:
+    for key in ('num_classes', 'in_chans', 'head_hidden_size'):
+        if not isinstance(width := recipe.model_kwargs.get(key) or 0, int) or width > widest:
             raise ValueError(f'model_kwargs: got {key}={recipe.model_kwargs[key]}, which no tensor is wide enough for')
     model = _decomposed_base(recipe)
     size = (getattr(model, 'pretrained_cfg', None) or {}).get('input_size') or (3, 224, 224)

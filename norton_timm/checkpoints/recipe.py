@@ -15,6 +15,7 @@ KWARGS = (
     'num_classes', 'in_chans', 'global_pool', 'features_only', 'out_indices', 'output_stride', 'drop_rate',
     'drop_path_rate', 'drop_block_rate', 'act_layer', 'norm_layer', 'aux_logits', 'transform_input',
     'init_weights', 'min_size', 'max_size', 'trainable_backbone_layers', 'num_keypoints',
+    'head_hidden_size',
 )  # fmt: skip
 WIDTHS = ('num_features', 'head_hidden_size', 'in_features', 'hidden_size')  # whole numbers that surgery lowers
 SETTINGS = ('eps', 'momentum', 'p', 'drop_prob', 'drop_rate', 'negative_slope')  # numbers that users change

@@ -1,5 +1,5 @@
-"""From a network and a recipe to a compressed network and a report. This room has the recipe, the plan that is made
-from it, the choice of channels, the pipeline, and the repair with unlabelled images.
+"""From a network and a recipe (`CompressionSpec`) to a compressed network and a report. This room has the recipe, the
+plan that is made from it, the choice of channels, the pipeline, and the repair with unlabelled images.
 """
 
 from norton_timm.compression.choose import layer_distance, merge_layers, removed_classes

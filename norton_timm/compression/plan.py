@@ -89,7 +89,8 @@ def _ranks(model: nn.Module, graph: ChannelGraph, spec: CompressionSpec) -> tupl
     for number, (name, conv) in enumerate(convs.items()):
         rank = spec.rank_of(name)
         why: str | None = 'shares parameters with another layer' if conv in tied else None
-        why = 'its weight is used outside of the layer as well' if prefix + name in graph.outside else why
+        if prefix + name in graph.outside and not has_computed_weight(conv):
+            why = 'its weight is used outside of the layer as well'
         why = why or _why_dense(conv, rank, uniform=not isinstance(spec.rank, Mapping))
         if not spec.touches(name):
             why = 'excluded by the spec'

@@ -1,6 +1,6 @@
 """Which channels of a network depend on each other, and how they are removed. The tracer follows channels through one
-forward pass, groups collect the layers that must keep the same indices, and surgery slices those layers. Metadata
-updates what a timm model says about its own widths.
+forward pass, groups collect the layers that must keep the same indices, and surgery slices those layers. The class
+`Metadata` updates what a timm model says about its own widths.
 """
 
 from norton_timm.graph.channels import Slot

@@ -1,6 +1,6 @@
-"""Networks made fast for inference: batch norms are folded, each layer gets its fastest form, and the network is fused
-for oneDNN, compiled, exported or quantised. The result is compared with the original network, and reports say how well
-both agree.
+"""Networks made fast for inference: batch norms are folded, the decomposed layers get the forms in which the whole
+network is fastest, and the network is fused for oneDNN, compiled, exported or quantised. The result is compared with
+the original network, and reports say how well both agree.
 """
 
 from norton_timm.inference.compiled import compiled, compiled_ahead, frozen_weights

@@ -74,8 +74,8 @@ class _Product(nn.Module):
         self.stride = conv.stride
         self.relu = isinstance(conv, FusedConv2d) and conv.relu
 
-    def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
-        x = x[:, :, :: self.stride[0], :: self.stride[1]]
+    def forward(self, input: Tensor, other: Tensor | None = None) -> Tensor:
+        x = input[:, :, :: self.stride[0], :: self.stride[1]]
         y = F.linear(x.permute(0, 2, 3, 1), self.weight, self.bias).permute(0, 3, 1, 2)
         y = y if other is None else y + other
         return y.relu() if self.relu else y

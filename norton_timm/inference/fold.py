@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -22,22 +22,33 @@ FOLDED_NORMS: tuple[type, ...] = (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchN
 
 
 class _Readers(TorchDispatchMode):
-    """Runs a model once and records which operations read each convolution's output.
+    """Runs a model once and records which operations read each convolution's output, and its weight.
+
+    Args:
+        weights: the layer of every weight that a norm can be folded into.
 
     Attributes:
         pairs: (layer, norm) -> calls in which the norm was the only reader of the layer's output.
         calls: layer or norm -> its calls.
+        shared: layers whose weight an operation outside of the layer reads too.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, weights: Mapping[Tensor, nn.Module]) -> None:
         super().__init__()
+        self.shared: set[nn.Module] = set()
+        self._weights = weights
+        self._running: list[nn.Module | None] = [None]
         self.pairs: Counter[tuple[nn.Module, nn.Module]] = Counter()
         self.calls: Counter[nn.Module] = Counter()
         self._made: MutableMapping[Tensor, list[Any]] = WeakTensorKeyDictionary()  # [layer, norm, reads elsewhere]
         self._entries: list[list[Any]] = []
         self._in_norm = False
 
+    def run(self, layer: nn.Module, x: Tensor) -> None:
+        self._running.append(layer)
+
     def made(self, layer: nn.Module, out: Tensor) -> None:
+        self._running.pop()
         entry = [layer, None, 0]
         self.calls[layer] += 1
         self._made[out] = entry
@@ -60,6 +71,9 @@ class _Readers(TorchDispatchMode):
             entry = self._made.get(tensor)
             if entry is not None:
                 entry[2] += 1
+            layer = self._weights.get(tensor)
+            if layer is not None and layer is not self._running[-1]:
+                self.shared.add(layer)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if not self._in_norm:
@@ -75,9 +89,11 @@ class _Readers(TorchDispatchMode):
 
 def _foldable_pairs(model: nn.Module, example_input: Any) -> list[tuple[nn.Module, nn.Module]]:
     """Pairs of a layer and the norm that is the only reader of its output, at every call of both."""
-    readers, hooks = _Readers(), []
+    scaled = [module for module in model.modules() if _scales(module)]
+    readers, hooks = _Readers({getattr(layer, _scales(layer)): layer for layer in scaled}), []
     for module in model.modules():
         if _scales(module):
+            hooks.append(before_call(module, readers.run))
             hooks.append(module.register_forward_hook(lambda m, _, out: readers.made(m, out)))
         elif type(module) in FOLDED_NORMS:
             hooks.append(before_call(module, readers.enter))
@@ -91,6 +107,7 @@ def _foldable_pairs(model: nn.Module, example_input: Any) -> list[tuple[nn.Modul
         for (layer, norm), count in readers.pairs.items()
         if count == readers.calls[layer] == readers.calls[norm]
         and layer not in tied
+        and layer not in readers.shared
         and isinstance(layer._parameters.get(_scales(layer)), nn.Parameter)  # pruning computes it in a hook
         and getattr(norm, 'running_mean', None) is not None
         and not (_transposed(layer) and layer.groups > 1)

@@ -30,11 +30,11 @@ class Sum(nn.Module):
         super().__init__()
         self.branches = nn.ModuleList(branches)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # called as the layer that it replaces
         first, *others = self.branches
-        y = first(x)
+        y = first(input)
         for branch in others:
-            y = y + branch(x)
+            y = y + branch(input)
         return y
 
 

@@ -134,13 +134,13 @@ class FusedConv2d(Fused, nn.Conv2d):
         result.weight, result.bias = conv.weight, conv.bias
         return result.train(conv.training)
 
-    def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:  # type: ignore[override]
-        if x.dim() != 4 or self._plain(x, other):
-            y = super().forward(x)
+    def forward(self, input: Tensor, other: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        if input.dim() != 4 or self._plain(input, other):
+            y = super().forward(input)
             y = y if other is None else y + other
             return y.relu() if self.relu else y
-        step = self.packed() or self._pack(x, other is not None)
-        return step(x) if other is None else step(x, other)
+        step = self.packed() or self._pack(input, other is not None)
+        return step(input) if other is None else step(input, other)
 
     def _pack(self, x: Tensor, adds: bool) -> PackedCall:
         weight = self.weight.detach()
@@ -165,23 +165,23 @@ class FusedLinear(Fused, nn.Linear):
         result.weight, result.bias = linear.weight, linear.bias
         return result.train(linear.training)
 
-    def forward(self, x: Tensor) -> Tensor:
-        if x.dim() < 2 or self._plain(x):
-            y = super().forward(x)
+    def forward(self, input: Tensor) -> Tensor:
+        if input.dim() < 2 or self._plain(input):
+            y = super().forward(input)
             return y.relu() if self.relu else y
         step = self.packed()
         if step is None:
-            step = self._keep(_product(self.weight.detach(), self.bias, self.relu, math.prod(x.shape[:-1])))
-        return step(x)
+            step = self._keep(_product(self.weight.detach(), self.bias, self.relu, math.prod(input.shape[:-1])))
+        return step(input)
 
 
 class GlobalAverage(nn.Module):
     """Mean of each channel, (N, C, H, W) -> (N, C, 1, 1), in a third of the time of ``nn.AdaptiveAvgPool2d(1)``."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         if torch.jit.is_tracing():  # the ONNX exporter of detectors takes no traced window
-            return F.adaptive_avg_pool2d(x, 1)
-        return F.avg_pool2d(x, x.shape[-2:])
+            return F.adaptive_avg_pool2d(input, 1)
+        return F.avg_pool2d(input, input.shape[-2:])
 
 
 def fusable(x: Any) -> bool:

@@ -1,11 +1,11 @@
-"""Our layer types, and what the toolkit knows of every layer type. The decomposed convolution, the low-rank linear
-layer and the shortcut that maps channels replace PyTorch's layers in a compressed network. One handler per layer type
-says how the layer is sliced and what it costs.
+"""Our layer types, and what the toolkit knows of every layer type. The decomposed convolution and the low-rank linear
+layer replace PyTorch's layers in a compressed network; the channel map is the shortcut of CIFAR ResNets. One handler
+per layer type says how the layer is sliced and what it costs.
 """
 
 from norton_timm.layers.channel_map import ChannelMap, padding_index
 from norton_timm.layers.cpd_conv import FORMS, CPDConv2d, conv_padding, prefers_merged, set_form, use_form
-from norton_timm.layers.handlers import (
+from norton_timm.layers.handler_base import (
     MAKES,
     MIXES,
     PASSES,
@@ -20,7 +20,7 @@ from norton_timm.layers.handlers import (
     register,
     take,
 )
-from norton_timm.layers.layer_types import ConvHandler
+from norton_timm.layers.handlers import ConvHandler
 from norton_timm.layers.low_rank import LowRankLinear, factor_linears, factor_shapes
 
 __all__ = [

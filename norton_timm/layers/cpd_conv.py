@@ -246,11 +246,11 @@ class CPDConv2d(nn.Module):
         k, s = self.kernel_size[0] * self.kernel_size[1], self.stride[0] * self.stride[1]
         return 'merged' if prefers_merged(self.rank, self.in_channels // self.groups, k, s) else 'dense'
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # called as the layer that it replaces
         form = self.active_form()
         if form == 'dense':
-            return F.conv2d(x, self.kernel(), self.bias, self.stride, self.padding, self.dilation, self.groups)
-        x = F.conv2d(x, self.pointwise, groups=self.groups)
+            return F.conv2d(input, self.kernel(), self.bias, self.stride, self.padding, self.dilation, self.groups)
+        x = F.conv2d(input, self.pointwise, groups=self.groups)
         if form == 'merged':
             kernel = self.merged_kernel()
             return F.conv2d(x, kernel, self.bias, self.stride, self.padding, self.dilation, self.out_channels)

@@ -1,6 +1,6 @@
-"""The mathematics of both papers on plain tensors: the canonical polyadic decomposition of every filter (CPD), the
-HOSVD, distances between filters, principal angles between subspaces (PABS), and the selection of filters by distance.
-Nothing here knows about networks.
+"""The mathematics of the NORTON and CORING papers on plain tensors: the canonical polyadic decomposition of every
+filter (CPD), the HOSVD, distances between filters, principal angles between subspaces (PABS), and the selection of
+filters by distance. Nothing here knows about networks.
 """
 
 from norton_timm.tensors.cp import CPFactors, cp_decompose, cp_reconstruct

@@ -116,8 +116,17 @@ def first_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
 
 
 def uncompiled(model: nn.Module) -> nn.Module:
-    """The network inside a result of ``torch.compile``; other networks come back as they are."""
-    return getattr(model, '_orig_mod', model)
+    """The network without ``torch.compile``: the one inside, or a copy where only parts of it are compiled."""
+    model = getattr(model, '_orig_mod', model)
+    if _compiled_part(model):
+        model = copy_of(model)
+    while name := _compiled_part(model):
+        replace_module(model, name, model.get_submodule(name)._orig_mod)  # type: ignore[arg-type]
+    return model
+
+
+def _compiled_part(model: nn.Module) -> str:
+    return next((name for name, module in model.named_modules() if hasattr(module, '_orig_mod')), '')
 
 
 def copy_of(model: nn.Module) -> nn.Module:
