@@ -228,7 +228,8 @@ def test_import_tool_on_a_detector(tool, tmp_path: Path) -> None:
     assert done.code == 0, done.err
     assert 'box detector on norton_resnet50.r078' in done.out
     model, meta = load_detector(tmp_path / 'faster.pt')
-    assert meta['task'] == 'box' and len(meta['class_names']) == 80
+    assert meta['task'] == 'box' and meta['num_classes'] == len(meta['class_names']) == 91
+    assert [meta['class_names'][i] for i in (0, 1, 18, 90)] == ['__background__', 'person', 'dog', 'toothbrush']
     x = torch.randn(1, 3, 64, 64, dtype=torch.float64)
     with torch.no_grad():
         features = model.double().backbone.body(x)

@@ -15,7 +15,7 @@ from pycocotools.coco import COCO
 from torch.utils.data import DataLoader
 from torchvision.models.detection import fasterrcnn_mobilenet_v3_large_320_fpn
 
-from detection.data.annotations import find_annotations, load_coco, mirror_indices
+from detection.data.annotations import find_annotations, load_coco, match_classes, mirror_indices, unpaired
 from detection.data.coco import CocoDataset, collate, find_data
 from detection.data.figures import KEYPOINT_NAMES
 from detection.data.sample import write_sample
@@ -180,6 +180,10 @@ def test_mirror_indices_by_name_and_by_pair() -> None:
     assert mirror_indices(['elbow_l', 'elbow_r', 'Left Foot', 'Right Foot', 'l.ear']) == (1, 0, 3, 2, 4)
     assert mirror_indices(['a', 'b', 'c'], [('a', 'c')]) == (2, 1, 0)
     assert mirror_indices(['a', 'b', 'c'], [(1, 2)]) == (0, 2, 1)
+    pairs = ['front_l_paw', 'front_r_paw', 'hand_R_1', 'hand_L_1', 'LAnkle', 'RAnkle', 'hipL', 'hipR', 'tail', 'RLeg']
+    assert mirror_indices(pairs) == (1, 0, 3, 2, 5, 4, 7, 6, 8, 9)
+    assert unpaired(pairs, mirror_indices(pairs)) == ['RLeg']
+    assert unpaired(['nose', 'curl', 'roller'], (0, 1, 2)) == []
     for wrong in ([('a', 'x')], [(0, 7)], [('a', 'b'), ('b', 'c')], [('a', 'a')]):
         with pytest.raises(ValueError, match='flip pair'):
             mirror_indices(['a', 'b', 'c'], wrong)
@@ -346,7 +350,7 @@ def test_unreadable_images_are_named(tmp_path: Path, spoil: Callable, message: s
 
 def test_malformed_masks_are_named(tmp_path: Path) -> None:
     code = {'size': [10, 10], 'counts': [100]}
-    for outline in ({'counts': 5}, [[1, 2]], code):
+    for outline in ({'counts': 5}, [[1, 2, 3, 4, 5, 'six']], code):
         write(tmp_path, broken(segmentation=outline)(small()))
         with pytest.raises(ValueError, match='annotation 1 has a ma'):
             CocoDataset(tmp_path, 'train', 'mask')[0]
@@ -357,3 +361,33 @@ def test_sizes_and_labels_without_reading_images(sample: Path) -> None:
     assert data.height_and_width(0) == (96, 96)
     for index in range(len(data)):
         assert data.labels_of(index) == data[index][1]['labels'].tolist()
+
+
+def test_labels_of_a_trained_network_are_matched_by_name(tmp_path: Path) -> None:
+    """Another order, other ids and unused categories change nothing: label 1 stays what the network calls by it."""
+    names = ['__background__', 'cat', 'dog']
+    swapped = small(categories=[{'id': 0, 'name': 'ant'}, {'id': 3, 'name': 'dog'}, {'id': 9, 'name': 'cat'}])
+    data = CocoDataset(write(tmp_path / 'a', swapped), 'train', 'box', class_names=names)
+    assert data.label_to_category == {1: 9, 2: 3} and data.class_names == names and data.num_classes == 3
+    plain = CocoDataset(write(tmp_path / 'b', small()), 'train', 'box')
+    for index in range(len(plain)):  # the file swaps the two names, so the labels swap
+        assert data.labels_of(index) == [3 - label for label in plain.labels_of(index)]
+    fewer = small(categories=[{'id': 3, 'name': 'dog'}, {'id': 9, 'name': 'dog'}])
+    for content, told in (
+        (fewer, "the name 'dog' stands for several"),
+        (small(), 'has objects of cat; the network knows'),
+    ):
+        path = write(tmp_path / str(len(told)), content) / 'annotations'
+        with pytest.raises(ValueError, match=told):
+            match_classes(load_coco(next(path.glob('instances_train*'))), 'box', ['__background__', 'dog', 'fish'])
+
+
+def test_other_keypoints_than_the_networks_are_refused(tmp_path: Path) -> None:
+    content = small(categories=[{'id': 4, 'name': 'bird', 'keypoints': ['tip', 'tail']}])
+    points = [1, 2, 2, 3, 4, 2]
+    content['annotations'] = [{'id': 1, 'image_id': 7, 'category_id': 4, 'bbox': [0, 0, 30, 30], 'keypoints': points}]
+    root = write(tmp_path, content, kind='person_keypoints')
+    assert CocoDataset(root, 'train', 'keypoint', keypoint_names=['tip', 'tail']).num_keypoints == 2
+    for other in (['tail', 'tip'], ['tip']):
+        with pytest.raises(ValueError, match='has keypoints tip, tail; the network finds ' + ', '.join(other)):
+            CocoDataset(root, 'train', 'keypoint', keypoint_names=other)

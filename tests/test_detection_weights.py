@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections import OrderedDict
 from pathlib import Path
 
@@ -88,3 +89,52 @@ def test_what_is_no_detector_is_left_to_other_readers(tmp_path: Path) -> None:
         assert detector_content(path) is None, path.name
     with pytest.raises(FileNotFoundError, match='no file with backbone weights at'):
         detector_content(tmp_path / 'nowhere.pth')
+
+
+FIRST = {  # today's name, the one of torchvision's first version
+    r'(fpn\.(?:inner|layer)_blocks\.\d)\.0\.': r'\1.',
+    r'rpn\.head\.conv\.0\.0\.': 'rpn.head.conv.',
+    r'mask_head\.0\.0\.': 'mask_head.mask_fcn1.',
+    r'mask_head\.1\.0\.': 'mask_head.mask_fcn2.',
+}
+
+
+@pytest.mark.parametrize('task', ['box', 'mask', 'keypoint'])
+def test_names_of_torchvisions_first_version_load_whole(tmp_path: Path, task: str) -> None:
+    options = {**SMALL, 'mask_layers': (16, 16), 'keypoint_layers': (16,), 'num_classes': 2}
+    torch.manual_seed(1)
+    state = build_detector(task, 'resnet10t', **options).state_dict()
+    old = {}
+    for name, tensor in state.items():
+        for today, first in FIRST.items():
+            name = re.sub(today, first, name)
+        old[name] = tensor
+    assert len(old.keys() - state.keys()) == (22 if task == 'mask' else 18)
+    torch.save({'model': old}, tmp_path / 'old.pth')
+    model = build_detector(task, 'resnet10t', weights=tmp_path / 'old.pth', **options)
+    for name, tensor in state.items():
+        assert name.endswith('num_batches_tracked') or torch.equal(model.state_dict()[name], tensor), name
+
+
+@pytest.mark.parametrize('change, told', [
+    ('roi_heads.box_head.fc6.weight', 'roi_heads.box_head.fc6.weight, which is not in the file'),
+    ('rpn.head.cls_logits.bias', 'rpn.head.cls_logits.bias, which has another shape there'),
+])  # fmt: skip
+def test_what_would_stay_random_is_refused_unless_asked_for(tmp_path: Path, change: str, told: str, caplog) -> None:
+    state = detector(1).state_dict()
+    if 'not in' in told:
+        del state[change]
+    else:
+        state[change] = torch.zeros(7)
+    torch.save(state, tmp_path / 'part.pth')
+    with pytest.raises(ValueError, match=f'1 tensors would keep their random start, the first is {told}'):
+        detector(2, weights=tmp_path / 'part.pth')
+    detector(2, weights=tmp_path / 'part.pth', partial=True)
+    assert f'1 tensors keep their random start: {change}' in caplog.text
+
+
+def test_boxes_alone_make_no_detector_of_masks(tmp_path: Path) -> None:
+    torch.save(detector(1).state_dict(), tmp_path / 'box.pth')
+    with pytest.raises(ValueError, match=r'the first is roi_heads\.mask_head\.0\.0\.weight'):
+        build_detector('mask', 'resnet18', weights=tmp_path / 'box.pth', **SMALL)
+    build_detector('mask', 'resnet18', weights=tmp_path / 'box.pth', partial=True, **SMALL)

@@ -77,7 +77,7 @@ BROKEN_CONTENT = {
     'box outside': (annotation(bbox=[70, 5, 10, 10]), 'box outside', 'outside its image of 64x48 pixels'),
     'negative area': (annotation(area=-1), 'malformed area', 'area -1; expected a number of 0 or more'),
     'crowd flag': (annotation(iscrowd='no'), 'malformed crowd flag', "iscrowd 'no'; expected 0 or 1"),
-    'polygon of two points': (annotation(segmentation=[[1, 2, 3, 4]]), 'malformed polygon', 'polygon of 4 numbers'),
+    'odd polygon': (annotation(segmentation=[[1, 2, 3, 4, 5, 6, 7]]), 'malformed polygon', 'polygon of 7 numbers'),
     'run lengths of another size': (
         annotation(segmentation={'size': [5, 5], 'counts': [25]}),
         'malformed mask',
@@ -89,6 +89,8 @@ BROKEN_CONTENT = {
     'keypoint outside': (annotation(keypoints=[99, 6, 2, 0, 0, 0]), 'keypoint outside', 'keypoint at (99, 6)'),
     'skeleton': (lambda c: c['categories'][0].update(skeleton=[[0, 1]]), 'skeleton', 'edge [0, 1]; expected'),
     'no objects': (lambda c: c.update(annotations=[]), 'no objects', "there is no object in split 'train'"),
+    'crowds only': (annotation(iscrowd=1), 'no objects', 'not crowds or empty boxes only'),
+    'empty boxes only': (annotation(bbox=[10.0, 5.0, 0.0, 10.0]), 'no objects', "no object in split 'train'"),
 }
 BROKEN_FILES = {
     'annotation file missing': (
@@ -116,7 +118,7 @@ BROKEN_FILES = {
     ),
 }
 KEYPOINT_ONLY = ('keypoint visibility', 'keypoint number', 'keypoint outside', 'skeleton')
-MASK_ONLY = ('polygon of two points', 'run lengths of another size')
+MASK_ONLY = ('odd polygon', 'run lengths of another size')
 
 
 def task_for(name: str) -> str:
@@ -184,11 +186,14 @@ def test_counts_are_those_of_the_files(tiny_coco: Path) -> None:
         ({'bbox': [10, 5, 0, 10]}, 'box without area'),
         ({'bbox': [-20, 5, 40, 10]}, 'box sticks out'),
         ({'segmentation': []}, 'no mask'),
+        ({'segmentation': [[1, 2, 3, 4], [10, 5, 30, 5, 30, 15]]}, 'short polygon'),
+        ({'segmentation': [[10, 5, 30, 5, 30, 15], []]}, 'short polygon'),
         ({'segmentation': {'size': [48, 64], 'counts': [48 * 64]}}, 'empty mask'),
     ],
 )
 def test_what_training_copes_with_is_a_note(tmp_path: Path, change: dict[str, Any], kind: str) -> None:
     content = valid()
+    content['annotations'].append({**content['annotations'][0], 'id': 2})
     content['annotations'][0].update(change)
     for split in ('train', 'val'):
         write(tmp_path, content if split == 'train' else valid(), split)

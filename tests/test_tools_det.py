@@ -70,6 +70,18 @@ def test_resume_goes_on_where_it_stopped(tool, sample: Path, tmp_path: Path) -> 
     assert [row['iteration'] for row in rows if 'loss' in row] == [2, 3, 4]
 
 
+def test_a_folder_with_a_run_is_continued_or_refused(tool, sample: Path, tmp_path: Path) -> None:
+    common = ['--task', 'box', '--data', sample, '--backbone', 'resnet10t', *TINY, '--iterations', 2]
+    assert tool('train_det.py', *common)[0] == 0
+    before = (tmp_path / 'runs' / 'box' / 'checkpoint.pt').read_bytes()
+    code, _, err = tool('train_det.py', *common, '--set', 'optim.lr=0.01')
+    assert code == 2 and 'holds a run with another configuration' in err
+    assert (tmp_path / 'runs' / 'box' / 'checkpoint.pt').read_bytes() == before
+    code, out, err = tool('train_det.py', *common)
+    assert code == 0, err
+    assert 'from iteration 2' in out
+
+
 @pytest.mark.parametrize(
     ('arguments', 'parts'),
     [

@@ -33,13 +33,11 @@ def main() -> None:
     model, meta = load_detector(args.checkpoint)
     source = find_data(args.data)
     pairs = meta['config'].data.keypoint_pairs() if meta['task'] == 'keypoint' else None
-    dataset = CocoDataset(source.root, args.split, meta['task'], flip_pairs=pairs)
-    unknown = sorted(set(meta['label_to_category'].values()) - set(dataset.coco.cats))
-    if unknown:
-        raise ValueError(f'{source.root} has no categories {unknown[:5]}, which {args.checkpoint} was trained on')
+    dataset = CocoDataset(source.root, args.split, meta['task'], flip_pairs=pairs, class_names=meta['class_names'],
+                          keypoint_names=meta['keypoint_names'] or None)  # fmt: skip
     network = FlipDetector(model, dataset.flip_indices) if args.flip else model
     with process_group(device):
-        evaluator = CocoEvaluator(dataset.coco, meta['task'], meta['label_to_category'])
+        evaluator = CocoEvaluator(dataset.coco, meta['task'], dataset.label_to_category)
         results = evaluate_detector(network.to(device), dataset, device=device, batch_size=args.batch_size,
                            workers=args.workers, evaluator=evaluator)  # fmt: skip
         if not is_main():

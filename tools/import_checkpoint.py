@@ -32,7 +32,7 @@ def detector_checkpoint(path: Path) -> dict[str, Any]:
     labels = [i for i, label in enumerate(known['categories']) if i and label != 'N/A']
     points = list(known.get('keypoint_names', ()))
     config = load_config(None, [], {'task': task, 'model.backbone': name})
-    meta = {'task': task, 'num_classes': classes, 'class_names': [known['categories'][i] for i in labels],
+    meta = {'task': task, 'num_classes': classes, 'class_names': ['__background__', *known['categories'][1:]],
             'label_to_category': {i: i for i in labels}, 'num_keypoints': len(points), 'keypoint_names': points,
             'skeleton': [list(edge) for edge in COCO_SKELETON] if points else []}  # fmt: skip
     try:

@@ -2,8 +2,8 @@
 
 Without --data it takes data/coco if that exists. Otherwise it draws a small sample set and takes a configuration that a
 laptop can train. All settings are in configs/detection. torchrun starts it on several devices, or on machines that
-share the output folder. With --resume the same command continues from the last checkpoint, also on fewer or more
-devices.
+share the output folder. The same command again continues from the last checkpoint, also on fewer or more devices; with
+--resume it does so with another configuration, such as a longer run.
 """
 
 from __future__ import annotations
@@ -24,8 +24,11 @@ def main() -> None:
     parser.add_argument('--config', help='YAML file, instead of the one for this task and data')
     parser.add_argument('--backbone', help='timm name, such as norton_resnet50.r078')
     parser.add_argument('--weights', help='file to start from: of norton_timm.save or timm, or a whole detector')
+    parser.add_argument('--partial', action='store_true', help='layers that --weights lacks start at random')
     parser.add_argument('--output', help='folder for what is written, by default runs/TASK')
-    parser.add_argument('--resume', action='store_true', help='continue from checkpoint.pt in the output folder')
+    parser.add_argument(
+        '--resume', action='store_true', help='continue the run in the output folder, however configured'
+    )
     parser.add_argument('--check-data', action='store_true', help='only read all of the data and list what is wrong')
     parser.add_argument('--iterations', type=int, help='length of the run in steps')
     parser.add_argument('--epochs', type=float, help='length of the run in passes over the data')
@@ -44,6 +47,7 @@ def main() -> None:
         detector_from_config,
         format_table,
         load_config,
+        same_run,
         save_predictions,
         training_sets,
     )
@@ -53,8 +57,9 @@ def main() -> None:
         raise ValueError('--task is missing, expected box, mask or keypoint')
     overrides = list(args.set) if args.epochs is None else ['optim.iterations=null', *args.set]
     values = {'task': args.task, 'data.root': args.data, 'model.backbone': args.backbone,
-              'model.weights': args.weights, 'device': args.device, 'seed': args.seed,
-              'deterministic': args.deterministic or None, 'data.workers': args.workers,
+              'model.weights': args.weights, 'model.partial': args.partial or None,
+              'device': args.device, 'seed': args.seed, 'data.workers': args.workers,
+              'deterministic': args.deterministic or None,
               'optim.epochs': args.epochs, 'optim.iterations': args.iterations}  # fmt: skip
     config = load_config(args.config, overrides, values)
     device = choose_device(config.device)
@@ -66,17 +71,21 @@ def main() -> None:
         kind = 'sample_' if (source.root / 'sample.json').is_file() else ''
         config = load_config(CONFIGS / f'{kind}{config.task}.yaml', overrides, values)
     if args.check_data:
-        print(report := check_data(source.root, config.task))
+        splits = (config.data.train_split, config.data.val_split)
+        print(report := check_data(source.root, config.task, tuple(dict.fromkeys(splits))))
         raise SystemExit(0 if report.ok else 1)
     latest = output / 'checkpoint.pt'
     if args.resume and not latest.is_file() and 'TORCHELASTIC_RUN_ID' not in os.environ:  # torchrun may restart
         raise FileNotFoundError(f'--resume: no {latest}')
+    goes_on = latest.is_file() and (args.resume or same_run(latest, config))
+    if latest.is_file() and not goes_on:
+        raise ValueError(f'{output} holds a run with another configuration: choose another --output, or --resume it')
     train_set, val_set = training_sets(config, source.root)
     torch.manual_seed(config.seed)
     model = detector_from_config(config, describe_data(train_set, config.task))
     with process_group(device):
         trainer = DetectorTrainer(config, model, train_set, val_set, output, device=device)
-        if args.resume and latest.is_file():
+        if goes_on:
             trainer.resume(latest)
         if is_main():
             print(describe_run(trainer, source.name))

@@ -2,7 +2,7 @@
 sample set by code, and tells what is wrong with a folder of data.
 """
 
-from detection.data.annotations import check_outline, class_map
+from detection.data.annotations import check_outline, class_map, unpaired
 from detection.data.coco import CocoDataset, Draw, collate, find_data, to_tensor
 from detection.data.decode import decode_rgb, read_picture
 from detection.data.doctor import check_data
@@ -14,5 +14,5 @@ from detection.data.transforms import build_transforms
 __all__ = [
     'CocoDataset', 'CopyPaste', 'Draw', 'RepeatFactorSampler', 'aspect_groups', 'build_transforms',
     'check_data', 'check_outline', 'class_map', 'collate', 'decode_rgb', 'draw_frames', 'eval_loader', 'find_data',
-    'read_picture', 'repeat_factors', 'to_tensor',
+    'read_picture', 'repeat_factors', 'to_tensor', 'unpaired',
 ]  # fmt: skip

@@ -124,6 +124,10 @@ def load_coco(path: str | os.PathLike[str]) -> COCO:
     for record in content['annotations']:
         record.setdefault('iscrowd', 0)
         record.setdefault('area', record['bbox'][2] * record['bbox'][3])
+        if isinstance(record.get('segmentation'), list):  # a point or a line has no area, and breaks the evaluation
+            record['segmentation'] = [
+                polygon for polygon in record['segmentation'] if not isinstance(polygon, list) or len(polygon) >= 6
+            ]
         if record['category_id'] in counts:  # objects nobody marked points on often lack the entry
             record.setdefault('keypoints', [0] * (3 * counts[record['category_id']]))
         if 'keypoints' in record:
@@ -203,21 +207,54 @@ def class_map(coco: COCO, task: str, source: object = 'annotations') -> tuple[di
     return {i: c['id'] for i, c in enumerate(categories, 1)}, ['__background__', *(c['name'] for c in categories)]
 
 
+def match_classes(coco: COCO, task: str, names: Sequence[str], source: object = 'annotations') -> dict[int, int]:
+    """Category ids of this file for the labels of a trained network: names decide, not positions or ids.
+
+    Args:
+        coco: the annotations.
+        task: 'box', 'mask' or 'keypoint'.
+        names: name of every label from 0, the background.
+        source: the file, for messages.
+
+    Returns:
+        ``{label: category id}``; a label whose name is not in the file has no entry.
+
+    Raises:
+        ValueError: objects of a category that the network does not have, or a name that stands for several.
+    """
+    own, known = class_map(coco, task, source)
+    if known == list(names):
+        return own
+    category_of: dict[str, list[int]] = {}
+    for category in own.values():
+        category_of.setdefault(coco.cats[category]['name'], []).append(category)
+    labels = {label: category_of[name] for label, name in enumerate(names) if name in category_of}
+    used = {record['category_id'] for record in coco.anns.values()}
+    new = [name for name, categories in category_of.items() if name not in names and used & set(categories)]
+    if new or not labels:
+        told = f'has objects of {", ".join(new[:5])}' if new else f'has {", ".join(list(category_of)[:5])}'
+        raise ValueError(f'{source} {told}; the network knows {", ".join(names[1:6])}' + ', ...' * (len(names) > 6))
+    twice = [names[label] for label, found in labels.items() if len(found) > 1 or list(names).count(names[label]) > 1]
+    if twice:
+        raise ValueError(f'{source}: the name {twice[0]!r} stands for several categories, so labels cannot be matched')
+    return {label: found[0] for label, found in labels.items()}
+
+
 def mirror_indices(names: Sequence[str], pairs: Sequence[tuple[str | int, str | int]] | None = None) -> tuple[int, ...]:
     """For each keypoint, the index of its partner in a mirrored image (itself if it has none).
 
     Args:
         names: Keypoint names.
-        pairs: Names or indices; by default names that differ in left / right (or a leading or trailing l / r) only.
+        pairs: Names or indices; by default names that differ only in left / right, or in a word L / R.
 
     Raises:
         ValueError: If a pair names no keypoint or a keypoint twice.
     """
     swap = list(range(len(names)))
     if pairs is None:
-        index = {name.lower(): i for i, name in enumerate(names)}
+        index = {name.lower(): i for i, name in enumerate(names)} | {_words(name): i for i, name in enumerate(names)}
         for i, name in enumerate(names):
-            swap[i] = index.get(_other_side(name.lower()), i)
+            swap[i] = index.get(_other_side(name), i)
         return tuple(swap)
     for pair in pairs:
         try:
@@ -252,15 +289,25 @@ def keypoint_layout(
     return names, ()
 
 
-def _other_side(name: str) -> str:
-    for pattern, mirror in ((r'left', 'right'), (r'right', 'left')):
-        if re.search(pattern, name):
-            return re.sub(pattern, mirror, name)
-    for pattern, mirror in ((r'^l(?=[_\- .])', 'r'), (r'^r(?=[_\- .])', 'l'), (r'(?<=[_\- .])l$', 'r'),
-                            (r'(?<=[_\- .])r$', 'l')):  # fmt: skip
-        if re.search(pattern, name):
-            return re.sub(pattern, mirror, name)
-    return name
+def unpaired(names: Sequence[str], partners: Sequence[int]) -> list[str]:
+    """Keypoints whose names say left or right but that have no partner in a mirrored image."""
+    return [name for i, name in enumerate(names) if partners[i] == i and _other_side(name)]
+
+
+def _words(name: str) -> tuple[str, ...]:
+    """The words of a name: `front_l_paw`, `LShoulder` and `eyeR` have two or three."""
+    return tuple(word.lower() for word in re.findall(r'[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+', name))
+
+
+def _other_side(name: str) -> str | tuple[str, ...]:
+    """The name, or its words, on the other side; empty where it has none."""
+    sides = {'left': 'right', 'right': 'left', 'l': 'r', 'r': 'l'}
+    found = re.search('left|right', name.lower())
+    if found:
+        return name.lower().replace(found[0], sides[found[0]])
+    words = _words(name)
+    place = next((i for i, word in enumerate(words) if word in sides), None)
+    return () if place is None else (*words[:place], sides[words[place]], *words[place + 1 :])
 
 
 def _is_coco(category: dict[str, Any]) -> bool:

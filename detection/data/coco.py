@@ -19,6 +19,7 @@ from detection.data.annotations import (
     find_images,
     keypoint_layout,
     load_coco,
+    match_classes,
     mirror_indices,
 )
 from detection.data.decode import read_picture
@@ -91,6 +92,9 @@ class CocoDataset(Dataset):
             in left / right only.
         annotations: Annotation file, if its name or place is not the usual one.
         images: Image folder, likewise.
+        class_names: Names of a trained network's labels, from 0, the background: the labels then mean those names,
+            whatever ids and order the file has. By default labels are numbered as ``label_to_category`` says.
+        keypoint_names: Likewise, the keypoints that a trained network finds.
         seed: Makes augmentation a function of seed, epoch (``set_epoch``), index and position in the epoch (0 for a
             plain index) alone, whatever the number of workers; None draws from torch's generator.
         limit: Take only this many images, the first ones that hold objects (with keypoints, in the keypoint task).
@@ -126,6 +130,8 @@ class CocoDataset(Dataset):
         flip_pairs: Sequence[tuple[str | int, str | int]] | None = None,
         annotations: str | os.PathLike[str] | None = None,
         images: str | os.PathLike[str] | None = None,
+        class_names: Sequence[str] | None = None,
+        keypoint_names: Sequence[str] | None = None,
         seed: int | None = None,
         limit: int | None = None,
     ) -> None:
@@ -138,11 +144,19 @@ class CocoDataset(Dataset):
         if not self.image_ids:
             raise ValueError(f'{self.annotation_file} lists no images; expected at least one')
         self.label_to_category, self.class_names = class_map(self.coco, task, self.annotation_file)
+        if class_names is not None:
+            self.label_to_category = match_classes(self.coco, task, class_names, self.annotation_file)
+            self.class_names = list(class_names)
         self.num_classes = len(self.class_names)
         self._labels = {category: label for label, category in self.label_to_category.items()}
         self.keypoint_names, self.skeleton = (
             keypoint_layout(self.coco, self.label_to_category, self.annotation_file) if task == 'keypoint' else ((), ())
         )
+        if keypoint_names is not None and tuple(keypoint_names) != self.keypoint_names:
+            raise ValueError(
+                f'{self.annotation_file} has keypoints {", ".join(self.keypoint_names[:20])}; the network finds '
+                f'{", ".join(keypoint_names[:20])}'
+            )
         self.num_keypoints = len(self.keypoint_names)
         self.flip_indices = mirror_indices(self.keypoint_names, flip_pairs)
         self.min_keypoints = min_keypoints

@@ -109,7 +109,7 @@ def check_data(
     """
     check_task(task)
     report = DataReport(str(root))
-    categories: dict[str, dict[int, Any]] = {}
+    categories: dict[str, tuple[set[Any], set[Any]]] = {}  # of each split: all, and those that objects have
     for split in splits:
         try:
             path = find_annotations(root, split, task)
@@ -121,9 +121,9 @@ def check_data(
         report.problems += found
         if any(p.kind in ('format', 'missing field') or p.kind.startswith('malformed') for p in found):
             continue  # what follows relies on them
-        categories[split] = {c['id']: (c['name'], tuple(c.get('keypoints') or ())) for c in content['categories']}
+        categories[split] = _categories(content, task)
         report.counts[split] = _counts(content)
-        for problem in _content(content, task, split):
+        for problem in _content(content, task, split, split == splits[0]):
             report.problems.append(Problem(problem.kind, f'{path.name}: {problem.message}', problem.fatal))
         try:
             folder = find_images(Path(root), split, path)
@@ -137,10 +137,20 @@ def check_data(
             report.problems += [problem for problem in checks if problem is not None]
     if categories and not any(p.kind in ('duplicate id', 'category twice') for p in report.problems):
         first, *others = categories
-        for other in (split for split in others if categories[split] != categories[first]):
-            message = f'{first} and {other} have different categories or keypoints; labels would not mean the same'
-            report.problems.append(Problem('categories', message))
+        for other in others:
+            new = sorted(name for name, _ in categories[other][1] - categories[first][0])
+            if new:
+                message = f'{other} has objects of {", ".join(new[:5])}, which {first} has not, or with other keypoints'
+                report.problems.append(Problem('categories', message))
     return report
+
+
+def _categories(content: dict[str, Any], task: str) -> tuple[set[Any], set[Any]]:
+    """Names (and, where they matter, keypoints) of all categories, and of those that objects have."""
+    used = {a['category_id'] for a in content['annotations']}
+    points = task == 'keypoint'
+    facts = {c['id']: (c['name'], tuple(c.get('keypoints') or ()) if points else ()) for c in content['categories']}
+    return set(facts.values()), {fact for key, fact in facts.items() if key in used and (fact[1] or not points)}
 
 
 def _counts(content: dict[str, Any]) -> dict[str, int]:
@@ -153,12 +163,13 @@ def _counts(content: dict[str, Any]) -> dict[str, int]:
     }
 
 
-def _content(content: dict[str, Any], task: str, split: str) -> Iterator[Problem]:
+def _content(content: dict[str, Any], task: str, split: str, trained: bool) -> Iterator[Problem]:
     """Problems of annotations that are well-formed."""
     if not content['images']:
         yield Problem('no images', 'the file lists no images; expected at least one')
-    if not content['annotations']:
-        yield Problem('no objects', f'there is no object in split {split!r}; expected some', split.startswith('train'))
+    if not any(_trains(record, task) for record in content['annotations']):
+        message = f'there is no object in split {split!r}; expected some, not crowds or empty boxes only'
+        yield Problem('no objects', message, trained)
     names = Counter(image['file_name'] for image in content['images'])
     yield from (Problem('image listed twice', f'{n} is listed {k} times') for n, k in names.items() if k > 1)
     classes = Counter(category['name'] for category in content['categories'])
@@ -187,6 +198,13 @@ def _content(content: dict[str, Any], task: str, split: str) -> Iterator[Problem
             yield from _points(record, image, len(layouts[record['category_id']]))
 
 
+def _trains(record: dict[str, Any], task: str) -> bool:
+    """Whether an annotation is something to train on, as far as it says so itself."""
+    box = record['bbox']
+    filled = len(box) == 4 and box[2] != 0 and box[3] != 0  # wrong ones are told below
+    return filled and not record.get('iscrowd') and (task != 'mask' or bool(record.get('segmentation')))
+
+
 def _box(record: dict[str, Any], image: dict[str, Any]) -> Iterator[Problem]:
     where, (x, y, w, h) = f'annotation {record["id"]}', record['bbox']
     width, height = image['width'], image['height']
@@ -213,10 +231,13 @@ def _mask(record: dict[str, Any], image: dict[str, Any]) -> Iterator[Problem]:
         yield Problem('no mask', f'{where} has no segmentation; it is left out of training', False)
         return
     if isinstance(outline, list):
-        bad = [p for p in outline if not isinstance(p, list) or len(p) < 6 or len(p) % 2]
+        if any(isinstance(p, list) and len(p) < 6 for p in outline):
+            yield Problem('short polygon', f'{where} has a polygon of less than three points; it is left out', False)
+            outline = [p for p in outline if not isinstance(p, list) or len(p) >= 6]
+        bad = [p for p in outline if not isinstance(p, list) or len(p) % 2]
         if bad:
             size = len(bad[0]) if isinstance(bad[0], list) else 0
-            message = f'{where} has a polygon of {size} numbers; expected an even number of 6 or more'
+            message = f'{where} has a polygon of {size} numbers; expected an even number'
             yield Problem('malformed polygon', message)
             return
     try:

@@ -57,6 +57,7 @@ def build_detector(
     compress: CompressionSpec | str | Path | None = None,
     pretrained: bool = False,
     weights: str | Path | None = None,
+    partial: bool = False,
     norm: str | None = None,
     frozen_stages: int = 0,
     min_size: int | Sequence[int] | None = None,
@@ -86,6 +87,8 @@ def build_detector(
         weights: a file to start from instead: weights of the backbone as timm reads them, a network of
             `norton_timm.save` (with its compression), or a checkpoint of train_det.py, heads included. If that has
             other classes, the last layers start at random.
+        partial: a checkpoint of a whole detector may lack other layers too, which then start at random, e.g. the mask
+            head where the file is of a detector of boxes.
         norm: `'train'`, `'frozen'` or `'sync'` batch norm in the backbone; by default frozen if there are backbone
             weights, as in torchvision, else trained.
         frozen_stages: 0 to 4, number of pyramid levels that keep their weights, with all layers before them.
@@ -145,7 +148,7 @@ def build_detector(
         made: Mapping[str, Any] = {}
     else:
         made = _check_start(content, task, backbone, recipe, weights)
-        model = _start(content, str(backbone), num_classes, num_keypoints, weights, task, options)
+        model = _start(content, str(backbone), num_classes, num_keypoints, weights, task, options, partial)
     if compress is not None and str(compress) != str(made.get('compress')):
         model = compress_detector(model, read_spec(compress), fresh=not pretrained and weights is None)
     spec = recipe_spec(task, recipe)
@@ -219,13 +222,14 @@ def _start(
     path: object,
     task: str,
     options: Mapping[str, Any],
+    partial: bool,
 ) -> GeneralizedRCNN:
     """A detector with the weights, and the compression, of another run."""
     fpn_channels = options['fpn_channels']
     if content.get('surgery') is None or content['config']['task'] != task:
         fpn = build_backbone(backbone, out_channels=fpn_channels)
         model = _assemble(task, fpn, num_classes, num_keypoints, **options)
-        start_from(model, state_of(content), str(path))
+        start_from(model, state_of(content), str(path), partial)
         return model
     meta = content['meta']
     fpn = build_backbone(dense_name(backbone), out_channels=fpn_channels)

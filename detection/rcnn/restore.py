@@ -6,6 +6,7 @@ Detectors come from our checkpoints or from torchvision's reference training.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ from norton_timm.utils import load_plain
 log = logging.getLogger(__name__)
 
 BODY = 'backbone.body.'
+# layers whose shape says how many classes or keypoints there are
+LAST = ('roi_heads.box_predictor.', 'roi_heads.mask_predictor.mask_fcn_logits.', 'roi_heads.keypoint_predictor.')
 
 
 def restore(model: GeneralizedRCNN, content: Mapping[str, Any]) -> None:
@@ -136,20 +139,29 @@ def convert_detector_state_dict(path: str | Path) -> tuple[dict[str, Tensor], nn
 
 
 def state_of(content: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The weights of a checkpoint: the averaged ones if it has them."""
-    return dict(content['ema'] if content.get('ema') is not None else content['model'])
+    """The weights of a checkpoint (the averaged ones if it has them), by torchvision's current names."""
+    state = content['ema'] if content.get('ema') is not None else content['model']
+    return {_current_name(str(name)): tensor for name, tensor in state.items()}
 
 
-def start_from(model: GeneralizedRCNN, tensors: Mapping[str, Tensor], path: str | Path) -> None:
-    """Load a detector's weights, in place; layers for other classes or keypoints keep their random start.
+def _current_name(name: str) -> str:
+    """Torchvision's name of today for one of its first version, 2019 to 2021, in which its detectors were published."""
+    name = re.sub(r'^(backbone\.fpn\.(?:inner|layer)_blocks\.\d+)\.(weight|bias)$', r'\1.0.\2', name)
+    name = re.sub(r'^rpn\.head\.conv\.(weight|bias)$', r'rpn.head.conv.0.0.\1', name)
+    return re.sub(r'^(roi_heads\.mask_head)\.mask_fcn(\d+)\.', lambda found: f'{found[1]}.{int(found[2]) - 1}.0.', name)
+
+
+def start_from(model: GeneralizedRCNN, tensors: Mapping[str, Tensor], path: str | Path, partial: bool = False) -> None:
+    """Load a detector's weights, in place; last layers of other classes or keypoints keep their random start.
 
     Args:
         model: the detector.
         tensors: the weights, as `state_of` gives them.
         path: their file, for messages.
+        partial: other layers, too, may keep their random start: those that are not in the file or have another shape.
 
     Raises:
-        ValueError: the backbones differ.
+        ValueError: the backbones differ, or other layers would keep their random start and ``partial`` is False.
     """
     own = model.state_dict()
     fits = {name: t for name, t in tensors.items() if name in own and own[name].shape == t.shape}
@@ -158,6 +170,13 @@ def start_from(model: GeneralizedRCNN, tensors: Mapping[str, Tensor], path: str 
     other = [name for name in (*left, *(n for n in tensors if n not in own)) if name.startswith(BODY)]
     if other:
         raise ValueError(f'{path} has another backbone: {other[0]} does not fit')
+    lost = [name for name in left if not (name in tensors and name.startswith(LAST))]
+    if lost and not partial:
+        why = 'has another shape there' if lost[0] in tensors else 'is not in the file'
+        raise ValueError(
+            f'{path} does not hold all of this detector: {len(lost)} tensors would keep their random start, the first '
+            f'is {lost[0]}, which {why}; partial=True (--partial) allows that'
+        )
     model.load_state_dict(fits, strict=False)
     if left:
-        log.info('%s: %d tensors keep their random start: %s', path, len(left), ', '.join(left[:6]))
+        log.warning('%s: %d tensors keep their random start: %s', path, len(left), ', '.join(left[:6]))

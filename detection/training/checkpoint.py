@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import shutil
 from pathlib import Path
@@ -107,6 +108,19 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     return content
 
 
+def same_run(path: str | Path, config: RunConfig) -> bool:
+    """Whether a checkpoint is of a run with this configuration; device and loading processes do not count."""
+
+    def told(tree: dict[str, Any]) -> Any:
+        data = {key: value for key, value in tree['data'].items() if key != 'workers'}
+        return json.loads(json.dumps({**tree, 'data': data, 'device': None}))  # tuples become lists
+
+    try:
+        return told(config_from_dict(load_checkpoint(path)['config']).to_dict()) == told(config.to_dict())
+    except (ValueError, LookupError, TypeError, AttributeError):  # a file that a run cannot go on from
+        return False
+
+
 def load_detector(path: str | Path) -> tuple[GeneralizedRCNN, dict[str, Any]]:
     """Rebuild a trained detector, with averaged weights if the run kept them, in evaluation mode.
 
@@ -141,6 +155,7 @@ def _rebuilt(content: dict[str, Any]) -> tuple[GeneralizedRCNN, RunConfig]:
     tree['model'] = {**tree['model'], 'weights': None, 'pretrained': False, 'norm': None, 'compress': None}
     config, meta = config_from_dict(tree), content['meta']
     _check_meta(meta, config.task)
+    _fill_names(meta)
     dense = config
     if content.get('surgery') is not None:  # the surgery says what was cut: begin with the dense detector
         options = dataclasses.replace(config.model, backbone=dense_name(config.model.backbone), recipe='backbone')
@@ -148,6 +163,14 @@ def _rebuilt(content: dict[str, Any]) -> tuple[GeneralizedRCNN, RunConfig]:
     model = detector_from_config(dense, meta)
     restore(model, content)
     return model.eval(), config
+
+
+def _fill_names(meta: dict[str, Any]) -> None:
+    """Give every label its name, in place; older imported files left the background and COCO's gaps out."""
+    names, labels = meta['class_names'], sorted(meta['label_to_category'])
+    if len(names) == len(labels) < meta['num_classes'] and labels[-1] < meta['num_classes'] and labels[0] > 0:
+        known = dict(zip(labels, names))
+        meta['class_names'] = ['__background__'] + [known.get(k, 'N/A') for k in range(1, meta['num_classes'])]
 
 
 def _is_int(value: Any) -> bool:

@@ -60,6 +60,7 @@ class ModelConfig:
     compress: str | None = None  # YAML file of a CompressionSpec, to compress the backbone (or all) on the fly
     pretrained: bool = False
     weights: str | None = None
+    partial: bool = False  # weights of a whole detector may lack layers, which then start at random
     norm: str | None = None
     frozen_stages: int = 0
     min_size: tuple[int, ...] | None = None

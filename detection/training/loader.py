@@ -79,7 +79,13 @@ class BatchStream(Sampler[list[Draw]]):
 
 
 def training_sets(config: RunConfig, root: Path) -> tuple[CocoDataset, CocoDataset]:
-    """The training split, augmented as configured, and the evaluation split of a folder in COCO layout."""
+    """The training split, augmented as configured, and the evaluation split of a folder in COCO layout.
+
+    Labels of both mean the same: the categories of the evaluation split are matched by name.
+
+    Raises:
+        ValueError: nothing to train on, or categories or keypoints that cannot be matched.
+    """
     data = config.data
     augment = build_transforms(
         config.task,
@@ -94,7 +100,17 @@ def training_sets(config: RunConfig, root: Path) -> tuple[CocoDataset, CocoDatas
     train_set = CocoDataset(
         root, data.train_split, config.task, augment, seed=config.seed, flip_pairs=pairs, limit=limit
     )
-    return train_set, CocoDataset(root, data.val_split, config.task, flip_pairs=pairs, limit=limit)
+    if not any(train_set.labels_of(index) for index in range(len(train_set))):
+        raise ValueError(f'{train_set.annotation_file} has no object to train on for task {config.task}')
+    return train_set, CocoDataset(
+        root,
+        data.val_split,
+        config.task,
+        flip_pairs=pairs,
+        limit=limit,
+        class_names=train_set.class_names,
+        keypoint_names=train_set.keypoint_names,
+    )
 
 
 def train_loader(dataset: CocoDataset, data: DataConfig, seed: int, pin: bool = False) -> DataLoader:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from detection.data import CocoDataset, to_tensor
+from detection.data import CocoDataset, to_tensor, unpaired
 from detection.training.engine import DetectorTrainer
 from detection.visual import Image, draw_detections, grid
 from norton_timm.profiling import count_params
@@ -49,6 +49,13 @@ def describe_run(trainer: DetectorTrainer, data_name: str) -> str:
         'run': f'{trainer.total} iterations of {trainer.step_images} images, {optim.name}, learning rate {optim.lr:g}'
         + (f', from iteration {trainer.iteration}' if trainer.iteration else ''),
     }
+    points, partners = trainer.train_set.keypoint_names, trainer.train_set.flip_indices
+    if points:
+        pairs = [f'{points[i]} - {points[k]}' for i, k in enumerate(partners) if i < k]
+        rows['mirrored'] = ', '.join(pairs) or 'no keypoints trade places (data.flip_pairs names them)'
+        alone = unpaired(points, partners)
+        if alone:
+            rows['warning'] = f'no partner for {", ".join(alone[:6])} in a mirrored image (data.flip_pairs names it)'
     return '\n'.join(f'{name:<11}{value}' for name, value in rows.items())
 
 
