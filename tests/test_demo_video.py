@@ -176,6 +176,26 @@ def test_files_that_are_not_what_they_seem(tool, tmp_path, clip):
         assert code == 2 and 'is not a' in err and 'Traceback' not in err
 
 
+def test_nothing_that_is_read_is_overwritten(tool, tmp_path, clip):
+    video = tmp_path / 'clip.mp4'
+    video.write_bytes(clip.read_bytes())
+    (tmp_path / 'photos').mkdir()
+    photo = tmp_path / 'photos' / 'a.png'
+    cv2.imwrite(str(photo), np.zeros((40, 60, 3), np.uint8))
+    (tmp_path / 'link.mp4').symlink_to(video)
+    before = {path: path.read_bytes() for path in (video, photo)}
+    for arguments in (
+        ['--input', video, '--output', video],
+        ['--input', video, '--output', tmp_path / 'link.mp4'],
+        ['--input', f'file://{video}', '--headless', '--json', video],
+        ['--input', photo, '--output', photo.with_suffix('.mp4')],  # its histogram would be a.png
+        ['--input', photo.parent, '--headless', '--json', photo.with_suffix('.json')],
+    ):
+        code, _, err = tool(TOOL, *RANDOM, *arguments)
+        assert code == 2 and 'is read and would be overwritten' in err and 'Traceback' not in err
+    assert before == {path: path.read_bytes() for path in before}
+
+
 def test_without_a_display_the_error_says_what_to_do(tool, monkeypatch):
     monkeypatch.delenv('DISPLAY', raising=False)
     monkeypatch.delenv('WAYLAND_DISPLAY', raising=False)

@@ -65,7 +65,7 @@ def main() -> None:
     print(report)
     if output.writer is not None and output.writer.frames:
         print(f'wrote {args.output}: {output.writer.frames} frames, {output.writer.codec}')
-    figures = args.json or (args.output.with_suffix('.json') if args.output else None)
+    figures = demo.figures_file(args)
     if figures is not None and report.frames:
         print('wrote', *demo.save_report(report, figures))
     if report.stopped in ('interrupted', 'terminated'):

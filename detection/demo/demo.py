@@ -21,7 +21,7 @@ from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights, Keypoi
 from detection.demo.pipeline import Report, real_time_repeats
 from detection.demo.predictor import ModelFacts, Predictor
 from detection.demo.studio import ModelChoice, Studio
-from detection.demo.video import Frame, FrameSource, fit_image, open_source
+from detection.demo.video import IMAGE_SUFFIXES, Frame, FrameSource, fit_image, open_source
 from detection.demo.video_writer import VideoWriter, check_video_output
 from detection.rcnn import build_detector
 from detection.tasks import TASKS
@@ -119,8 +119,32 @@ def check_options(args: argparse.Namespace) -> None:
         check_video_output(args.output, args.codec)
     if args.json is not None and not args.json.parent.is_dir():
         raise ValueError(f'--json folder {args.json.parent} does not exist')
+    _check_nothing_is_overwritten(args)
     if wants_window(args) and (problem := window_problem()):
         raise ValueError(f'no window: {problem}; use --output FILE.mp4, --headless or --serve PORT')
+
+
+def _check_nothing_is_overwritten(args: argparse.Namespace) -> None:
+    """Check that no file to be written, derived ones included, is one that is read."""
+    written = [args.output, figures_file(args)]
+    written += [path.with_suffix('.png') for path in written[1:] if path is not None]
+    read = [Path(name.removeprefix('file://')) for name in [args.input or '', *args.weights] if name]
+    with contextlib.suppress(OSError):  # a URL may be too long for a path
+        read += [
+            file
+            for folder in read
+            if folder.is_dir()
+            for file in folder.iterdir()
+            if file.suffix.lower() in IMAGE_SUFFIXES
+        ]
+        for path in written:
+            if path is not None and path.exists() and any(file.exists() and path.samefile(file) for file in read):
+                raise ValueError(f'{path} is read and would be overwritten: choose another --output or --json')
+
+
+def figures_file(args: argparse.Namespace) -> Path | None:
+    """Where the figures go: ``--json``, or beside the video."""
+    return args.json or (args.output.with_suffix('.json') if args.output else None)
 
 
 def choose_models(args: argparse.Namespace) -> list[tuple[nn.Module, ModelFacts]]:
