@@ -129,10 +129,16 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for module in ('mkdocs', 'material', 'mkdocstrings'):
         pytest.importorskip(module, reason='the site needs the extra `docs`')
     folder = tmp_path_factory.mktemp('site')
-    command = [sys.executable, '-m', 'mkdocs', 'build', '--strict', '--quiet', '--site-dir', str(folder)]
+    command = [sys.executable, '-m', 'mkdocs', 'build', '--strict', '--site-dir', str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, [line for line in done.stderr.splitlines() if line.startswith(('WARNING', 'ERROR'))]
     return folder
+
+
+def test_examples_of_the_reference_are_code(site: Path) -> None:
+    for page in ('norton_timm', 'detection'):
+        text = (site / 'reference' / page / 'index.html').read_text(encoding='utf-8')
+        assert '<blockquote>' not in text and text.count('class="gp">&gt;&gt;&gt;') > 20
 
 
 class _Links(HTMLParser):

@@ -27,7 +27,9 @@ try:
     from starlette.routing import Route, WebSocketRoute
     from starlette.websockets import WebSocket, WebSocketDisconnect
 except ImportError as error:
-    raise ValueError(f'the web page needs starlette, uvicorn and websockets ({error}): pip install .[web]') from error
+    raise ValueError(
+        f'the web page needs starlette, uvicorn and websockets ({error}): pip install -e ".[web]"'
+    ) from error
 
 _LARGEST_MESSAGE = 8 * 2**20  # bytes; a browser's camera picture has a few 100 KB
 _LARGEST_SETTINGS = 10_000  # characters

@@ -28,7 +28,7 @@ class Tracker:
             import supervision
             import trackers
         except ImportError as error:
-            raise ValueError(f"tracker {name!r} needs the extra track: pip install 'norton-timm[track]'") from error
+            raise ValueError(f'tracker {name!r} needs the extra track: pip install -e ".[track]"') from error
         self._detections = supervision.Detections
         options = {'track_activation_threshold': score} if name != 'ocsort' else {'high_conf_det_threshold': score}
         if name == 'bytetrack':

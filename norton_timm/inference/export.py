@@ -47,7 +47,7 @@ def need(module: str) -> Any:
     try:
         return __import__(module)
     except ImportError as error:
-        raise ValueError(f"{module} is not installed ({error}): pip install 'norton-timm[export]'") from None
+        raise ValueError(f'{module} is not installed ({error}): pip install -e ".[export]"') from None
 
 
 class TracedNetwork(nn.Module):

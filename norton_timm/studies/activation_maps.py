@@ -127,7 +127,7 @@ def look(name: str, model: nn.Module, image: Tensor, target: int, layer: str, fe
         from pytorch_grad_cam import GradCAM
         from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
     except ImportError as error:
-        raise ValueError(f"grad-cam is not installed ({error}): pip install 'norton-timm[visualize]'") from None
+        raise ValueError(f'grad-cam is not installed ({error}): pip install -e ".[visualize]"') from None
     model = copy.deepcopy(model).eval().requires_grad_(True)
     for module in model.modules():
         if hasattr(module, 'inplace'):
