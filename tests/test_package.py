@@ -78,7 +78,7 @@ sys.path.insert(0, {str(place)!r})
 import norton_timm, timm, detection
 from importlib import resources
 from detection import build_detector
-from detection.rcnn import recipe_spec
+from detection.rcnn.compression import recipe_spec
 assert norton_timm.__file__.startswith({str(place)!r}) and detection.__file__.startswith({str(place)!r})
 model = timm.create_model('norton_resnet56_cifar.r071')
 norton_timm.save(model, 'small.safetensors')
