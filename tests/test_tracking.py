@@ -65,5 +65,5 @@ def test_what_is_wrong_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         return real(name, *args, **kwargs)  # type: ignore[arg-type]
 
     monkeypatch.setattr(builtins, '__import__', without)
-    with pytest.raises(ValueError, match=r"needs the extra track: pip install 'norton-timm\[track\]'"):
+    with pytest.raises(ValueError, match=r'needs the extra track: pip install -e "\.\[track\]"'):
         Tracker('bytetrack')

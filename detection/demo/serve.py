@@ -152,7 +152,6 @@ def serve(studio: Studio, host: str, port: int, announce: Callable[[str], object
     )
     studio.start()
     try:
-        print(f'http://{host}:{port}/' + (f'?token={token}' if token else ''), flush=True)
         shown = f'[{host}]' if ':' in host else host
         announce(f'http://{shown}:{port}/' + (f'?token={token}' if token else ''))
         uvicorn.Server(config).run(sockets=[listener])

@@ -66,7 +66,7 @@ def representation(filters: Tensor, method: str) -> list[Tensor]:
 def kmeans(filters: Tensor, method: str, clusters: int, generator: torch.Generator, *, starts: int = 10) -> Tensor:
     """Labels `(N,)` of the start with the least inertia.
 
-    Filters are compared by the mean Euclidean distance of their factors. The SVD leaves signs open; those with the
+    Filters are compared by the sum of Euclidean distances of their factors. The SVD leaves signs open; those with the
     smallest distance count. Centroids are means of whole filters; inertia sums the distances of whole filters to them.
     """
     factors = representation(filters, method)
