@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 import torch
 from image_sets import coloured, write_folder
@@ -12,6 +14,7 @@ from torch import Tensor
 from norton_timm.training import data as image_data
 from norton_timm.training.data import ArrayData, ClassificationData, Preprocessing, crop_and_flip
 from norton_timm.training.sources import open_data
+from norton_timm.utils import read_rgb
 
 CPU = torch.device('cpu')
 PREPROCESSING = Preprocessing((32, 32), (0.5, 0.4, 0.3), (0.25, 0.2, 0.1), crop_pct=0.9)
@@ -146,3 +149,15 @@ def test_preprocessing_of_a_network() -> None:
     cfg = {'input_size': (3, 20, 24), 'mean': (0.1, 0.2, 0.3), 'std': (0.4, 0.5, 0.6), 'interpolation': 'bilinear',
            'crop_pct': 0.8, 'url': 'nowhere'}  # fmt: skip
     assert Preprocessing.from_cfg(cfg) == Preprocessing((20, 24), (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), 'bilinear', 0.8)
+
+
+@pytest.mark.parametrize('suffix', ['.png', '.tif'])
+def test_sixteen_bits_keep_their_upper_eight(tmp_path: Path, suffix: str) -> None:
+    """As OpenCV reads them."""
+    values = np.linspace(0, 65535, 12288).reshape(96, 128).astype(np.uint16)
+    path = tmp_path / f'gray{suffix}'
+    cv2.imwrite(str(path), values)
+    assert np.array_equal(np.asarray(read_rgb(path, path)), np.repeat((values >> 8)[..., None], 3, axis=2))
+    cv2.imwrite(str(tmp_path / 'float.tif'), values.astype(np.float32))
+    with pytest.raises(ValueError, match='a picture of float numbers; expected 8 or 16 bits'):
+        read_rgb(tmp_path / 'float.tif', 'float.tif')

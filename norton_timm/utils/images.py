@@ -10,6 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import EpsImagePlugin, Image
 
 MOST_PIXELS = 89_478_485  # Pillow's own limit: 256 MB once decoded, which a file of a few KB can announce
@@ -21,7 +22,7 @@ DAMAGE = (OSError, ValueError, SyntaxError, TypeError, LookupError, ArithmeticEr
 
 
 def read_rgb(source: Path | bytes, name: object, most_pixels: int = MOST_PIXELS) -> Image.Image:
-    """Decode a whole picture to RGB.
+    """Decode a whole picture to RGB; of 16 bits the upper 8 are kept.
 
     Args:
         source: a file, or the encoded picture.
@@ -29,13 +30,17 @@ def read_rgb(source: Path | bytes, name: object, most_pixels: int = MOST_PIXELS)
         most_pixels: a picture with more pixels is refused before it is decoded.
 
     Raises:
-        ValueError: no picture, a damaged one, or one that is too large.
+        ValueError: no picture, a damaged one, one that is too large, or one of float numbers, whose range is unknown.
     """
     with _opened(source, name) as picture:
         if picture.width * picture.height > most_pixels:
             size = f'{picture.width}x{picture.height}'
             raise ValueError(f'{name} is not decoded: {size} pixels, expected at most {most_pixels:,} in all')
+        if picture.mode == 'F':
+            raise ValueError(f'{name}: a picture of float numbers; expected 8 or 16 bits')
         try:
+            if picture.mode.startswith('I;16'):  # Pillow would cut off at 255
+                return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8)).convert('RGB')
             return picture.convert('RGB')
         except DAMAGE as error:
             raise ValueError(f'{name}: not an image that can be read: {_brief(error)}') from None
