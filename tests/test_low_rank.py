@@ -11,7 +11,7 @@ from torch import nn
 import norton_timm
 from norton_timm import CompressionSpec, count, reshape
 from norton_timm.compression import compress
-from norton_timm.layers.low_rank import LowRankLinear, factor_linears
+from norton_timm.layers.low_rank import LowRankLinear, factor_layers
 
 
 @pytest.mark.parametrize('rank', [1, 5, 12])
@@ -25,7 +25,7 @@ def test_is_the_best_approximation_of_its_rank(rank: int) -> None:
     x = torch.randn(3, 20)
     torch.testing.assert_close(layer(x), x @ best.T + linear.bias)
     model = nn.Sequential(linear)
-    assert factor_linears(model, {'0': rank})['0'] == pytest.approx((s[rank:] ** 2).sum() / (s**2).sum(), abs=1e-6)
+    assert factor_layers(model, {'0': rank})['0'] == pytest.approx((s[rank:] ** 2).sum() / (s**2).sum(), abs=1e-6)
     assert (model[0].in_features, model[0].rank, model[0].out_features) == (20, rank, 12)
 
 
@@ -88,8 +88,8 @@ def test_saved_and_loaded_bit_for_bit(tmp_path) -> None:
 @pytest.mark.parametrize(
     ('low_rank', 'told'),
     [
-        ({'nothing': 4}, "low_rank: pattern 'nothing' matches no layer, expected names such as fc"),
-        ({'conv1': 4}, "low_rank: pattern 'conv1' matches no layer"),
+        ({'nothing': 4}, "low_rank: pattern 'nothing' matches no layer, expected names such as conv1, layer1.0.conv1"),
+        ({'bn1': 4}, "low_rank: pattern 'bn1' matches no layer"),
         ({'fc': 513}, 'low_rank: got 513 for fc, expected at most 512, its full rank'),
     ],
 )

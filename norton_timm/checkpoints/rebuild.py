@@ -23,7 +23,7 @@ from norton_timm.checkpoints.shapes import (
     runs_through,
 )
 from norton_timm.graph import feature_entries, is_feature_extractor
-from norton_timm.layers import ChannelMap, CPDConv2d, LowRankLinear, factor_shapes, first_conv
+from norton_timm.layers import LOW_RANK, ChannelMap, CPDConv2d, DroppedBlock, drop_blocks, factor_shapes, first_conv
 from norton_timm.utils import tensors_in
 
 _REGISTERED = ('_parameters', '_buffers', '_modules')
@@ -76,17 +76,19 @@ def recipe_of(
 
 def _replaced_layers(model: nn.Module) -> dict[str, Any]:
     """Fields of a recipe for the layers that replaced those of the dense network."""
-    layers, low_rank, maps = {}, {}, {}
+    layers, low_rank, maps, dropped = {}, {}, {}, []
     for path, module in model.named_modules():
         if isinstance(module, CPDConv2d):
             tuned = {('train' if k else 'eval'): form for k, form in module.tuned.items()}
             form = {'form': module.form} if module.form != 'auto' else {}
             layers[path] = {'rank': module.rank, **form, **tuned}
-        elif isinstance(module, LowRankLinear):
+        elif isinstance(module, LOW_RANK):
             low_rank[path] = module.rank
+        elif isinstance(module, DroppedBlock):
+            dropped.append(path)
         elif isinstance(module, ChannelMap):
             maps[path] = module.in_channels
-    return {'layers': layers, 'low_rank': low_rank, 'maps': maps}
+    return {'layers': layers, 'low_rank': low_rank, 'maps': maps, 'dropped': dropped}
 
 
 def _holds_index(model: nn.Module, name: str) -> bool:
@@ -230,6 +232,7 @@ def _decomposed_base(recipe: Recipe) -> nn.Module:
 
 
 def _replace_layers(model: nn.Module, recipe: Recipe) -> None:
+    drop_blocks(model, recipe.dropped)
     decompose_shapes(model, {name: facts['rank'] for name, facts in recipe.layers.items()})
     factor_shapes(model, recipe.low_rank, 'meta')
 

@@ -34,7 +34,8 @@ class Recipe:
         architecture: timm's name of the dense network, or ``torchvision/`` and torchvision's name.
         model_kwargs: arguments of its constructor; ``KWARGS`` lists the names allowed.
         layers: decomposed layers: rank, form, and the forms measured for inference and training.
-        low_rank: rank of each linear layer that became two.
+        low_rank: rank of each linear layer or convolution that became two.
+        dropped: blocks that were left out.
         maps: input channels of each :class:`ChannelMap`.
         buffers: shape of each buffer that is not stored and that surgery cut.
         numbers: other numbers that differ from the dense network's, by dotted attribute.
@@ -49,6 +50,7 @@ class Recipe:
     model_kwargs: dict[str, Any] = field(default_factory=dict)
     layers: dict[str, dict[str, Any]] = field(default_factory=dict)
     low_rank: dict[str, int] = field(default_factory=dict)
+    dropped: list[str] = field(default_factory=list)
     maps: dict[str, int] = field(default_factory=dict)
     buffers: dict[str, list[int]] = field(default_factory=dict)
     numbers: dict[str, Any] = field(default_factory=dict)
@@ -96,9 +98,9 @@ class Recipe:
         if any(not is_whole(n) or n < 1 for n in counts):
             raise ValueError('got channels in the recipe that are not whole numbers of at least 1')
         _check_cfg(recipe.pretrained_cfg)
-        names = [*recipe.frozen, *recipe.channels_last]
+        names = [*recipe.frozen, *recipe.channels_last, *recipe.dropped]
         if any(not isinstance(n, str) for n in names):
-            raise ValueError('got a name of a parameter that is no text')
+            raise ValueError('got a name of a parameter or block that is no text')
         return recipe
 
 

@@ -14,10 +14,11 @@ from typing import NamedTuple
 
 from torch import nn
 
+from norton_timm.compression.output_error import readers_of
 from norton_timm.compression.rates import layout_of, widths_of
-from norton_timm.compression.spec import CompressionSpec
+from norton_timm.compression.spec import OUTPUT_ERROR, CompressionSpec
 from norton_timm.graph import ChannelGraph, ChannelGroup
-from norton_timm.layers import CPDConv2d, conv_padding, has_computed_weight
+from norton_timm.layers import CPDConv2d, can_factor, conv_padding, full_rank, has_computed_weight
 from norton_timm.utils import tied_modules
 
 
@@ -91,6 +92,8 @@ def _ranks(model: nn.Module, graph: ChannelGraph, spec: CompressionSpec) -> tupl
         why: str | None = 'shares parameters with another layer' if conv in tied else None
         if prefix + name in graph.outside and not has_computed_weight(conv):
             why = 'its weight is used outside of the layer as well'
+        if why is None and _is_low_rank(spec, name, conv):
+            why = 'of low rank instead'
         why = why or _why_dense(conv, rank, uniform=not isinstance(spec.rank, Mapping))
         if not spec.touches(name):
             why = 'excluded by the spec'
@@ -105,10 +108,10 @@ def _ranks(model: nn.Module, graph: ChannelGraph, spec: CompressionSpec) -> tupl
 
 
 def low_rank_layers(model: nn.Module, graph: ChannelGraph, spec: CompressionSpec) -> dict[str, int]:
-    """Rank of every linear layer to factor, for its present width.
+    """Rank of every layer to factor, for its present width.
 
     Raises:
-        ValueError: a pattern that matches no linear layer, or a rank that the layer cannot have.
+        ValueError: a pattern that matches no layer that can be factored, or a rank that the layer cannot have.
     """
     if not spec.low_rank:
         return {}
@@ -116,7 +119,7 @@ def low_rank_layers(model: nn.Module, graph: ChannelGraph, spec: CompressionSpec
     tied = tied_modules(model)
     layers = {
         name: m for name, m in net.named_modules()
-        if type(m) is nn.Linear and spec.touches(name) and m not in tied and not has_computed_weight(m)
+        if can_factor(m) and spec.touches(name) and m not in tied and not has_computed_weight(m)
         and prefix + name not in graph.outside
     }  # fmt: skip
     _check_patterns('low_rank', spec.low_rank, list(layers))
@@ -125,11 +128,15 @@ def low_rank_layers(model: nn.Module, graph: ChannelGraph, spec: CompressionSpec
         rank = next((r for p, r in spec.low_rank.items() if fnmatch.fnmatchcase(name, p)), None)
         if rank is None:
             continue
-        full = min(layer.in_features, layer.out_features)
+        full = full_rank(layer)
         if rank > full:
             raise ValueError(f'low_rank: got {rank} for {name}, expected at most {full}, its full rank')
         ranks[prefix + name] = max(1, round(rank * full)) if isinstance(rank, float) else rank
     return ranks
+
+
+def _is_low_rank(spec: CompressionSpec, name: str, layer: nn.Module) -> bool:
+    return can_factor(layer) and any(fnmatch.fnmatchcase(name, p) for p in spec.low_rank)
 
 
 def _why_dense(conv: nn.Module, rank: int, uniform: bool) -> str | None:
@@ -171,6 +178,8 @@ def _widths(model: nn.Module, graph: ChannelGraph, spec: CompressionSpec) -> tup
         keep, why = _group_width(group, wanted, spec, prefix)
         if keep < n and group.why_frozen:
             keep, why = n, group.why_frozen
+        elif keep < n and spec.distance == OUTPUT_ERROR and readers_of(graph, group) is None:
+            keep, why = n, 'read by a layer whose output error is not known'
         elif keep < n:
             keep = math.ceil(keep / spec.round_to) * spec.round_to
             keep = min(n, max(keep, len(group.frozen), 1))

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from norton_timm.layers import CPDConv2d, conv_padding
-from norton_timm.tensors import CPFactors
+from norton_timm.compression.moments import MOST_INPUTS, Moments, add_samples, outputs_at, places_of, samples_of
+from norton_timm.compression.observe import Order, observe
+from norton_timm.compression.reconstruct import cpd_factors, least_squares, low_rank_factors
+from norton_timm.layers import LOW_RANK, CPDConv2d, has_computed_weight, present_at
 from norton_timm.utils import before_call, evaluating, removing
 
 Batches = Iterable[Any]
-_CHUNK = 2**25  # float64 values of a temporary: 256 MiB
-_BATCH = 32  # images whose patches are held at a time
 
 
 def without_labels(batch: Any) -> Any:
@@ -28,7 +26,7 @@ def without_labels(batch: Any) -> Any:
     return batch[0] if loaded else batch
 
 
-def _images(batches: Batches, model: nn.Module) -> Iterator[Tensor]:
+def images_of(batches: Batches, model: nn.Module) -> Iterator[Tensor]:
     """The images of each batch, labels left out, on the model's device and in its type.
 
     Raises:
@@ -72,7 +70,7 @@ def reestimate_batch_norm(model: nn.Module, batches: Batches) -> None:
             norm.reset_running_stats()
             norm.momentum = None  # a cumulative average
             norm.train()
-        for images in _images(batches, model):
+        for images in images_of(batches, model):
             model(images)
     finally:
         for norm, momentum in zip(norms, momenta):
@@ -81,115 +79,55 @@ def reestimate_batch_norm(model: nn.Module, batches: Batches) -> None:
             module.training = training
 
 
-class _Samples:
-    """Outputs of the dense network's layers, at the same few places of every map, from one pass per batch.
+class _Targets:
+    """What the dense network makes, at a few places of every map, from one pass per batch.
 
     Attributes:
         places: layer name -> indices into the flattened output map.
-        wanted: layer name -> for each batch, outputs (N, O, places).
+        made: layer name -> its outputs (N, places, O).
+        added: layer name -> what is added to them, at the same places; only of layers in sums.
     """
 
-    def __init__(self, dense: nn.Module, names: Iterable[str], batches: list[Tensor], per_image: int) -> None:
+    def __init__(self, dense: nn.Module, order: Order, names: list[str], images: list[Tensor]) -> None:
         generator = torch.Generator().manual_seed(0)
+        count = sum(len(batch) for batch in images)
         self.places: dict[str, Tensor] = {}
-        self.wanted: dict[str, list[Tensor]] = {name: [] for name in names}
-
-        def record(name: str, y: Tensor) -> None:
-            if name not in self.places:
-                self.places[name] = torch.randperm(y[0, 0].numel(), generator=generator)[:per_image].to(y.device)
-            self.wanted[name].append(y.flatten(2)[:, :, self.places[name]])
-
+        for name in names:
+            inputs = _inputs(order.layers[name])
+            places = places_of(order.positions[name], inputs, count, generator)
+            self.places[name] = places.to(images[0].device)
+        self._linear = {name for name in names if isinstance(order.layers[name], nn.Linear)}
+        made: dict[str, list[Tensor]] = {name: [] for name in names}
+        added: dict[str, list[Tensor]] = {name: [] for name in names if name in order.joins}
         hooks = [
-            dense.get_submodule(name).register_forward_hook(lambda m, a, y, name=name: record(name, y))
-            for name in self.wanted
+            dense.get_submodule(name).register_forward_hook(
+                lambda m, a, y, name=name: made[name].append(self.at(name, y))
+            )
+            for name in names
+        ]
+        hooks += [
+            dense.get_submodule(order.joins[name]).register_forward_hook(
+                lambda m, a, y, name=name: added[name].append(self.at(name, y))
+            )
+            for name in added
         ]
         with removing(hooks):
-            for images in batches:
-                dense(images)
+            for batch in images:
+                dense(batch)
+        self.made = {name: torch.cat(parts) for name, parts in made.items()}
+        self.added = {name: torch.cat(parts) for name, parts in added.items()}
+
+    def at(self, name: str, y: Tensor) -> Tensor:
+        """A map at a layer's places: (N, places, O)."""
+        return outputs_at(y, self.places[name], name in self._linear)
 
 
-def _patches(layer: nn.Conv2d | CPDConv2d, x: Tensor, places: Tensor) -> Tensor:
-    """What the filters see at some places of the output map: (N * places, I * Kh * Kw)."""
-    ph, pw = conv_padding(layer) if isinstance(layer, nn.Conv2d) else layer.padding
-    (kh, kw), (sh, sw), (dh, dw) = (tuple(map(int, t)) for t in (layer.kernel_size, layer.stride, layer.dilation))
-    x = F.pad(x, (pw, pw, ph, ph))
-    width = (x.shape[3] - dw * (kw - 1) - 1) // sw + 1
-    rows = (places // width * sh)[:, None, None] + dh * torch.arange(kh, device=x.device)[:, None]
-    columns = (places % width * sw)[:, None, None] + dw * torch.arange(kw, device=x.device)
-    index = (rows * x.shape[3] + columns).flatten()
-    seen = x.flatten(2)[:, :, index].view(*x.shape[:2], len(places), kh * kw)
-    return seen.transpose(1, 2).flatten(2).flatten(0, 1)
-
-
-class _Moments:
-    """Means and second moments of patches (M, P) and wanted outputs (M, O); the moments are about the means or zero.
-
-    Attributes:
-        gram: (P, P), of the patches with themselves.
-        cross: (P, O), of the patches with the outputs.
-        seen, wanted: means (P,) and (O,); zero if the moments are about zero.
-    """
-
-    def __init__(self, layer: nn.Conv2d | CPDConv2d, x: Tensor, y: Tensor, places: Tensor, centred: bool) -> None:
-        sums: list[Any] = [0, 0, 0, 0]
-        count = 0
-        for some, made in zip(x.split(_BATCH), y.split(_BATCH)):
-            p = _patches(layer, some, places).double()
-            t = made.transpose(1, 2).flatten(0, 1).double()
-            for k, term in enumerate((p.mT @ p, p.mT @ t, p.sum(0), t.sum(0))):
-                sums[k] = sums[k] + term
-            count += len(p)
-        self.gram, self.cross, self.seen, self.wanted = (total / count for total in sums)
-        if centred:
-            self.gram -= torch.outer(self.seen, self.seen)
-            self.cross -= torch.outer(self.seen, self.wanted)
-        else:
-            self.seen, self.wanted = torch.zeros_like(self.seen), torch.zeros_like(self.wanted)
-
-
-def _refit_dense(weight: Tensor, gram: Tensor, cross: Tensor, ridge: float) -> Tensor:
-    """Kernel (O, I, Kh, Kw) with the least squared output error; ``ridge`` pulls it to the present one."""
-    eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device) * (ridge * gram.diagonal().mean())
-    old = weight.double().flatten(1).mT
-    return torch.linalg.solve(gram + eye, cross + eye @ old).mT.reshape(weight.shape)
-
-
-def _solve(normal: Tensor, right: Tensor, old: Tensor, ridge: float) -> Tensor:
-    """Solutions (O, R, n) of normal equations (O, R n, R n); ``ridge`` pulls them to ``old``."""
-    weight = ridge * normal.diagonal(dim1=1, dim2=2).mean(1)[:, None, None].clamp_min(1e-30)
-    eye = torch.eye(normal.shape[1], dtype=normal.dtype, device=normal.device)
-    sides = right.reshape(len(old), -1, 1) + weight * old.reshape(len(old), -1, 1)
-    return torch.linalg.solve(normal + weight * eye, sides).view(old.shape)
-
-
-def _refit_cpd(layer: CPDConv2d, gram: Tensor, cross: Tensor, ridge: float, sweeps: int) -> CPFactors:
-    """Factors with the least squared output error, by alternating least squares from the present ones.
-
-    The three factors take turns as in the decomposition itself, but the error is that of the filters' outputs, not
-    of the filters. The pointwise factors are solved last.
-    """
-    old = layer.factors()
-    a, b, c = (f.double().mT.contiguous() for f in old[:3])  # (O, R, n)
-    (kh, kw), i, r = layer.kernel_size, layer.in_channels, layer.rank
-    gram, cross = gram.view(i, kh * kw, i, kh * kw), cross.view(i, kh, kw, -1)
-    size = max(1, _CHUNK // (i * kh * kw * i * r))
-    for some in torch.arange(layer.out_channels, device=gram.device).split(size):
-        fa, fb, fc, x = a[some], b[some], c[some], cross[..., some]
-        for sweep in range(sweeps):
-            if sweep:
-                half = torch.einsum('ori,ihjg->orhjg', fc, gram)
-                core = torch.einsum('orhjg,osj->orhsg', half, fc).view(len(some), r, kh, kw, r, kh, kw)
-                seen = torch.einsum('ori,ihwo->orhw', fc, x)
-                normal = torch.einsum('orw,orhwsgv,osv->orhsg', fb, core, fb).reshape(len(some), r * kh, r * kh)
-                fa = _solve(normal, torch.einsum('orw,orhw->orh', fb, seen), fa, ridge)
-                normal = torch.einsum('orh,orhwsgv,osg->orwsv', fa, core, fa).reshape(len(some), r * kw, r * kw)
-                fb = _solve(normal, torch.einsum('orh,orhw->orw', fa, seen), fb, ridge)
-            spatial = torch.einsum('orh,orw->orhw', fa, fb)
-            half = torch.einsum('ihjg,osg->oihjs', gram, spatial.flatten(2))
-            normal = torch.einsum('orh,oihjs->orisj', spatial.flatten(2), half).reshape(len(some), r * i, r * i)
-            fc = _solve(normal, torch.einsum('orhw,ihwo->ori', spatial, x), fc, ridge)
-        a[some], b[some], c[some] = fa, fb, fc
-    return CPFactors(a.mT, b.mT, c.mT, old.nmse)
+def _inputs(layer: Any) -> int:
+    """Numbers that each filter reads."""
+    if isinstance(layer, nn.Linear):
+        return layer.in_features
+    kh, kw = layer.kernel_size
+    return layer.in_channels // layer.groups * kh * kw
 
 
 @torch.no_grad()
@@ -199,25 +137,26 @@ def refit(
     kept: Mapping[str, Tensor],
     batches: Batches,
     *,
-    ridge: float = 1e-3,
-    per_image: int = 32,
-    sweeps: int = 3,
+    aims: Mapping[str, Tensor] | None = None,
+    importance: Mapping[str, Tensor] | None = None,
 ) -> list[str]:
-    """Refit each changed convolution of ``compressed``, in order, so that it gives the dense output from its own input.
+    """Refit the layers of ``compressed``, in order, so that each gives the dense output from its own input.
 
-    The input already carries the error of the layers before, so that each layer also makes up for theirs. The mean
-    of the error goes into the layer's bias or, if it has none, the running mean of the batch norm after it. Grouped
-    convolutions stay as they are, and so do layers that run more than once in a pass (heads that the levels of a
-    pyramid share). One forward pass of all images is enough: each layer is solved when its input arrives.
+    The input already carries the error of the layers before, so that each layer also makes up for theirs. The last
+    layer before a residual sum is fitted to the sum, and so makes up for the other branch as well. The mean of the
+    error goes into the layer's bias or, if it has none, the running mean of the batch norm after it. Every layer from
+    the first changed one on is fitted by ridge regression on samples of the maps, with one system per layer and not
+    per filter; low-rank and CPD layers are then factored anew. Layers that run more than once in a pass stay as they
+    are (heads that the levels of a pyramid share).
 
     Args:
         compressed: the network to repair, in place; its layers have the names they have in ``dense``.
         dense: the network before compression.
         kept: for each pruned layer the indices of the filters it kept; other layers kept all.
         batches: images of one size, read once and run as one batch in memory: a few hundred are enough.
-        ridge: weight of the present parameters, relative to the mean energy of the input.
-        per_image: places of each output map that enter the fit.
-        sweeps: how often the pointwise factors of a CPDConv2d are solved, with the spatial factors in between.
+        aims: weight (O, P) that the ridge pulls a layer to; by default the present one. For factored layers this is the
+            weight before it was factored.
+        importance: weight (O,) of the error of each output of the dense layer, for low-rank layers.
 
     Returns:
         Names of the layers that were refitted.
@@ -226,73 +165,141 @@ def refit(
         >>> kept, _ = run_plan(model, graph, plan)
         >>> names = refit(model, dense, kept, [torch.rand(32, 3, 224, 224)])
     """
-    images = list(_images(batches, compressed))
-    order, norms = _in_order(compressed, images[0][:1])
-    layers = {
-        name: layer
-        for name, layer in order.items()
-        if isinstance(layer, CPDConv2d) or _changed(layer, dense.get_submodule(name))
-    }
+    images = list(images_of(batches, compressed))
+    order = observe(dense, images[0][:1])
+    names = _to_fit(compressed, dense, order)
+    aims, importance = aims or {}, importance or {}
     with evaluating(compressed), evaluating(dense):
-        samples = _Samples(dense, layers, images, per_image)
+        targets = _Targets(dense, order, names, images)
+        # layers and norms of the compressed network, under the names of the dense one
+        ours = _Ours(compressed, dense, order)
+        added: dict[str, Tensor] = {}
 
-        def solve(name: str, layer: nn.Conv2d | CPDConv2d, x: Tensor) -> None:
-            wanted = torch.cat(samples.wanted.pop(name))
-            if name in kept:
-                wanted = wanted[:, kept[name].to(wanted.device)]
-            if layer.bias is not None:
-                wanted = wanted - layer.bias[:, None]
-            centred = layer.bias is not None or name in norms
-            m = _Moments(layer, x, wanted, samples.places[name], centred)
-            if isinstance(layer, CPDConv2d):
-                layer.set_factors(_refit_cpd(layer, m.gram, m.cross, ridge, sweeps))
-            else:
-                layer.weight.copy_(_refit_dense(layer.weight, m.gram, m.cross, ridge))
-            kernel = layer.kernel() if isinstance(layer, CPDConv2d) else layer.weight
-            missing = m.wanted - kernel.double().flatten(1) @ m.seen
-            if layer.bias is not None:
-                layer.bias += missing
-            elif centred:
-                norms[name].running_mean -= missing  # type: ignore[operator]
+        def solve(name: str, _: nn.Module, x: Tensor) -> None:
+            wanted = targets.made.pop(name)
+            keep = kept[name].to(wanted.device) if name in kept else None
+            wanted = wanted if keep is None else wanted[..., keep]
+            if name in added:
+                missing = targets.added.pop(name)
+                missing = (missing if keep is None else missing[..., keep]) - added.pop(name)
+                scale = ours.scale(name)
+                if scale is not None:
+                    missing = missing / scale.where(scale.abs() > 1e-6, torch.inf)
+                wanted = wanted + missing
+            weight = importance.get(name)
+            weight = weight if weight is None or keep is None else weight[keep]
+            _fit_layer(ours, name, x, wanted, targets.places[name], aims.get(name), weight)
 
-        hooks = [before_call(layer, partial(solve, name)) for name, layer in layers.items()]
+        hooks: list[Any] = [before_call(compressed.get_submodule(name), partial(solve, name)) for name in names]
+        hooks += [
+            present_at(compressed, order.joins[name]).register_forward_hook(
+                lambda m, a, y, name=name: added.__setitem__(name, targets.at(name, y))
+            )
+            for name in targets.added
+        ]
         with removing(hooks):
             compressed(torch.cat(images))
-    return list(layers)
+    return names
 
 
-def _changed(layer: nn.Conv2d, target: nn.Module) -> bool:
-    return not isinstance(target, nn.Conv2d) or layer.weight.shape != target.weight.shape
+class _Ours:
+    """Layers and norms of the compressed network by the dense network's names."""
+
+    def __init__(self, compressed: nn.Module, dense: nn.Module, order: Order) -> None:
+        paths = {m: n for n, m in dense.named_modules()}
+        self.layers = {name: present_at(compressed, name) for name in order.layers}
+        self.norms = {name: present_at(compressed, paths[norm]) for name, norm in order.norms.items()}
+        self._order = Order(layers=self.layers, norms=self.norms)
+        self.has_bias, self.shift, self.scale = self._order.has_bias, self._order.shift, self._order.scale
 
 
-Order = tuple[dict[str, nn.Conv2d | CPDConv2d], dict[str, nn.modules.batchnorm._BatchNorm]]
+def _to_fit(compressed: nn.Module, dense: nn.Module, order: Order) -> list[str]:
+    """Layers from the first changed one on, in order."""
+    names = [name for name in order.layers if order.calls[name] == 1]
+    ours = {name: present_at(compressed, name) for name in names}
+    changed = [_changed(ours[name], order.layers[name]) for name in names]
+    if True not in changed:
+        return []
+    return [name for name in names[changed.index(True) :] if _can_fit(ours[name])]
 
 
-def _in_order(model: nn.Module, image: Tensor) -> Order:
-    """Ungrouped 2-d convolutions that run once a pass, by name, in the order in which they run.
+def _changed(layer: Any, target: nn.Module) -> bool:
+    return type(layer) is not type(target) or [p.shape for p in layer.parameters()] != [
+        p.shape for p in target.parameters()
+    ]
 
-    Returns:
-        The convolutions, and the batch norm that reads a convolution's output, by the convolution's name.
+
+def _can_fit(layer: Any) -> bool:
+    if isinstance(layer, CPDConv2d):
+        return layer.groups == 1
+    if not isinstance(layer, (*LOW_RANK, nn.Conv2d, nn.Linear)) or has_computed_weight(layer):
+        return False
+    return _inputs(layer[0] if isinstance(layer, LOW_RANK) else layer) <= MOST_INPUTS
+
+
+def _fit_layer(
+    ours: _Ours, name: str, x: Tensor, wanted: Tensor, places: Tensor, aim: Tensor | None, importance: Tensor | None
+) -> None:
+    """Fit one layer to the outputs (N, places, O) that it should give."""
+    layer: Any = ours.layers[name]
+    reads = layer[0] if isinstance(layer, LOW_RANK) else layer
+    bias = getattr(layer, 'bias', None)
+    centred = ours.has_bias(name)
+    if bias is not None:
+        wanted = wanted - bias
+    if getattr(layer, 'groups', 1) > 1:
+        missing = _fit_groups(layer, x, wanted, places, centred)
+    else:
+        half = -(-len(x) // 2)
+        first, second = Moments(), Moments()
+        add_samples(first, reads, x[:half], wanted[:half], places)
+        add_samples(second, reads, x[half:], wanted[half:], places)
+        present = _weight_of(layer)
+        weight = least_squares(first, second, present if aim is None else aim.to(present), centred)
+        whole = first + second
+        _install(layer, weight, whole.gram(centred), importance)
+        missing = whole.mean_output - _weight_of(layer) @ whole.mean
+    if centred:
+        ours.shift(name, missing)
+
+
+def _weight_of(layer: Any) -> Tensor:
+    """The weight (O, P) of a layer of any kind."""
+    if isinstance(layer, LOW_RANK):
+        return layer.weight_product()
+    weight = layer.kernel() if isinstance(layer, CPDConv2d) else layer.weight
+    return weight.detach().flatten(1)
+
+
+def _install(layer: Any, weight: Tensor, gram: Tensor, importance: Tensor | None) -> None:
+    """Give a layer a new weight (O, P), factored if it holds factors."""
+    if isinstance(layer, LOW_RANK):
+        importance = weight.new_ones(len(weight)) if importance is None else importance.to(weight)
+        layer.set_factors(*low_rank_factors(weight, gram, importance, layer.rank))
+    elif isinstance(layer, CPDConv2d):
+        shape = (layer.out_channels, layer.in_channels, *layer.kernel_size)
+        layer.set_factors(cpd_factors(weight.view(shape), gram, layer.rank))
+    else:
+        layer.weight.copy_(weight.view_as(layer.weight))
+
+
+def _fit_groups(layer: Any, x: Tensor, wanted: Tensor, places: Tensor, centred: bool) -> Tensor:
+    """Fit a grouped convolution, all groups at once; the mean output (O,) that is still missing.
+
+    The ridge is fixed: few numbers are fitted to many samples.
     """
-    names = {m: n for n, m in model.named_modules() if isinstance(m, (nn.Conv2d, CPDConv2d)) and m.groups == 1}
-    order: dict[str, nn.Conv2d | CPDConv2d] = {}
-    made: dict[int, tuple[str, Tensor]] = {}  # with the tensors, or another tensor could get the same id
-    norms: dict[str, nn.modules.batchnorm._BatchNorm] = {}
-    calls: Counter[nn.Module] = Counter()
-
-    def note(module: nn.Conv2d | CPDConv2d, out: Tensor) -> None:
-        order.setdefault(names[module], module)
-        made[id(out)] = names[module], out
-        calls[module] += 1
-
-    def read(norm: nn.modules.batchnorm._BatchNorm, x: Tensor) -> None:
-        calls[norm] += 1
-        if id(x) in made and norm.running_mean is not None:
-            norms[made[id(x)][0]] = norm
-
-    hooks = [m.register_forward_hook(lambda m, a, o: note(m, o)) for m in names]
-    hooks += [before_call(m, read) for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    with removing(hooks), evaluating(model):
-        model(image)
-    order = {name: layer for name, layer in order.items() if calls[layer] == 1}
-    return order, {name: norm for name, norm in norms.items() if calls[norm] == 1}
+    groups, outputs = layer.groups, layer.out_channels
+    seen = samples_of(layer, x, places)
+    seen = seen.view(len(seen), groups, -1).transpose(0, 1)  # (groups, M, P)
+    want = wanted.flatten(0, 1).view(-1, groups, outputs // groups).transpose(0, 1)
+    mean_x, mean_y = seen.mean(1, keepdim=True), want.mean(1, keepdim=True)
+    if centred:
+        seen, want = seen - mean_x, want - mean_y
+    old = layer.weight.flatten(1).view(groups, outputs // groups, -1)
+    gram = seen.mT @ seen / seen.shape[1]
+    size = gram.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-20)[:, None, None]
+    eye = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
+    change = seen.mT @ want / seen.shape[1] - gram @ old.mT
+    weight = old + torch.linalg.solve(gram + 1e-2 * size * eye, change).mT
+    layer.weight.copy_(weight.reshape(layer.weight.shape))
+    return (mean_y - mean_x @ weight.mT).flatten()

@@ -12,6 +12,7 @@ from torch import nn
 
 from norton_timm.compression.plan import Plan
 from norton_timm.graph import ChannelGraph
+from norton_timm.layers import DroppedBlock, present_at
 from norton_timm.profiling import Complexity, LayerCost
 
 
@@ -25,7 +26,7 @@ class LayerReport:
         channels, kept: filters before and after.
         params, params_after: parameters of the layer, bias included.
         macs, macs_after: multiply-accumulates for the example input.
-        rank: CPD rank, 0 where the layer is dense.
+        rank: rank of its decomposition, 0 where the layer is dense.
         nmse: mean over the kept filters of the squared relative error of the decomposition; None where dense.
         dense_because, unpruned_because: why the layer was left alone; empty where it was not.
     """
@@ -142,12 +143,12 @@ def make_report(
     for name, cost in before.items():
         if not name:
             continue
-        layer, left = model.get_submodule(name), _cost_within(after, name)
+        layer, left = present_at(model, name), _cost_within(after, name)
         layers.append(LayerReport(
             name, type(layer).__name__, channels=cost.filters, kept=left.filters, params=cost.params,
             params_after=left.params, macs=cost.macs, macs_after=left.macs, rank=getattr(layer, 'rank', 0),
             nmse=errors.get(name), dense_because=plan.dense_because.get(name, ''),
-            unpruned_because=unpruned.get(name, ''),
+            unpruned_because='' if isinstance(layer, DroppedBlock) else unpruned.get(name, ''),
         ))  # fmt: skip
     total, rest = (Complexity(costs[''].macs, costs[''].params) for costs in (before, after))
     return CompressionReport(plan.spec.to_dict(), total, rest, layers, dict(graph.unknown), list(refitted))
@@ -156,6 +157,8 @@ def make_report(
 def _cost_within(costs: Mapping[str, LayerCost], name: str) -> LayerCost:
     """Cost of a layer, or of the layers that have taken its place."""
     parts = [cost for n, cost in costs.items() if n == name or n.startswith(f'{name}.')]
+    if not parts:  # of a block that was left out
+        return LayerCost(0, 0, 0)
     return LayerCost(parts[-1].filters, sum(c.params for c in parts), sum(c.macs for c in parts))
 
 

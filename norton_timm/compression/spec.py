@@ -20,6 +20,7 @@ from norton_timm.utils import as_number, as_whole, read_plain, read_plain_file, 
 
 METHODS = ('norton', 'coring')
 ORDERS = ('decompose-prune', 'prune-decompose')
+OUTPUT_ERROR = 'output_error'  # the criterion that needs calibration images
 PROTECTED = ('first', 'last')
 SCOPES = ('backbone', 'detector')
 
@@ -140,16 +141,20 @@ class CompressionSpec:
             layout, one float for all layers, or ``{layer-name pattern: rate}``. A layer keeps
             ``int(filters * (1 - rate))``.
         criterion: distance between filters, one of ``CRITERIA``, or a score of ``SCORES`` as a control;
-            None means ``pabs`` for norton and ``vbd`` for coring.
+            None means ``pabs`` for norton and ``vbd`` for coring. ``output_error`` looks at calibration images:
+            channels leave that the layers reading them miss least; it prunes before it decomposes.
         strategy: ``min_sum`` (Algorithm 1), ``min_min`` or ``sum``.
         include: only layers that match one of these patterns are touched (empty: all).
         exclude: layers that match are left alone.
         protect: ``first`` keeps the stem dense and its channels, ``last`` keeps the output channels of the last
             convolution. Channels are protected only where ``rates`` is one float, the dense stem only where ``rank``
             is one number: lists and patterns say exactly what they mean.
-        low_rank: ``{layer-name pattern: rank}``: each linear layer that matches becomes two, by a truncated SVD of its
-            weight. A fraction is a share of the full rank, ``min(inputs, outputs)``. Linear layers are factored last,
-            from the weights that pruning left.
+        low_rank: ``{layer-name pattern: rank}``: each linear layer or ungrouped convolution that matches becomes two:
+            R filters of its kernel size, and a 1x1 convolution (linear layers likewise). A fraction is a share of the
+            full rank, the smaller side of the weight (O, I * Kh * Kw). They are factored last, from the weights that
+            pruning left, and are not decomposed otherwise. With calibration images the outputs' principal axes are
+            kept, without them those of the weight.
+        drop: names of residual blocks that are left out; each must pass its input through a shortcut as it is.
         scope: which part of a detector is compressed: ``backbone`` (patterns and rates then refer to the backbone
             alone) or ``detector`` (all of it). None means the whole network, whatever it is.
         round_to: kept channels are rounded up to a multiple of this number.
@@ -175,6 +180,7 @@ class CompressionSpec:
     exclude: tuple[str, ...] = ()
     protect: tuple[str, ...] = PROTECTED
     low_rank: Mapping[str, int | float] = dataclasses.field(default_factory=dict)
+    drop: tuple[str, ...] = ()
     scope: str | None = None
     round_to: int = 1
     order: str = 'decompose-prune'
@@ -192,10 +198,13 @@ class CompressionSpec:
             put('rank', _check_int(self.rank, 'rank', 0, 4096))
         put('rates', _check_rates(self.rates))
         if self.criterion is not None:
-            _choice(self.criterion, 'criterion', CRITERIA + SCORES)
+            _choice(self.criterion, 'criterion', (*CRITERIA, *SCORES, OUTPUT_ERROR))
+            if self.criterion == OUTPUT_ERROR and self.shots != 1:
+                raise ValueError(f'shots: got {self.shots} with the criterion {OUTPUT_ERROR}, expected 1')
         _choice(self.strategy, 'strategy', STRATEGIES)
         put('include', _strings(self.include, 'include'))
         put('exclude', _strings(self.exclude, 'exclude'))
+        put('drop', _strings(self.drop, 'drop'))
         put('protect', tuple(_choice(p, 'protect', PROTECTED) for p in _strings(self.protect, 'protect')))
         put('low_rank', _low_rank(self.low_rank))
         if self.scope is not None:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from norton_timm.layers import LowRankLinear, is_counted, nearest_handler
+from norton_timm.layers import LOW_RANK, is_counted, nearest_handler
 from norton_timm.utils import after_call, before_call, evaluating, removing
 
 Shapes = dict[str, tuple[int, ...]]
@@ -153,8 +153,8 @@ def _heads(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 def _layers(head: nn.Module) -> list[nn.Module]:
     """Convolutions and linear layers of a head, in order; one of low rank counts as one."""
-    parts = {m for low in head.modules() if isinstance(low, LowRankLinear) for m in low}
-    return [m for m in head.modules() if isinstance(m, LowRankLinear) or (is_counted(m) and m not in parts)]
+    parts = {m for low in head.modules() if isinstance(low, LOW_RANK) for m in low}
+    return [m for m in head.modules() if isinstance(m, LOW_RANK) or (is_counted(m) and m not in parts)]
 
 
 def _last_width(head: nn.Module) -> int:

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from norton_timm.compression import METHODS, CompressionSpec, channel_graph, reshape
+from norton_timm.compression import (
+    METHODS,
+    OUTPUT_ERROR,
+    Activations,
+    CompressionSpec,
+    channel_graph,
+    images_of,
+    reshape,
+)
 from norton_timm.profiling import (
     MEGABYTE,
     Complexity,
@@ -21,8 +29,10 @@ from norton_timm.profiling import (
     peak_memory,
 )
 from norton_timm.search.allocate import Allocator, Choice
+from norton_timm.search.choices import KINDS, Choices, measure_choices
 from norton_timm.search.cost import CostModel
 from norton_timm.search.loss_weights import check_calibration, loss_weights
+from norton_timm.search.mixture import Mixture
 from norton_timm.search.sensitivity import Sensitivity, measure_sensitivity, refresh_selection, weighted_nmse
 from norton_timm.utils import as_number, copy_of, uncompiled
 
@@ -43,12 +53,17 @@ def find_spec(
     method: str = 'norton',
     calibration: Iterable[Any] | None = None,
     example_input: Any = None,
+    kinds: Sequence[str] | None = None,
+    activations: Activations | None = None,
+    progress: bool = False,
 ) -> CompressionSpec:
-    """A spec with which ``compress`` meets one target, at the least total weighted NMSE that was found.
+    """A spec with which ``compress`` meets one target, at the least total error that was found.
 
-    Every layer gets its own rank and every coupled group its own rate (named by one of its layers). The search
-    minimises :func:`norton_timm.search.weighted_nmse`. The stem is not decomposed, and the channels of the stem and of
-    the last convolution are kept.
+    Every layer gets its own rank and every coupled group its own rate (named by one of its layers). Without images the
+    search minimises :func:`norton_timm.search.weighted_nmse`, which looks at weights. With images it measures what each
+    choice does to the network's outputs (:mod:`norton_timm.search.choices`) and mixes more kinds of choices; give
+    ``compress`` the same images then, a few hundred of those that the network will see. The stem is not decomposed, and
+    the channels of the stem and of the last convolution are kept.
 
     Args:
         model: any convolutional network; it is not changed.
@@ -59,8 +74,13 @@ def find_spec(
         memory_mb: megabytes (10^6 bytes) of weights and of activations alive at once in inference, see
             :func:`norton_timm.profiling.peak_memory`; met within 1 %.
         method: ``norton`` (ranks and rates) or ``coring`` (rates only).
-        calibration: input batches, labels ignored; each layer's error is then weighted by its effect on the outputs.
+        calibration: batches of images (N, C, H, W) of one size, labels ignored. For inputs of another form each layer's
+            error is weighted by its effect on the outputs.
         example_input: what the model's ``forward`` takes; by default one random image of the model's own size.
+        kinds: with images, which of ``KINDS`` to choose from: ``channels`` that leave, layers of ``low_rank``, ``cpd``
+            of each filter, residual ``blocks`` that leave. By default all, and for ``coring`` channels and blocks.
+        activations: measured before on the same images, to save time.
+        progress: show bars.
 
     Raises:
         ValueError: not exactly one target, or a target that cannot be met; the message says what can.
@@ -75,7 +95,7 @@ def find_spec(
         raise ValueError(f'got {", ".join(given) or "no target"}, expected exactly one of {", ".join(targets)}')
     kind, target = next(iter(given.items()))
     check_target(kind, target)
-    return Budget(model, method, calibration, example_input).find(kind, float(target))
+    return Budget(model, method, calibration, example_input, kinds, activations, progress).find(kind, float(target))
 
 
 def check_target(kind: str, value: Any) -> None:
@@ -90,11 +110,23 @@ def check_target(kind: str, value: Any) -> None:
         raise ValueError(f'{kind}: got {str(value)[:60]!r}, expected {wanted}')
 
 
+def kinds_of(kinds: Sequence[str] | None, method: str) -> tuple[str, ...]:
+    """The kinds of choices to consider.
+
+    Raises:
+        ValueError: an unknown kind, or one that the method does not have.
+    """
+    allowed = ('channels', 'blocks') if method == 'coring' else KINDS
+    if isinstance(kinds, str) or any(kind not in allowed for kind in kinds or ()):
+        raise ValueError(f'kinds: got {kinds!r}, expected some of {", ".join(allowed)} with the method {method}')
+    return tuple(allowed if kinds is None else kinds)
+
+
 class Budget:
     """What several searches on one model share: its channel graph, costs and sensitivity table.
 
     Args:
-        model, method, calibration, example_input: as for :func:`find_spec`.
+        model, method, calibration, example_input, kinds, activations, progress: as for :func:`find_spec`.
 
     Attributes:
         table: the sensitivity table.
@@ -107,6 +139,9 @@ class Budget:
         method: str = 'norton',
         calibration: Iterable[Any] | None = None,
         example_input: Any = None,
+        kinds: Sequence[str] | None = None,
+        activations: Activations | None = None,
+        progress: bool = False,
     ) -> None:
         if method not in METHODS:
             raise ValueError(f'method: got {str(method)[:60]!r}, expected one of {", ".join(METHODS)}')
@@ -115,22 +150,47 @@ class Budget:
         self.example_input = make_input(model, example_input)
         self.graph = channel_graph(model, self.example_input)
         self.costs = CostModel(model, self.graph, self.example_input)
-        self.table: Sensitivity = measure_sensitivity(model, self.graph, method)
-        if batches is not None:
-            self.table.weights = loss_weights(model, self.graph, self.table, batches, method)
+        self.table = Sensitivity()
+        self.choices: Choices | None = None
+        if batches is not None and all(isinstance(b, Tensor) and b.dim() == 4 for b in batches):
+            images = list(images_of(batches, model))
+            activations = activations or Activations(model, images[0][:1], images)
+            kinds = kinds_of(kinds, method)
+            self.choices = measure_choices(model, self.graph, activations, images, kinds, progress)
+        else:
+            self.table = measure_sensitivity(model, self.graph, method)
+            if batches is not None:
+                self.table.weights = loss_weights(model, self.graph, self.table, batches, method)
         self.measure_seconds = 2.0
-        self._allocators: dict[str, Allocator] = {}
+        self._allocators: dict[str, Any] = {}
         self._errors: dict[tuple[str, bytes, bytes], float] = {}
 
-    def allocator(self, kind: str) -> Allocator:
+    def allocator(self, kind: str) -> Any:
         """The solver for a cost kind: ``macs``, ``params`` or ``ms``."""
         if kind not in self._allocators:
-            self._allocators[kind] = Allocator(self.costs, self.table, kind)
+            if self.choices is not None:
+                self._allocators[kind] = Mixture(self.costs, self.choices, kind)
+            else:
+                self._allocators[kind] = Allocator(self.costs, self.table, kind)
         return self._allocators[kind]
 
-    def spec(self, choice: Choice, allocator: Allocator) -> CompressionSpec:
+    def spec(self, choice: Any, allocator: Any) -> CompressionSpec:
         """The recipe of a choice: exact layer names, one per coupled group."""
         rates = {}
+        if isinstance(allocator, Mixture):
+            for number in allocator.keeps:
+                group, keep = self.graph.groups[number], int(choice.keep[number])
+                names = [n for n in group.names if not any(n.startswith(f'{b}.') for b in choice.dropped)]
+                if keep < len(group.classes) and names:
+                    rates[names[0]] = rate_for(len(group.classes), keep)
+            return CompressionSpec(
+                method=self.method,
+                rank=allocator.chosen(choice, 'cpd') or 0,
+                rates=rates or 0.0,
+                criterion=OUTPUT_ERROR if rates else None,
+                low_rank=allocator.chosen(choice, 'low_rank'),
+                drop=tuple(sorted(choice.dropped)),
+            )
         for number in self.table.left_at_keep:
             group, keep = self.graph.groups[number], int(choice.keep[number])
             if keep < len(group.classes):
@@ -145,7 +205,7 @@ class Budget:
         """MACs and parameters of a network, counted by running it."""
         return Complexity(layer_macs(model, self.example_input)[''], count_params(model))
 
-    def solve(self, allocator: Allocator, budget: float, settle: bool = True) -> Choice:
+    def solve(self, allocator: Any, budget: float, settle: bool = True) -> Any:
         """The choice of least error at a cost budget, with the filters selected at its own ranks.
 
         Args:
@@ -153,6 +213,8 @@ class Budget:
             budget: in the unit of the cost.
             settle: also compute the exact errors of uniform settings that come close.
         """
+        if isinstance(allocator, Mixture):
+            return allocator.solve(budget)
         refresh_selection(self.table, self.graph, self.method, {})
         allocator.read_selection()
         found = allocator.solve(budget)
@@ -199,8 +261,10 @@ class Budget:
         self._errors[allocator.key(best)] = min(errors)
         return best
 
-    def error(self, choice: Choice, allocator: Allocator) -> float:
-        """Total weighted NMSE of a choice, by the table at the choice's ranks."""
+    def error(self, choice: Any, allocator: Any) -> float:
+        """Total error of a choice: weighted NMSE by the table at its ranks, or the measured errors."""
+        if isinstance(allocator, Mixture):
+            return allocator.error(choice)
         key = allocator.key(choice)
         if key not in self._errors:
             self._select_at(choice, allocator)

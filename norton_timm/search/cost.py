@@ -129,6 +129,13 @@ class CostModel:
             return 0.0, per_input + rest
         return per_input / handler.groups(module), rest
 
+    def low_rank_coefficients(self, row: int, kind: str, rank: int) -> tuple[float, float]:
+        """(beta, gamma) of a convolution of low rank, which costs ``beta * out + gamma * in``."""
+        module: Any = self.rows[row].module
+        dense, _ = self.coefficients(row, kind, 0)  # of one pair of channels
+        bias = float(kind == 'params' and module.bias is not None)
+        return dense * rank / float(np.prod(module.kernel_size)) + bias, dense * rank
+
     def set_latency(self, layers: Mapping[str, float], whole: float) -> None:
         """Add the cost kind ``ms`` from measured milliseconds of the dense layers and of the whole model."""
         self.milliseconds = dict(layers)
