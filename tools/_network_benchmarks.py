@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from _cli import Parser
+
 from _processes import rows_of_processes
 
 from norton_timm.inference import read_images

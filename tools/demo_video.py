@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from _cli import FAILURE, INTERRUPTED, TERMINATED, Parser, fail, run
+
 from tqdm import tqdm
 
 from detection.demo import CODECS, TRACKERS, Predictor, VideoWriteError, demo, open_source, pipeline

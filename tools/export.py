@@ -8,8 +8,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import torch
 from _cli import Parser, run
+
+import torch
 
 
 def main() -> None:

@@ -109,15 +109,29 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def same_run(path: str | Path, config: RunConfig) -> bool:
-    """Whether a checkpoint is of a run with this configuration; device and loading processes do not count."""
+    """Whether a checkpoint is of a run with this configuration; device and loading processes do not count.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: no run can go on from it, because it is damaged or something else; the message says what to do.
+    """
 
     def told(tree: dict[str, Any]) -> Any:
         data = {key: value for key, value in tree['data'].items() if key != 'workers'}
         return json.loads(json.dumps({**tree, 'data': data, 'device': None}))  # tuples become lists
 
     try:
-        return told(config_from_dict(load_checkpoint(path)['config']).to_dict()) == told(config.to_dict())
-    except (ValueError, LookupError, TypeError, AttributeError):  # a file that a run cannot go on from
+        content = load_checkpoint(path)
+    except ValueError as error:
+        older = sorted(p.name for p in Path(path).parent.glob('checkpoint_*.pt'))
+        copies = f'copy an older one ({", ".join(older)}) over it, ' if older else ''
+        raise ValueError(
+            f'{error}: it is damaged or of something else, and no run can go on from it; {copies}move it away to begin '
+            'anew, or choose another --output'
+        ) from None
+    try:
+        return told(config_from_dict(content['config']).to_dict()) == told(config.to_dict())
+    except (ValueError, LookupError, TypeError, AttributeError):  # a configuration of another version
         return False
 
 

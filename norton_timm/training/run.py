@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import importlib.metadata
@@ -101,7 +102,7 @@ class Recovery:
             write_text(output / CONFIG, config.to_yaml())
         self.facts: dict[str, Any] = {}
         if (output / STAGES).is_file():
-            self.facts = json.loads((output / STAGES).read_text(encoding='utf-8'))
+            self.facts = read_stages(output / STAGES)
 
     def _load_dense(self, weights: str | None) -> nn.Module:
         """The dense network with the weights of a file, or with its published or random ones."""
@@ -306,6 +307,20 @@ def evaluate_file(
         'model': model, 'data': Path(data).name, 'test_images': images.test_size, **results,
         'mean': list(preprocessing.mean), 'std': list(preprocessing.std), 'amp': amp, 'device': device.type,
     }  # fmt: skip
+
+
+def read_stages(path: Path) -> dict[str, Any]:
+    """What a run measured before it was stopped.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    facts: Any = None
+    with contextlib.suppress(ValueError, RecursionError):  # damaged text, or damaged JSON
+        facts = json.loads(path.read_text(encoding='utf-8'))
+    if not isinstance(facts, dict):
+        raise ValueError(f'{path} is damaged: move it away, and the run goes on without some of its figures')
+    return facts
 
 
 def refuse_other_run(output: Path, text: str) -> None:
