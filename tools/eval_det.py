@@ -1,4 +1,4 @@
-"""Evaluate a checkpoint of train_det.py with COCO's figures."""
+"""Evaluate a checkpoint of train_det.py, or of torchvision's reference training, with COCO's figures."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from _cli import Parser, run
 
 def main() -> None:
     parser = Parser(__doc__)
-    parser.add_argument('checkpoint', help='checkpoint.pt of a training run')
+    parser.add_argument(
+        'checkpoint', help='checkpoint.pt of a training run, or a detector as torchvision or the authors saved it'
+    )
     parser.add_argument('--data', help='folder in COCO layout, by default data/coco or the sample set')
     parser.add_argument('--split', default='val', help='val, train, or any split with an annotation file')
     parser.add_argument('--output', help='JSON file for the figures, by default eval_SPLIT.json beside the checkpoint')

@@ -11,10 +11,11 @@ from typing import Any, Protocol
 
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
-from detection.rcnn import build_detector, restore
+from detection.rcnn import build_detector, is_detector, restore
 from detection.training.config import RunConfig, config_from_dict
-from norton_timm.checkpoints import dense_name
-from norton_timm.utils import load_plain, replacing, write_plain
+from detection.training.imported import imported_checkpoint
+from norton_timm.checkpoints import dense_name, read_checkpoint
+from norton_timm.utils import replacing, write_plain
 
 _KEYS = ('model', 'config', 'meta')
 _MOST_CLASSES = 10_000  # limit for untrusted files: a larger network would be built before the file is refused
@@ -101,8 +102,17 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         FileNotFoundError: there is no such file.
         ValueError: it is not such a checkpoint.
     """
-    content = load_plain(Path(path))
-    missing = [key for key in _KEYS if not isinstance(content, dict) or key not in content]
+    return _complete(_read(path), path)
+
+
+def _read(path: str | Path) -> dict[str, Any]:
+    if not Path(path).is_file():
+        raise FileNotFoundError(f'no checkpoint file {path}')
+    return read_checkpoint(Path(path))
+
+
+def _complete(content: dict[str, Any], path: str | Path) -> dict[str, Any]:
+    missing = [key for key in _KEYS if key not in content]
     if missing:
         raise ValueError(f'{path} is not a checkpoint of train_det.py: it lacks {", ".join(missing)}')
     return content
@@ -138,6 +148,10 @@ def same_run(path: str | Path, config: RunConfig) -> bool:
 def load_detector(path: str | Path) -> tuple[GeneralizedRCNN, dict[str, Any]]:
     """Rebuild a trained detector, with averaged weights if the run kept them, in evaluation mode.
 
+    Args:
+        path: a checkpoint of train_det.py, or a file of the authors or of torchvision's reference training as it is,
+            see `imported_checkpoint`.
+
     Returns:
         The detector and a dict with `task`, `class_names`, `label_to_category`, `num_classes`, `num_keypoints`,
         `keypoint_names`, `skeleton`, `iteration`, `results` and `config` (a `RunConfig`).
@@ -150,19 +164,45 @@ def load_detector(path: str | Path) -> tuple[GeneralizedRCNN, dict[str, Any]]:
         >>> model, meta = load_detector('runs/keypoint/checkpoint.pt')
         >>> output = model([image])[0]  # image: (3, H, W) in 0..1
     """
-    content = load_checkpoint(path)
-    try:
-        model, config = _rebuilt(content)
-    # a file may claim anything, and fails wherever a false claim is first used
-    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
-        told = ' '.join(str(error).split())[:300]
-        raise ValueError(f'{path} does not fit its own configuration: {told}') from None
+    content = _read(path)
+    if 'config' not in content and is_detector(content):
+        content, model, config = _imported(path)
+    else:
+        model, config = _rebuilt(_complete(content, path), path, 'its own configuration')
     facts = {'config': config, 'iteration': content.get('iteration'), 'results': content.get('results')}
     meta = {**content['meta'], **facts}
     return model, meta
 
 
-def _rebuilt(content: dict[str, Any]) -> tuple[GeneralizedRCNN, RunConfig]:
+def import_detector(path: str | Path) -> dict[str, Any]:
+    """A checkpoint of ours from a file of the authors or of torchvision's reference training, to be written.
+
+    Raises:
+        ValueError: the file cannot be read safely, or holds no detector that this package can build.
+
+    Example:
+        >>> save_checkpoint('faster.pt', import_detector('model_25.pth'))
+    """
+    return _imported(path)[0]
+
+
+def _imported(path: str | Path) -> tuple[dict[str, Any], GeneralizedRCNN, RunConfig]:
+    content = imported_checkpoint(path)
+    config = content['config']
+    return content, *_rebuilt(content, path, f'a {config["task"]} detector on {config["model"]["backbone"]}')
+
+
+def _rebuilt(content: dict[str, Any], path: str | Path, what: str) -> tuple[GeneralizedRCNN, RunConfig]:
+    """The detector of a checkpoint and its configuration; the ValueError names the file and what it does not fit."""
+    try:
+        return _build(content)
+    # a file may claim anything, and fails wherever a false claim is first used
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
+        told = ' '.join(str(error).split())[:300]
+        raise ValueError(f'{path} does not fit {what}: {told}') from None
+
+
+def _build(content: dict[str, Any]) -> tuple[GeneralizedRCNN, RunConfig]:
     # files that the run was started from may be gone by now, and are not needed
     tree = dict(content['config'])
     tree['data'] = {**tree['data'], 'root': None}
