@@ -18,7 +18,8 @@ from torch import nn
 from detection.data.sample import write_sample
 from detection.rcnn.build import build_detector
 from detection.rcnn.restore import detector_content, start_from, state_of
-from detection.training.checkpoint import import_detector, load_detector
+from detection.training.checkpoint import detector_from_config, import_detector, load_detector, save_checkpoint
+from detection.training.config import load_config
 from detection.training.imported import imported_checkpoint
 from norton_timm.compression.spec import parse_rates
 from norton_timm.models.compressed import tags
@@ -149,11 +150,13 @@ def test_what_would_stay_random_is_refused_unless_asked_for(tmp_path: Path, chan
     assert f'1 tensors keep their random start: {change}' in caplog.text
 
 
-def test_boxes_alone_make_no_detector_of_masks(tmp_path: Path) -> None:
-    torch.save(detector(1).state_dict(), tmp_path / 'box.pth')
-    with pytest.raises(ValueError, match=r'the first is roi_heads\.mask_head\.0\.0\.weight'):
-        build_detector('mask', 'resnet18', weights=tmp_path / 'box.pth', **SMALL)
-    build_detector('mask', 'resnet18', weights=tmp_path / 'box.pth', partial=True, **SMALL)
+@pytest.mark.parametrize(('task', 'asked'), [('box', 'mask'), ('mask', 'box'), ('keypoint', 'box')])
+def test_a_detector_for_another_task_is_refused_unless_asked_for(task: str, asked: str, tmp_path: Path) -> None:
+    options = {**SMALL, 'mask_layers': (16,), 'keypoint_layers': (16,), 'num_classes': 2}
+    torch.save(build_detector(task, 'resnet18', **options).state_dict(), tmp_path / 'other.pth')
+    with pytest.raises(ValueError, match=f'for task {task}, got task {asked}: give --task {task}, or --partial'):
+        build_detector(asked, 'resnet18', weights=tmp_path / 'other.pth', **options)
+    build_detector(asked, 'resnet18', weights=tmp_path / 'other.pth', partial=True, **options)
 
 
 def of_the_reference_training(state: dict[str, torch.Tensor], **args: object) -> dict[str, object]:
@@ -278,3 +281,27 @@ def test_raw_files_in_the_tools(tool, tmp_path: Path) -> None:
     done = tool('eval_det.py', 'part.pth', '--data', data)
     assert done.code == 2 and len(done.error_lines()) == 1
     assert f'part.pth does not fit a box detector on {name}' in done.err
+
+
+@pytest.mark.parametrize('task', ['mask', 'keypoint'])
+def test_the_tools_name_the_task_of_weights_for_another(task: str, tool, tmp_path: Path) -> None:
+    options = {'model.fpn_channels': 16, 'model.box_head': 16, 'model.mask_layers': [8], 'model.keypoint_layers': [8]}
+    values = {'task': task, 'model.backbone': 'resnet10t', **options}
+    config, points = load_config(None, [], values), 3 if task == 'keypoint' else 0
+    meta = {'task': task, 'num_classes': 2, 'class_names': ['__background__', 'person'], 'label_to_category': {1: 1},
+            'num_keypoints': points, 'keypoint_names': list('abc')[:points], 'skeleton': []}  # fmt: skip
+    model = detector_from_config(config, meta)
+    save_checkpoint('w.pt', {'model': model.state_dict(), 'ema': None, 'config': config.to_dict(), 'meta': meta})
+    data = write_sample(tmp_path / 'sample', train=1, val=1, size=(96, 96))
+    for name, *arguments in (
+        ('train_det.py', '--weights', 'w.pt', '--backbone', 'resnet10t', '--data', data),
+        ('eval_det.py', 'w.pt', '--data', data),
+        ('demo_video.py', '--weights', 'w.pt', '--headless'),
+        ('export.py', '--weights', 'w.pt', '--images', data / 'val2017', '--output', 'x.onnx'),
+    ):
+        done = tool(name, '--task', 'box', *arguments)
+        assert (done.code, done.out) == (2, '') and len(done.error_lines()) == 1, done.err
+        assert f'w.pt is a detector for task {task}, got task box: give --task {task}' in done.err
+    assert not (tmp_path / 'runs').exists() and not (tmp_path / 'x.onnx').exists()
+    done = tool('demo_video.py', '--task', 'box', '--weights', 'maskrcnn_resnet50_fpn', '--headless')
+    assert done.code == 2 and 'give --task mask' in done.err  # told before anything is downloaded

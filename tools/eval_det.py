@@ -13,6 +13,7 @@ def main() -> None:
     parser.add_argument(
         'checkpoint', help='checkpoint.pt of a training run, or a detector as torchvision or the authors saved it'
     )
+    parser.add_argument('--task', choices=('box', 'mask', 'keypoint'), help='refuse a checkpoint for another')
     parser.add_argument('--data', help='folder in COCO layout, by default data/coco or the sample set')
     parser.add_argument('--split', default='val', help='val, train, or any split with an annotation file')
     parser.add_argument('--output', help='JSON file for the figures, by default eval_SPLIT.json beside the checkpoint')
@@ -32,7 +33,7 @@ def main() -> None:
     if args.batch_size < 1 or args.workers < 0:
         raise ValueError('--batch-size must be 1 or more and --workers 0 or more')
     device = choose_device(args.device)
-    model, meta = load_detector(args.checkpoint)
+    model, meta = load_detector(args.checkpoint, args.task)
     source = find_data(args.data)
     pairs = meta['config'].data.keypoint_pairs() if meta['task'] == 'keypoint' else None
     dataset = CocoDataset(source.root, args.split, meta['task'], flip_pairs=pairs, class_names=meta['class_names'],

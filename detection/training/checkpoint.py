@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
 from detection.rcnn import build_detector, is_detector, restore
+from detection.tasks import check_same_task
 from detection.training.config import RunConfig, config_from_dict
 from detection.training.imported import imported_checkpoint
 from norton_timm.checkpoints import dense_name, read_checkpoint
@@ -145,12 +146,13 @@ def same_run(path: str | Path, config: RunConfig) -> bool:
         return False
 
 
-def load_detector(path: str | Path) -> tuple[GeneralizedRCNN, dict[str, Any]]:
+def load_detector(path: str | Path, task: str | None = None) -> tuple[GeneralizedRCNN, dict[str, Any]]:
     """Rebuild a trained detector, with averaged weights if the run kept them, in evaluation mode.
 
     Args:
         path: a checkpoint of train_det.py, or a file of the authors or of torchvision's reference training as it is,
             see `imported_checkpoint`.
+        task: what the detector should be for; None takes any.
 
     Returns:
         The detector and a dict with `task`, `class_names`, `label_to_category`, `num_classes`, `num_keypoints`,
@@ -158,7 +160,7 @@ def load_detector(path: str | Path) -> tuple[GeneralizedRCNN, dict[str, Any]]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no checkpoint, or does not fit its own configuration.
+        ValueError: it is no checkpoint, does not fit its own configuration, or is for another task.
 
     Example:
         >>> model, meta = load_detector('runs/keypoint/checkpoint.pt')
@@ -169,6 +171,7 @@ def load_detector(path: str | Path) -> tuple[GeneralizedRCNN, dict[str, Any]]:
         content, model, config = _imported(path)
     else:
         model, config = _rebuilt(_complete(content, path), path, 'its own configuration')
+    check_same_task(path, config.task, task)
     facts = {'config': config, 'iteration': content.get('iteration'), 'results': content.get('results')}
     meta = {**content['meta'], **facts}
     return model, meta
