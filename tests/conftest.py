@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,14 @@ def tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Done]
     """Runs a script of tools/ in this process, in an empty folder: `tool('compress.py', 'resnet18')`."""
     monkeypatch.chdir(tmp_path)
     return run_tool
+
+
+@pytest.fixture
+def heeds_ctrl_c() -> Iterator[None]:
+    """A shell starts background jobs, such as this test run may be one, with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope='session')

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from norton_timm.checkpoints.keys import rates_from_name, read_checkpoint
 from norton_timm.compression.spec import parse_rates
 from norton_timm.layers.cpd_conv import CPDConv2d
 from norton_timm.models.authors import convert_authors_checkpoint
+from norton_timm.models.compressed import tags
 
 R078 = '[0.]+[0.1]*2+[0.4]*5+[0.75]*12'
 
@@ -105,6 +107,74 @@ def test_a_published_network_that_is_not_pruned_gets_its_tag(tmp_path: Path) -> 
     theirs = settle(CifarResNet(56, [0.0] * 30, 2, 'fc'))
     torch.save({'state_dict': theirs.state_dict(), 'rank': 2, 'compress_rate': '[0.]*100'}, tmp_path / 'a.pt')
     assert convert_authors_checkpoint(tmp_path / 'a.pt').pretrained_cfg['tag'] == 'r071'
+
+
+NETWORKS = {
+    'vgg16_bn_cifar': CifarVGG,
+    'resnet56_cifar': lambda r, k: CifarResNet(56, r, k, 'fc'),
+    'resnet110_cifar': lambda r, k: CifarResNet(110, r, k, 'linear'),
+    'densenet40_cifar': CifarDenseNet,
+    'googlenet_cifar': CifarGoogLeNet,
+    'mobilenetv2_cifar': CifarMobileNet,
+    'resnet50': ImageNetResNet50,
+}
+TAGS = [f'{m}_{b}.{tag}' for m, bases in tags().items() for b in bases if b in NETWORKS for tag in bases[b]]
+
+
+def authors_state(name: str) -> dict[str, Tensor]:
+    """Tensors as the authors' network of a tag has them."""
+    method, _, rest = name.partition('_')
+    base, _, tag = rest.partition('.')
+    row = tags()[method][base][tag]
+    return NETWORKS[base](parse_rates(row['rates']), row.get('rank', 0)).state_dict()
+
+
+def tag_in(path: Path) -> str:
+    cfg = convert_authors_checkpoint(path).pretrained_cfg
+    return f'{cfg["architecture"]}.{cfg["tag"]}'
+
+
+@pytest.mark.parametrize('name', TAGS)
+def test_every_published_network_gets_its_tag_from_its_widths(name: str, tmp_path: Path) -> None:
+    assert len(TAGS) == 39
+    torch.save({'epoch': 3, 'state_dict': authors_state(name), 'optimizer': {}}, tmp_path / 'model_best.pth.tar')
+    assert tag_in(tmp_path / 'model_best.pth.tar') == name
+
+
+def test_rates_that_give_the_widths_of_a_tag_give_the_tag(tmp_path: Path) -> None:
+    """0.18 and 0.181 leave 13 of 16 filters, 26 of 32 and 52 of 64."""
+    state = CifarResNet(56, parse_rates('[0.]+[0.181]*29'), 1, 'fc').state_dict()
+    torch.save({'state_dict': state, 'rank': 1, 'compress_rate': '[0.]+[0.181]*29'}, tmp_path / 'a.pt')
+    assert tag_in(tmp_path / 'a.pt') == 'norton_resnet56_cifar.r089'
+    state = CifarResNet(56, parse_rates('[0.]+[0.25]*29'), 1, 'fc').state_dict()
+    torch.save({'state_dict': state, 'rank': 1}, tmp_path / 'b.pt')
+    assert tag_in(tmp_path / 'b.pt') == 'norton_resnet56_cifar.'  # of no tag
+
+
+@pytest.mark.parametrize('kind', [dict, argparse.Namespace])
+@pytest.mark.parametrize('rates', ['[0.]+[0.12]*2+[0.4]*27', [0.0, 0.12, 0.12] + [0.4] * 27, '[0.]*100', 'none', None])
+def test_the_options_of_the_authors_script_are_read(kind: type, rates: object, tmp_path: Path, caplog) -> None:
+    """`args.rank` is the number of a process there. What disagrees with the tensors is told, and they decide."""
+    args = kind(compress_rate=rates, rank=0, lr=0.01, gpu=None, data_dir='data/cifar10')
+    torch.save({'state_dict': authors_state('norton_resnet56_cifar.r042'), 'args': args}, tmp_path / 'a.pt')
+    assert tag_in(tmp_path / 'a.pt') == 'norton_resnet56_cifar.r042'
+    assert ('which decide' in caplog.text) == (rates in ('[0.]*100', 'none'))
+
+
+def test_two_tags_of_equal_widths_are_told_apart_by_what_the_file_says(tmp_path: Path, monkeypatch, caplog) -> None:
+    known = {m: {b: dict(rows) for b, rows in bases.items()} for m, bases in tags().items()}
+    known['norton']['resnet56_cifar'] = {
+        'r089': {'rank': 1, 'rates': '[0.]+[0.18]*29'},
+        'r042': {'rank': 1, 'rates': '[0.]+[0.181]*29'},
+    }
+    monkeypatch.setattr('norton_timm.models.compressed.tags', lambda: known)
+    monkeypatch.setattr('norton_timm.models.authors.tags', lambda: known)
+    state = CifarResNet(56, parse_rates('[0.]+[0.18]*29'), 1, 'fc').state_dict()
+    for said, expected in (('[0.]+[0.181]*29', 'r042'), ('[0.]+[0.18]*29', 'r089')):
+        torch.save({'state_dict': state, 'args': {'compress_rate': said}}, tmp_path / 'a.pt')
+        caplog.clear()
+        assert tag_in(tmp_path / 'a.pt') == f'norton_resnet56_cifar.{expected}'
+        assert f'have the same widths; taken for {expected}' in caplog.text
 
 
 def test_data_parallel_prefix_and_a_list_of_rates(tmp_path: Path) -> None:

@@ -126,7 +126,7 @@ def test_headless_on_the_built_in_clip_writes_only_what_was_asked(tool, tmp_path
 
 
 def test_two_runs_of_one_network_are_told_apart(checkpoint, tmp_path):
-    args = type('Args', (), {'random_weights': False, 'compare': True, 'weights': []})
+    args = type('Args', (), {'random_weights': False, 'compare': True, 'task': None, 'weights': []})
     for name in ('dense', 'norton'):
         (tmp_path / name).mkdir()
         os.link(checkpoint, tmp_path / name / 'checkpoint.pt')

@@ -296,7 +296,7 @@ def test_a_checkpoint_that_is_none(damage: str, tmp_path: Path) -> None:
         model = small(norm=False)
     else:
         optim = dataclasses.replace(OPTIM, ema=0.9)
-    with pytest.raises(ValueError, match='not a checkpoint of this run') as error:
+    with pytest.raises(ValueError, match='is damaged or no checkpoint of this run') as error:
         trainer(tmp_path, optim, model).run()
     assert '\n' not in str(error.value)
 

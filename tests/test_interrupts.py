@@ -1,15 +1,16 @@
-"""Signals that arrive while a file is read act behind it, and do not make it look damaged."""
+"""Signals that arrive while a file is read act behind it, and those of the seconds of imports end a tool at once."""
 
 from __future__ import annotations
 
+import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from tool_runner import ROOT, TOOLS, run_process
 
 import norton_timm
 from norton_timm.checkpoints import file as checkpoint
@@ -17,13 +18,19 @@ from norton_timm.models import dense
 from norton_timm.utils import files as pickles
 from norton_timm.utils.processes import undisturbed
 
+PRESSED = """
+import os, signal, sys
 
-@pytest.fixture(autouse=True)
-def _heeds_ctrl_c() -> Iterator[None]:
-    """A shell starts background jobs, such as this test run may be one, with SIGINT ignored."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
+class Pressed:
+    def find_spec(self, name, path=None, target=None):
+        if name == os.environ['PRESSED_AT']:
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Pressed())
+"""  # Ctrl-C at the import of a module
+
+
+pytestmark = pytest.mark.usefixtures('heeds_ctrl_c')
 
 
 @pytest.mark.parametrize('fails', [False, True])
@@ -66,3 +73,24 @@ def test_a_signal_does_not_make_a_file_damaged(tmp_path: Path, monkeypatch: pyte
             with pytest.raises(KeyboardInterrupt):
                 load()
         load()
+
+
+NEEDED = {  # arguments without which a tool ends before its imports
+    'benchmark.py': ['forms'], 'compress.py': ['resnet18', '--output', 'x.safetensors'], 'eval_cls.py': ['resnet18'],
+    'eval_det.py': ['x.pt'], 'export.py': ['--model', 'resnet18', '--pretrained', '--images', '.', '--output', 'x'],
+    'import_checkpoint.py': ['x.pt', '--output', 'x.pt'], 'train_cls.py': ['resnet18', '--output', 'x'],
+    'train_det.py': ['--task', 'box'], 'reproduce.py': ['--study', 'rank', '--dense', 'x.pt'],
+    'visualize.py': ['resnet18', 'x', '--image', 'x.png', '--output', 'x.png'],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(('name', 'module'), [
+    *((path.name, 'torch') for path in sorted(TOOLS.glob('[a-z]*.py')) if path.name != 'results_table.py'),
+    ('train_cls.py', 'timm'), ('demo_video.py', 'cv2'),
+])  # fmt: skip
+def test_ctrl_c_ends_a_tool_at_once_while_it_imports(name: str, module: str, tmp_path: Path) -> None:
+    (tmp_path / 'sitecustomize.py').write_text(PRESSED)
+    path = os.pathsep.join((str(tmp_path), str(ROOT)))
+    done = run_process(name, *NEEDED.get(name, []), cwd=tmp_path, env={'PYTHONPATH': path, 'PRESSED_AT': module})
+    assert (done.code, done.out, done.err) == (130, '', 'error: interrupted\n')
+    assert [file.name for file in tmp_path.iterdir() if file.name not in ('sitecustomize.py', '__pycache__')] == []

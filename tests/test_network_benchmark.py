@@ -10,12 +10,17 @@ from functools import partial
 import pytest
 import timm
 import torch
+import torchvision
 from fake_clock import FakeClock
 from PIL import Image
 from tool_runner import TOOLS, run_process
 from torch import nn
 
+import norton_timm
 from detection.studies import networks as benchmark
+from detection.training.checkpoint import detector_from_config, save_checkpoint
+from detection.training.config import load_config
+from norton_timm.checkpoints.rebuild import surgery_of
 from norton_timm.profiling.complexity import count
 from norton_timm.profiling.timing import Turns, take_turns
 from norton_timm.studies.forms import benchmark_forms
@@ -180,6 +185,7 @@ def test_the_picture(tmp_path):
     'arguments, message',
     [
         (['resnet56_cifar'], 'got no compressed network'),
+        (['nowhere.safetensors'], 'nowhere.safetensors'),
         (['--output', 'nowhere/a.json'], 'a folder that exists'),
         (['--output', 'a.png'], 'expected a .json file'),
     ],
@@ -223,3 +229,52 @@ def test_a_process_that_fails_ends_the_repetition(monkeypatch):
     monkeypatch.setattr(sys, 'argv', ['-c', 'raise SystemExit(3)'])
     with pytest.raises(ValueError, match='process 1 of 2 ended with exit code 3'):
         rows_of_processes(2, ['speedup'])
+
+
+@pytest.mark.parametrize('architecture', ['resnet20_cifar', 'torchvision/resnet18'])
+def test_a_file_of_ones_own(architecture: str, tool, tmp_path) -> None:
+    name, classes = architecture.removeprefix('torchvision/'), 7
+    if name == architecture:
+        dense = timm.create_model(name, num_classes=classes)
+    else:
+        dense = torchvision.models.get_model(name, weights=None, num_classes=classes)
+    image = torch.zeros(1, 3, 64, 64)
+    small, _ = norton_timm.compress(dense, norton_timm.CompressionSpec(method='coring', rates=0.5), image)
+    kwargs = {'num_classes': classes}
+    norton_timm.save(small, tmp_path / 'small.safetensors', architecture=architecture, model_kwargs=kwargs)
+    norton_timm.save(dense, tmp_path / 'dense.safetensors', architecture=architecture, model_kwargs=kwargs)
+    common = ['--batches', 1, '--runtimes', 'eager', '--seconds', 0.1]
+    done = tool('benchmark.py', 'classification', 'small.safetensors', *common, '--output', 'a.json')
+    assert done.code == 0, done.err
+    rows = json.loads((tmp_path / 'a.json').read_text())['rows']
+    size = (3, 32, 32) if name == architecture else (3, 224, 224)
+    for row, model in zip(rows, (dense, small)):
+        assert row['gmacs'] == pytest.approx(norton_timm.count(model, size).macs / 1e9)
+    assert rows[0]['model'] == 'small.safetensors'
+    done = tool('benchmark.py', 'classification', 'dense.safetensors', *common)
+    assert done.code == 2 and f'holds {architecture} as it is, expected a compressed network' in done.err
+
+
+@pytest.mark.parametrize('recipe', ['backbone', 'full'])
+def test_a_detector_of_ones_own(recipe: str, tool, tmp_path) -> None:
+    small = {'model.fpn_channels': 32, 'model.box_head': 32, 'model.keypoint_layers': [8]}
+    meta = {'task': 'keypoint', 'num_classes': 2, 'class_names': ['__background__', 'hand'], 'skeleton': [],
+            'label_to_category': {1: 1}, 'num_keypoints': 2, 'keypoint_names': ['a', 'b']}  # fmt: skip
+    for name, backbone, how in (('small', 'norton_resnet18.r050', recipe), ('dense', 'resnet18', 'backbone')):
+        config = load_config(None, [], {'task': 'keypoint', 'model.backbone': backbone, 'model.recipe': how, **small})
+        model = detector_from_config(config, meta)
+        save_checkpoint(f'{name}.pt', {'model': model.state_dict(), 'ema': None, 'config': config.to_dict(),
+                                       'meta': meta, 'surgery': surgery_of(model)})  # fmt: skip
+    common = ['--runtimes', 'eager', '--seconds', 0.1, '--size', 96, 128]
+    done = tool('benchmark.py', 'detection', '--checkpoint', 'small.pt', *common, '--output', 'a.json')
+    assert done.code == 0, done.err
+    dense, mine = json.loads((tmp_path / 'a.json').read_text())['rows'][:2]
+    assert mine['model'] == 'small.pt' and 0 < mine['gmacs'] < dense['gmacs'] and mine['stages']['heads'] > 0
+    for arguments, told in (
+        (['dense.pt'], 'holds a dense detector on resnet18'),
+        (['small.pt', '--task', 'box'], 'give --task keypoint'),
+        (['small.pt', '--backbone', 'resnet50'], '--checkpoint excludes --backbone'),
+        (['nowhere.pt'], 'no checkpoint file nowhere.pt'),
+    ):
+        done = tool('benchmark.py', 'detection', '--checkpoint', *arguments, *common)
+        assert done.code == 2 and len(done.err.splitlines()) == 1 and told in done.err, done.err

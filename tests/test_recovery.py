@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 import norton_timm
 from norton_timm.checkpoints.file import load, read_metadata
 from norton_timm.compression.repair import reestimate_batch_norm
+from norton_timm.models.dense import set_normalisation
 from norton_timm.training.config import load_train_config
 from norton_timm.training.loop import Trainer, evaluate
 from norton_timm.training.run import Recovery, evaluate_file
@@ -216,3 +217,49 @@ def test_evaluation_refuses_what_does_not_fit(inputs: dict[str, str], tmp_path: 
         evaluate_file(str(path), inputs['data.source'], CPU)
     with pytest.raises(ValueError, match='expected one of them'):
         evaluate_file(str(path), inputs['data.source'], CPU, weights=weights)
+
+
+@pytest.mark.parametrize('overrides', [[], ['data.mean=[0.1,0.2,0.3]', 'data.std=[0.5,0.6,0.7]']])
+@pytest.mark.parametrize('recorded', [None, ((0.4, 0.5, 0.6), (0.2, 0.25, 0.3)), ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))])
+def test_the_normalisation_is_the_files_unless_given_and_is_told(
+    recorded, overrides: list[str], inputs: dict[str, str], tmp_path: Path, caplog
+) -> None:
+    if recorded:
+        dense = timm.create_model('resnet20_cifar', num_classes=4)
+        set_normalisation(dense, *recorded)
+        norton_timm.save(dense, inputs['weights'])
+    with caplog.at_level('INFO'):
+        made = Recovery(config(inputs, 'norton', *overrides), tmp_path / 'run', CPU)
+    cifar = timm.get_pretrained_cfg('resnet20_cifar')
+    mean, std = recorded or (cifar.mean, cifar.std)
+    source = f'as {inputs["weights"]} says' if recorded else 'those of resnet20_cifar'
+    if overrides:
+        mean, std, source = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7), 'as given'
+    cfg = made.dense.pretrained_cfg
+    assert (tuple(cfg['mean']), tuple(cfg['std'])) == (mean, std)
+    told = [', '.join(f'{v:.4g}' for v in numbers) for numbers in (mean, std)]
+    assert f'normalised with mean ({told[0]}) and std ({told[1]}), {source}' in caplog.text
+    assert ('does not say how its images were normalised' in caplog.text) == (not recorded and not overrides)
+    images = torch.cat([images for images, _ in made.data.test_batches(64)])
+    pixels = images * torch.tensor(std).view(3, 1, 1) + torch.tensor(mean).view(3, 1, 1)
+    assert pixels.min() >= -1e-5 and pixels.max() <= 1 + 1e-5 and pixels.std() > 0.1  # 0..1 again: it is what is used
+
+
+def test_a_teacher_with_another_normalisation_is_told(inputs: dict[str, str], tmp_path: Path, caplog) -> None:
+    for name, mean in (('same', (0.4914, 0.4822, 0.4465)), ('other', (0.5, 0.5, 0.5))):
+        teacher = timm.create_model('resnet20_cifar', num_classes=4)
+        set_normalisation(teacher, mean, timm.get_pretrained_cfg('resnet20_cifar').std)
+        norton_timm.save(teacher, tmp_path / f'{name}.safetensors')
+        caplog.clear()
+        Recovery(config(inputs, 'norton', f'distill.teacher={tmp_path / name}.safetensors'), tmp_path / name, CPU)
+        assert ('normalised in another way' in caplog.text) == (name == 'other')
+
+
+@pytest.mark.parametrize('damage', ['', '{"top1_dense": 1', '[1]', '\0\0'])
+def test_damaged_figures_of_a_stopped_run_are_told(damage: str, inputs: dict[str, str], tmp_path: Path) -> None:
+    given = config(inputs)
+    Recovery(given, tmp_path / 'run', CPU)
+    (tmp_path / 'run' / 'stages.json').write_text(damage)
+    with pytest.raises(ValueError, match=r'stages\.json is damaged: move it away'):
+        Recovery(given, tmp_path / 'run', CPU)
+    assert (tmp_path / 'run' / 'stages.json').read_text() == damage

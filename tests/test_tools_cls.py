@@ -82,7 +82,8 @@ def test_asked_to_stop_it_says_so_and_keeps_the_checkpoint(
     process.send_signal(sent)
     ended, out, err = finish(process)
     assert ended == code, err
-    assert err.rstrip().splitlines()[-1] == told and 'Traceback' not in err and out == ''
+    advice = f'the same command goes on with the run in {tmp_path / "run"}'
+    assert err.rstrip().splitlines()[-1] == f'{told}; {advice}' and 'Traceback' not in err and out == ''
     content = torch.load(tmp_path / 'run' / 'checkpoint.pt', weights_only=True)
     assert content['epoch'] >= 1
 

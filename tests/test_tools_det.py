@@ -18,8 +18,10 @@ import torch
 from fake_clock import wait_until
 from tool_runner import finish, run_process, start_tool, torchrun
 
+from detection import training
 from detection.data.sample import write_sample
 from detection.training.checkpoint import load_checkpoint
+from detection.training.engine import DetectorTrainer
 
 TINY = ['--workers', '0', '--device', 'cpu', '--set', 'model.min_size=64', '--set', 'model.max_size=96',
         '--set', 'model.fpn_channels=16', '--set', 'model.box_head=16', '--set', 'model.mask_layers=[8]',
@@ -80,6 +82,66 @@ def test_a_folder_with_a_run_is_continued_or_refused(tool, sample: Path, tmp_pat
     code, out, err = tool('train_det.py', *common)
     assert code == 0, err
     assert 'from iteration 2' in out
+
+
+@pytest.mark.usefixtures('heeds_ctrl_c')
+@pytest.mark.parametrize('sent', [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize('moment', ['data', 'step 2'])
+def test_a_stopped_run_says_how_to_go_on(
+    moment: str, sent: signal.Signals, tool, sample: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    common = ['--task', 'box', '--data', sample, '--backbone', 'resnet10t', *TINY, '--iterations', 4]
+    read, step = training.training_sets, DetectorTrainer._step
+
+    def stopped(call, now):
+        def wrapped(*args):
+            if now(*args):
+                signal.raise_signal(sent)
+            return call(*args)
+
+        return wrapped
+
+    with monkeypatch.context() as patch:
+        if moment == 'data':
+            patch.setattr(training, 'training_sets', stopped(read, lambda *_: True))
+        else:
+            patch.setattr(DetectorTrainer, '_step', stopped(step, lambda trainer, _: trainer.iteration == 1))
+        done = tool('train_det.py', *common)
+    assert done.code == 128 + sent
+    word = 'interrupted' if sent == signal.SIGINT else 'terminated'
+    told = {
+        'data': 'no checkpoint was written yet, the same command begins again',
+        'step 2': f'the same command goes on from {Path("runs/box/checkpoint.pt")}',
+    }[moment]
+    assert done.error_lines() == [f'error: {word}; {told}']
+    code, out, err = tool('train_det.py', *common)
+    assert code == 0, err
+    assert ('from iteration 2' in out) == (moment == 'step 2')
+
+
+@pytest.mark.parametrize('resume', [[], ['--resume']])
+@pytest.mark.parametrize('damage', ['cut', 'bit', 'empty', 'text', 'other'])
+def test_a_damaged_checkpoint_is_told_and_left_alone(
+    damage: str, resume: list[str], tool, sample: Path, tmp_path: Path
+) -> None:
+    latest = tmp_path / 'run' / 'checkpoint.pt'
+    latest.parent.mkdir()
+    torch.save({'model': {'a': torch.arange(999.0)}}, latest)
+    whole = latest.read_bytes()
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1
+    content = {'cut': whole[:-100], 'bit': bytes(flipped), 'empty': b'', 'text': b'hello', 'other': whole}[damage]
+    latest.write_bytes(content)
+    common = ['--task', 'box', '--data', sample, '--iterations', 4, '--output', 'run', *TINY, *resume]
+    code, _, err = tool('train_det.py', *common)
+    assert code == 2 and err.count('\n') == 1, err
+    reason = 'it lacks config, meta' if damage == 'other' else 'is not a checkpoint that can be read'
+    assert str(Path('run/checkpoint.pt')) in err and reason in err and 'another configuration' not in err
+    assert 'move it away to begin anew' in err and 'copy an older one' not in err
+    (latest.parent / 'checkpoint_00000002.pt').write_bytes(whole)
+    code, _, err = tool('train_det.py', *common)
+    assert code == 2 and 'copy an older one (checkpoint_00000002.pt) over it' in err
+    assert latest.read_bytes() == content and len(list(latest.parent.iterdir())) == 2
 
 
 @pytest.mark.parametrize(

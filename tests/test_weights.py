@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -12,6 +13,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from tool_runner import ROOT
 from torch import nn
 
 import norton_timm.models  # noqa: F401
@@ -253,3 +255,17 @@ def test_local_dir_as_everywhere_in_timm(tmp_path: Path) -> None:
     other = timm.create_model('norton_resnet56_cifar', rank=3, rates=0.25)
     save_for_hf(other, tmp_path / 'other', safe_serialization=True)
     assert_same(timm.create_model(f'local-dir:{tmp_path / "other"}', pretrained=True), other)
+
+
+@pytest.mark.parametrize('name', ['norton_resnet50.r064', 'coring_vgg16_bn_cifar.r067', 'densenet40_cifar'])
+def test_the_commands_of_the_message_lack_no_option(name: str, tool) -> None:
+    """Each gets as far as the file or data that do not exist here."""
+    told = weights.no_weights_message(name).replace('configs/', f'{ROOT}/configs/')
+    commands = re.findall(r'python tools/(\S+) ([^;]+);', told)
+    assert [script for script, _ in commands] == ['import_checkpoint.py', 'train_cls.py']
+    for script, rest in commands:
+        done = tool(script, *rest.split())
+        assert done.code == 2 and '(see --help)' not in done.err, done.err
+        assert re.search(r"checkpoint 'FILE' does not exist|weights: no file FILE|no data set 'DATA'", done.err), (
+            done.err
+        )

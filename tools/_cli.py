@@ -1,20 +1,28 @@
-"""Helpers of the command-line tools: a parser, errors on one line, exit codes, and signals."""
+"""Helpers of the command-line tools: a parser, errors on one line, exit codes, and signals.
+
+A tool imports this module first: from then on Ctrl-C ends it with one line, also in the seconds of its imports.
+"""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import logging
 import os
 import re
 import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
 from typing import NoReturn
 
 _WRONG_NAMES = (errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)
 _LONGEST = 2000  # characters of an error
 USAGE, FAILURE, INTERRUPTED, TERMINATED = 2, 1, 130, 143
+_TOOLS = str(Path(__file__).resolve().parent)
 
 
 class Terminated(KeyboardInterrupt):
@@ -57,7 +65,49 @@ def _lost_process(error: RuntimeError) -> bool:
 
 
 def _terminate(signum: int, frame: object) -> NoReturn:
-    raise Terminated('terminated')
+    raise Terminated
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> NoReturn:
+    """Raise KeyboardInterrupt as Python does, but end at once where a tool is only importing.
+
+    Nothing is lost there, and an exception would get lost: packages catch it, or make an ImportError of it.
+    """
+    if _importing(frame):
+        os.write(2, b'error: interrupted\n')
+        os._exit(INTERRUPTED)
+    raise KeyboardInterrupt
+
+
+def _importing(frame: FrameType | None) -> bool:
+    """Whether an `import` in a file of this folder is being carried out."""
+    inside = False
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if inside and os.path.abspath(name).startswith(_TOOLS):
+            return True
+        inside = name.startswith('<frozen importlib')
+        frame = frame.f_back
+    return False
+
+
+def _heed_interrupts() -> None:
+    ours = threading.current_thread() is threading.main_thread()
+    if ours and signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # background jobs ignore it
+        signal.signal(signal.SIGINT, _interrupt)
+
+
+_heed_interrupts()
+
+
+@contextlib.contextmanager
+def when_stopped(advice: Callable[[], str]) -> Iterator[None]:
+    """A block in which Ctrl-C and SIGTERM end the tool with this advice on how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        stop.args += (advice(),)
+        raise
 
 
 def run(main: Callable[[], None]) -> None:
@@ -65,6 +115,7 @@ def run(main: Callable[[], None]) -> None:
     logging.basicConfig(level=logging.WARNING, format='%(message)s')
     for package in ('norton_timm', 'detection'):
         logging.getLogger(package).setLevel(logging.INFO)
+    _heed_interrupts()
     before = signal.signal(signal.SIGTERM, _terminate) or signal.SIG_DFL
     try:
         main()
@@ -78,9 +129,9 @@ def run(main: Callable[[], None]) -> None:
         if not _lost_process(error):
             raise
         fail(f'another process of this run ended: {error}', FAILURE)
-    except Terminated:
-        fail('terminated', TERMINATED)
-    except KeyboardInterrupt:
-        fail('interrupted', INTERRUPTED)
+    except Terminated as stop:
+        fail('; '.join(('terminated', *stop.args)), TERMINATED)
+    except KeyboardInterrupt as stop:
+        fail('; '.join(('interrupted', *stop.args)), INTERRUPTED)
     finally:
         signal.signal(signal.SIGTERM, before)

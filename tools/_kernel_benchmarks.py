@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from _cli import Parser
+
 from _network_benchmarks import positive
 
 from norton_timm.studies import benchmark_training, kernels

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from _cli import Parser
+
 from _processes import rows_of_processes
 
 from norton_timm.inference import read_images
@@ -36,7 +37,9 @@ def _common(parser: Parser, call: Any, seconds: float, choices: Sequence[str], r
 
 def add(commands: argparse._SubParsersAction[Parser]) -> None:
     parser = commands.add_parser('classification', description='Dense against compressed classifiers.')
-    parser.add_argument('models', nargs='*', default=['norton_resnet50.r078'], help="tags, or patterns: 'norton_*'")
+    parser.add_argument(
+        'models', nargs='*', default=['norton_resnet50.r078'], help="tags, patterns such as 'norton_*', or .safetensors"
+    )
     parser.add_argument('--batches', nargs='+', type=positive, default=[1, 8], help='images at a time')
     _common(parser, _classification, 4.0, networks.RUNTIMES, networks.RUNTIMES)
     _add_processes(parser)
@@ -50,9 +53,10 @@ def add(commands: argparse._SubParsersAction[Parser]) -> None:
     _add_processes(parser)
     parser.set_defaults(call=_forms)
     parser = commands.add_parser('detection', description='Dense against compressed R-CNNs, stage by stage.')
-    parser.add_argument('--task', default='box', choices=('box', 'mask', 'keypoint'), help='kind of detector')
-    parser.add_argument('--backbone', default='norton_resnet50.r078', help='of the compressed detector')
-    parser.add_argument('--recipe', default='backbone', help="what is compressed; see build_detector's recipes")
+    parser.add_argument('--checkpoint', type=Path, help='your own detector: .pt of train_det.py, or of torchvision')
+    parser.add_argument('--task', choices=('box', 'mask', 'keypoint'), help='kind of detector; box if none')
+    parser.add_argument('--backbone', help='of the compressed detector; norton_resnet50.r078 if none')
+    parser.add_argument('--recipe', help="what is compressed, see build_detector's recipes; backbone if none")
     parser.add_argument('--size', nargs=2, type=positive, default=[800, 1066], metavar=('H', 'W'), help='of the image')
     parser.add_argument('--image', type=Path, help='picture to run on, resized; default: random pixels')
     _common(parser, _detection, 20.0, networks.RUNTIMES_OF_DETECTORS, ('eager', 'deployed'))
@@ -65,7 +69,10 @@ def _add_processes(parser: Parser) -> None:
 def _classification(args: argparse.Namespace) -> dict[str, Any]:
     from norton_timm.studies import zoo_names
 
-    names = [name for name in zoo_names(args.models) if name.startswith(('norton_', 'coring_'))]
+    files = [name for name in args.models if networks.is_file_name(name)]
+    tags = [name for name in args.models if name not in files]
+    found_names = zoo_names(tags) if tags else []
+    names = [*files, *(name for name in found_names if name.startswith(('norton_', 'coring_')))]
     if not names:
         raise ValueError(f'{", ".join(args.models)}: got no compressed network, expected norton_* or coring_*')
     rows: list[dict[str, Any]] = []
@@ -104,7 +111,12 @@ def _detection(args: argparse.Namespace) -> dict[str, Any]:
 
     size = (args.size[0], args.size[1])
     image = read_images([args.image], size)[0] if args.image is not None else None
-    rows = benchmark_detector(args.task, args.backbone, args.recipe, size, args.runtimes, args.seconds, image)
+    made = {k: v for k in ('task', 'backbone', 'recipe') if (v := getattr(args, k)) is not None}
+    if args.checkpoint is not None and made.keys() - {'task'}:
+        raise ValueError('--checkpoint excludes --backbone and --recipe: the file says what is in it')
+    rows = benchmark_detector(
+        **made, size=size, runtimes=args.runtimes, seconds=args.seconds, image=image, checkpoint=args.checkpoint
+    )
     columns = [c for c in COLUMNS if c not in ('model', 'batch')]
     print(format_rows([{k: row[k] for k in columns} for row in rows]))
     staged = [{**{k: row[k] for k in ('network', 'runtime')}, **row['stages']} for row in rows if row['stages']]

@@ -14,11 +14,12 @@ import platform
 import sys
 from typing import Any
 
+from _cli import Parser, run
+
 import _kernel_benchmarks
 import _loop_benchmark
 import _network_benchmarks
 import torch
-from _cli import Parser, run
 
 from norton_timm.studies import allocator, cpu_name
 from norton_timm.utils import write_text

@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 
 from _cli import Parser, run
+
 from tqdm import tqdm
 
 from norton_timm.studies import LEVELS, REPRESENTATIONS, compare_clusterings

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from _cli import Parser, run
+
+import torch
 
 FIELDS = ('method', 'rates', 'criterion', 'strategy', 'order', 'rank', 'shots', 'round_to', 'seed')
 BUDGETS = {

@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from _cli import FAILURE, INTERRUPTED, TERMINATED, Parser, fail, run
+
 from tqdm import tqdm
 
 from detection.demo import CODECS, TRACKERS, Predictor, VideoWriteError, demo, open_source, pipeline
@@ -22,9 +23,11 @@ def parser() -> Parser:
     p.add_argument('--headless', action='store_true', help='no window and no file, only measure')
     p.add_argument('--serve', type=int, metavar='PORT', help='show it as a web page instead')
     p.add_argument('--host', default='127.0.0.1', help='address of the page; others than this machine need its token')
-    p.add_argument('--weights', nargs='+', default=[], help='checkpoint of train_det.py, or a torchvision model name')
+    p.add_argument(
+        '--weights', nargs='+', default=[], help='checkpoint of train_det.py or torchvision, or a name of torchvision'
+    )
     p.add_argument('--random-weights', action='store_true', help='measure time without weights; the picture says so')
-    p.add_argument('--task', default='box', choices=TASKS, help='with --random-weights')
+    p.add_argument('--task', choices=TASKS, help='with --random-weights (box if none); weights for another are refused')
     p.add_argument('--backbone', default='norton_resnet50.r078', help='with --random-weights')
     p.add_argument('--compare', action='store_true', help='two --weights side by side: dense, then compressed')
     p.add_argument('--score', type=float, default=0.5, help='hide detections below it')

@@ -1,4 +1,4 @@
-"""Evaluate a checkpoint of train_det.py with COCO's figures."""
+"""Evaluate a checkpoint of train_det.py, or of torchvision's reference training, with COCO's figures."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from _cli import Parser, run
 
 def main() -> None:
     parser = Parser(__doc__)
-    parser.add_argument('checkpoint', help='checkpoint.pt of a training run')
+    parser.add_argument(
+        'checkpoint', help='checkpoint.pt of a training run, or a detector as torchvision or the authors saved it'
+    )
+    parser.add_argument('--task', choices=('box', 'mask', 'keypoint'), help='refuse a checkpoint for another')
     parser.add_argument('--data', help='folder in COCO layout, by default data/coco or the sample set')
     parser.add_argument('--split', default='val', help='val, train, or any split with an annotation file')
     parser.add_argument('--output', help='JSON file for the figures, by default eval_SPLIT.json beside the checkpoint')
@@ -30,7 +33,7 @@ def main() -> None:
     if args.batch_size < 1 or args.workers < 0:
         raise ValueError('--batch-size must be 1 or more and --workers 0 or more')
     device = choose_device(args.device)
-    model, meta = load_detector(args.checkpoint)
+    model, meta = load_detector(args.checkpoint, args.task)
     source = find_data(args.data)
     pairs = meta['config'].data.keypoint_pairs() if meta['task'] == 'keypoint' else None
     dataset = CocoDataset(source.root, args.split, meta['task'], flip_pairs=pairs, class_names=meta['class_names'],

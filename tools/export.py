@@ -8,13 +8,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import torch
 from _cli import Parser, run
+
+import torch
 
 
 def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument('--weights', type=Path, help='.safetensors of norton_timm.save, or .pt of train_det.py')
+    parser.add_argument('--task', choices=('box', 'mask', 'keypoint'), help='refuse a detector for another')
     parser.add_argument('--model', help='timm name or tag, instead of --weights')
     parser.add_argument('--pretrained', action='store_true', help='with --model: the weights that timm knows')
     parser.add_argument('--random-weights', action='store_true', help='with --model: to measure time only')
@@ -30,6 +32,8 @@ def main() -> None:
         parser.error('got both or none of --weights and --model, expected one')
     if args.model is not None and args.pretrained == args.random_weights:
         parser.error('--model needs one of --pretrained and --random-weights')
+    if args.task is not None and (args.weights is None or args.weights.suffix != '.pt'):
+        parser.error('--task goes with a .pt file of a detector')
     if args.count < 1 or (args.size is not None and min(args.size) < 1):
         parser.error('--count and --size must be 1 or more')
 
@@ -79,7 +83,7 @@ def _load(args) -> tuple[torch.nn.Module, list[torch.Tensor]]:
         from detection.training import load_detector
 
         size = tuple(args.size or (800, 1066))
-        model = load_detector(args.weights)[0]
+        model = load_detector(args.weights, args.task)[0]
         model.transform.min_size, model.transform.max_size = (min(size),), max(size)
         return model, [image[None] for image in read_images(find_pictures(args.images, args.count), size)]
     if args.weights is not None:

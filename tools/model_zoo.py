@@ -10,8 +10,9 @@ import platform
 import sys
 from pathlib import Path
 
-import torch
 from _cli import Parser, run
+
+import torch
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from _cli import Parser, run
+from _cli import Parser, run, when_stopped
 
 
 def main() -> None:
@@ -40,7 +40,11 @@ def main() -> None:
     device = choose_device(config.device)
     if config.deterministic:
         make_deterministic()
-    with process_group(device):
+
+    def how_to_go_on() -> str:
+        return f'the same command {"goes on with the run" if args.output.is_dir() else "begins a run"} in {args.output}'
+
+    with when_stopped(how_to_go_on), process_group(device):
         results = Recovery(config, args.output, device).run()
         main_process = is_main()
     if main_process:

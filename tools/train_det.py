@@ -11,8 +11,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from _cli import Parser, run, when_stopped
+
 import torch
-from _cli import Parser, run
 
 CONFIGS = Path(__file__).resolve().parents[1] / 'configs' / 'detection'
 
@@ -77,22 +78,29 @@ def main() -> None:
     latest = output / 'checkpoint.pt'
     if args.resume and not latest.is_file() and 'TORCHELASTIC_RUN_ID' not in os.environ:  # torchrun may restart
         raise FileNotFoundError(f'--resume: no {latest}')
-    goes_on = latest.is_file() and (args.resume or same_run(latest, config))
+    goes_on = latest.is_file() and (same_run(latest, config) or args.resume)
     if latest.is_file() and not goes_on:
         raise ValueError(f'{output} holds a run with another configuration: choose another --output, or --resume it')
-    train_set, val_set = training_sets(config, source.root)
-    torch.manual_seed(config.seed)
-    model = detector_from_config(config, describe_data(train_set, config.task))
-    with process_group(device):
-        trainer = DetectorTrainer(config, model, train_set, val_set, output, device=device)
-        if goes_on:
-            trainer.resume(latest)
-        if is_main():
-            print(describe_run(trainer, source.name))
-        results = trainer.run()
-        if is_main():
-            save_predictions(trainer.trained, val_set, output / 'predictions.jpg', device=device)
-            print(format_table(results), f'written to {output}', sep='\n')
+
+    def how_to_go_on() -> str:
+        if latest.is_file():
+            return f'the same command goes on from {latest}'
+        return 'no checkpoint was written yet, the same command begins again'
+
+    with when_stopped(how_to_go_on):
+        train_set, val_set = training_sets(config, source.root)
+        torch.manual_seed(config.seed)
+        model = detector_from_config(config, describe_data(train_set, config.task))
+        with process_group(device):
+            trainer = DetectorTrainer(config, model, train_set, val_set, output, device=device)
+            if goes_on:
+                trainer.resume(latest)
+            if is_main():
+                print(describe_run(trainer, source.name))
+            results = trainer.run()
+            if is_main():
+                save_predictions(trainer.trained, val_set, output / 'predictions.jpg', device=device)
+                print(format_table(results), f'written to {output}', sep='\n')
 
 
 if __name__ == '__main__':

@@ -24,7 +24,7 @@ from detection.demo.studio import ModelChoice, Studio
 from detection.demo.video import IMAGE_SUFFIXES, Frame, FrameSource, fit_image, open_source
 from detection.demo.video_writer import VideoWriter, check_video_output
 from detection.rcnn import build_detector
-from detection.tasks import TASKS
+from detection.tasks import TASKS, check_same_task
 from detection.training import load_detector
 from detection.visual import Image, plot_histogram
 from norton_timm.profiling import count_params
@@ -49,25 +49,30 @@ def coco_names(task: str) -> list[str]:
     return list(weights.COCO_V1.meta['categories'])
 
 
-def load_model(weights: str) -> tuple[nn.Module, ModelFacts]:
-    """A detector from a checkpoint of ``tools/train_det.py``, or torchvision's pretrained one of that name.
+def load_model(weights: str, task: str | None = None) -> tuple[nn.Module, ModelFacts]:
+    """A detector from a file, or torchvision's pretrained one of that name.
+
+    Args:
+        weights: a checkpoint of ``tools/train_det.py``, a file of torchvision's reference training, or the name.
+        task: what the detector should be for; None takes any.
 
     Raises:
         FileNotFoundError: neither a file nor a name that torchvision knows.
-        ValueError: the file is no such checkpoint, or the download failed.
+        ValueError: the file holds no detector, or one for another task, or the download failed.
     """
     if weights in TORCHVISION_TASKS and not Path(weights).exists():
+        known = TORCHVISION_TASKS[weights]
+        check_same_task(weights, known, task)
         try:
             model = get_model(weights, weights='DEFAULT')
         except OSError as error:
             raise ValueError(f'torchvision weights of {weights} cannot be downloaded: {error}') from error
-        task = TORCHVISION_TASKS[weights]
-        return model, ModelFacts(weights, task, coco_names(task), params=count_params(model))
+        return model, ModelFacts(weights, known, coco_names(known), params=count_params(model))
     if not Path(weights).is_file():
         raise FileNotFoundError(
             f'no weights {weights}: expected a checkpoint of train_det.py or one of {", ".join(TORCHVISION_TASKS)}'
         )
-    model, meta = load_detector(weights)
+    model, meta = load_detector(weights, task)
     facts = ModelFacts(
         name=str(meta['config'].model.backbone),
         task=meta['task'],
@@ -150,14 +155,17 @@ def figures_file(args: argparse.Namespace) -> Path | None:
 def choose_models(args: argparse.Namespace) -> list[tuple[nn.Module, ModelFacts]]:
     """The models the user asked for: one, or with ``--compare`` the dense and the compressed one."""
     if args.random_weights:
-        return [random_model(args.task, n) for n in ([DENSE, args.backbone] if args.compare else [args.backbone])]
-    return distinct([load_model(w) for w in args.weights], args.weights)
+        return [
+            random_model(args.task or 'box', n) for n in ([DENSE, args.backbone] if args.compare else [args.backbone])
+        ]
+    return distinct([load_model(w, args.task) for w in args.weights], args.weights)
 
 
 def make_studio(args: argparse.Namespace, options: dict[str, Any]) -> Studio:
     """What the web page runs: the models given, or with random weights every task, compressed and dense."""
     if args.random_weights:
-        tasks = [args.task, *(t for t in TASKS if t != args.task)]
+        first = args.task or 'box'
+        tasks = [first, *(t for t in TASKS if t != first)]
         names = dict.fromkeys([args.backbone, DENSE])
 
         def random_predictor(task: str, name: str) -> Predictor:
@@ -167,7 +175,7 @@ def make_studio(args: argparse.Namespace, options: dict[str, Any]) -> Studio:
     else:
         choices = [
             ModelChoice(facts.task, facts.name, partial(Predictor, model, facts, **options))
-            for model, facts in distinct([load_model(w) for w in args.weights], args.weights)
+            for model, facts in distinct([load_model(w, args.task) for w in args.weights], args.weights)
         ]
     return Studio(lambda: open_source(args.input), choices, args.score)
 

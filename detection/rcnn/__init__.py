@@ -6,9 +6,10 @@ from detection.rcnn.backbone import NORMS, create_features
 from detection.rcnn.build import RCNN_OPTIONS, build_detector
 from detection.rcnn.compression import RECIPES, compress_detector
 from detection.rcnn.export import DetectionAgreement, OneImage, exportable
-from detection.rcnn.restore import convert_detector_state_dict, restore
+from detection.rcnn.restore import BODY, convert_detector_state_dict, is_detector, restore, task_of
 
 __all__ = [
-    'NORMS', 'RCNN_OPTIONS', 'RECIPES', 'DetectionAgreement', 'OneImage', 'build_detector',
-    'compress_detector', 'convert_detector_state_dict', 'create_features', 'exportable', 'restore',
+    'BODY', 'NORMS', 'RCNN_OPTIONS', 'RECIPES', 'DetectionAgreement', 'OneImage', 'build_detector',
+    'compress_detector', 'convert_detector_state_dict', 'create_features', 'exportable', 'is_detector', 'restore',
+    'task_of',
 ]  # fmt: skip

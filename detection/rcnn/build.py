@@ -18,8 +18,8 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 
 from detection.rcnn.backbone import build_backbone, normalisation, set_training
 from detection.rcnn.compression import RECIPES, compress_detector, read_spec, recipe_spec
-from detection.rcnn.restore import detector_content, restore, start_from, state_of
-from detection.tasks import TASKS
+from detection.rcnn.restore import detector_content, restore, start_from, state_of, task_of
+from detection.tasks import TASKS, check_same_task
 from norton_timm.checkpoints import dense_name
 from norton_timm.compression import CompressionSpec
 
@@ -87,8 +87,8 @@ def build_detector(
         weights: a file to start from instead: weights of the backbone as timm reads them, a network of
             `norton_timm.save` (with its compression), or a checkpoint of train_det.py, heads included. If that has
             other classes, the last layers start at random.
-        partial: a checkpoint of a whole detector may lack other layers too, which then start at random, e.g. the mask
-            head where the file is of a detector of boxes.
+        partial: a checkpoint of a whole detector may lack other layers too, which then start at random, or be for
+            another task, e.g. the mask head is missing where the file is of a detector of boxes.
         norm: `'train'`, `'frozen'` or `'sync'` batch norm in the backbone; by default frozen if there are backbone
             weights, as in torchvision, else trained.
         frozen_stages: 0 to 4, number of pyramid levels that keep their weights, with all layers before them.
@@ -147,7 +147,7 @@ def build_detector(
         model = _assemble(task, fpn, num_classes, num_keypoints, **options)
         made: Mapping[str, Any] = {}
     else:
-        made = _check_start(content, task, backbone, recipe, weights)
+        made = _check_start(content, task, backbone, recipe, weights, partial)
         model = _start(content, str(backbone), num_classes, num_keypoints, weights, task, options, partial)
     if compress is not None and str(compress) != str(made.get('compress')):
         model = compress_detector(model, read_spec(compress), fresh=not pretrained and weights is None)
@@ -196,11 +196,13 @@ def _assemble(
 
 
 def _check_start(
-    content: Mapping[str, Any], task: str, backbone: str | nn.Module, recipe: str, path: object
+    content: Mapping[str, Any], task: str, backbone: str | nn.Module, recipe: str, path: object, partial: bool
 ) -> Mapping[str, Any]:
     """Check that a run may start from a checkpoint; its configuration's section `model`, empty for torchvision's."""
     if not isinstance(backbone, str):
         raise ValueError('weights go with a backbone given by name; load the weights of a module first')
+    if not partial:
+        check_same_task(path, task_of(state_of(content)), task, ', or --partial to start from the layers that fit')
     config = content.get('config')
     if config is None:
         return {}

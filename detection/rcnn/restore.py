@@ -25,7 +25,6 @@ from norton_timm.checkpoints import (
 )
 from norton_timm.graph import Metadata
 from norton_timm.models import convert_authors_checkpoint
-from norton_timm.utils import load_plain
 
 log = logging.getLogger(__name__)
 
@@ -110,17 +109,30 @@ def detector_content(path: str | Path) -> dict[str, Any] | None:
     if not Path(path).is_file():
         raise FileNotFoundError(f'no file with backbone weights at {path}')
     try:
-        content = load_plain(Path(path))
+        content = read_checkpoint(Path(path))
     except ValueError:
         return None  # not torch's format, or what timm reads in its own way
-    if not isinstance(content, dict):
+    if not is_detector(content):
         return None
-    content = content if isinstance(content.get('model'), dict) else {'model': content}
-    return content if any(str(name).startswith(BODY) for name in content['model']) else None
+    return content if isinstance(content.get('model'), dict) else {'model': content}
+
+
+def is_detector(content: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint, or a state dict, holds a whole detector."""
+    tensors = content['model'] if isinstance(content.get('model'), dict) else content
+    return any(str(name).startswith((BODY, f'module.{BODY}')) for name in tensors)
+
+
+def task_of(tensors: Mapping[str, Any]) -> str:
+    """The task of the detector that has these tensors, by its heads."""
+    heads = {name.split('.')[1] for name in map(str, tensors) if name.startswith('roi_heads.')}
+    return next((task for task in ('mask', 'keypoint') if f'{task}_predictor' in heads), 'box')
 
 
 def convert_detector_state_dict(path: str | Path) -> tuple[dict[str, Tensor], nn.Module]:
     """Read a detector of torchvision's reference script: its tensors with our names and order, and its backbone.
+
+    Names of torchvision's first version become those of today.
 
     Returns:
         The state dict of the whole detector, the backbone still under `backbone.body.`, and the backbone as
@@ -129,13 +141,18 @@ def convert_detector_state_dict(path: str | Path) -> tuple[dict[str, Tensor], nn
     Raises:
         ValueError: The file cannot be read safely, holds no detector, or its backbone does not fit.
     """
-    tensors = network_tensors(read_checkpoint(Path(path)))
-    if not any(name.startswith(BODY) for name in tensors):
+    tensors = {_current_name(name): t for name, t in network_tensors(read_checkpoint(Path(path))).items()}
+    if not is_detector(tensors):
         raise ValueError(f'{path} holds no detector: expected tensors under {BODY}')
     backbone = convert_authors_checkpoint(path)
+    return _by_our_names(tensors, backbone), backbone
+
+
+def _by_our_names(tensors: Mapping[str, Tensor], backbone: nn.Module) -> dict[str, Tensor]:
+    """Tensors of a detector; those of its backbone with our names and order, whoever wrote them."""
     body = {name.removeprefix(BODY): t for name, t in tensors.items() if name.startswith(BODY)}
     rest = {name: t for name, t in tensors.items() if not name.startswith(BODY)}
-    return {**{BODY + name: t for name, t in convert_state_dict(body, backbone).items()}, **rest}, backbone
+    return {**{BODY + name: t for name, t in convert_state_dict(body, backbone).items()}, **rest}
 
 
 def state_of(content: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -146,6 +163,7 @@ def state_of(content: Mapping[str, Any]) -> dict[str, Tensor]:
 
 def _current_name(name: str) -> str:
     """Torchvision's name of today for one of its first version, 2019 to 2021, in which its detectors were published."""
+    name = name.removeprefix('module.')
     name = re.sub(r'^(backbone\.fpn\.(?:inner|layer)_blocks\.\d+)\.(weight|bias)$', r'\1.0.\2', name)
     name = re.sub(r'^rpn\.head\.conv\.(weight|bias)$', r'rpn.head.conv.0.0.\1', name)
     return re.sub(r'^(roi_heads\.mask_head)\.mask_fcn(\d+)\.', lambda found: f'{found[1]}.{int(found[2]) - 1}.0.', name)
@@ -163,7 +181,7 @@ def start_from(model: GeneralizedRCNN, tensors: Mapping[str, Tensor], path: str 
     Raises:
         ValueError: the backbones differ, or other layers would keep their random start and ``partial`` is False.
     """
-    own = model.state_dict()
+    own, tensors = model.state_dict(), _by_our_names(tensors, model.backbone.body)
     fits = {name: t for name, t in tensors.items() if name in own and own[name].shape == t.shape}
     # a frozen batch norm is stored without its counter of batches
     left = [name for name in own if name not in fits and not name.endswith('num_batches_tracked')]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import os
 import statistics
 import tempfile
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
 from detection.rcnn import build_detector, exportable
+from detection.training import detector_from_config, load_detector
 from norton_timm.checkpoints import dense_name
 from norton_timm.inference import deploy, deployment_report, frozen_weights, read_exported, write_exported
 from norton_timm.profiling import count, synchronise, take_turns
@@ -41,6 +43,25 @@ def _build(task: str, backbone: str, recipe: str, size: Sequence[int]) -> Genera
         options['recipe'] = recipe
     model = build_detector(task, backbone, min_size=min(size), max_size=max(size), **options)
     return model.eval().requires_grad_(False)
+
+
+def _pair(checkpoint: str | Path, task: str | None, size: Sequence[int]) -> tuple[GeneralizedRCNN, GeneralizedRCNN]:
+    """The dense detector and the one in a file; both find so many objects that their heads are never without work."""
+    small, meta = load_detector(checkpoint, task)
+    config = meta['config']
+    plain = dataclasses.replace(
+        config.model, backbone=dense_name(config.model.backbone), recipe='backbone', compress=None, weights=None,
+        partial=False, pretrained=False, norm=None,
+    )  # fmt: skip
+    dense = detector_from_config(dataclasses.replace(config, model=plain), meta).eval()
+    if {n: t.shape for n, t in dense.state_dict().items()} == {n: t.shape for n, t in small.state_dict().items()}:
+        raise ValueError(f'{checkpoint} holds a dense detector on {plain.backbone}, expected a compressed one')
+    for model in (dense, small):
+        model.requires_grad_(False)
+        _fix_size(model, size)
+        if meta['task'] != 'box':
+            model.roi_heads.score_thresh, model.roi_heads.detections_per_img = 0.0, 10
+    return dense, small
 
 
 def control_size(dense: GeneralizedRCNN, macs: int, size: Sequence[int]) -> tuple[int, int] | None:
@@ -119,35 +140,43 @@ def _prepare(model: GeneralizedRCNN, image: Tensor, runtime: str, folder: Path) 
 
 @torch.no_grad()
 def benchmark_detector(
-    task: str,
+    task: str | None = None,
     backbone: str = 'norton_resnet50.r078',
     recipe: str = 'backbone',
     size: tuple[int, int] = (800, 1066),
     runtimes: Sequence[str] = ('eager', 'deployed'),
     seconds: float = 20.0,
     image: Tensor | None = None,
+    checkpoint: str | Path | None = None,
 ) -> list[Row]:
     """Time a compressed detector, the dense one, and the dense one at the largest resolution with no more MACs.
 
     Args:
-        task: ``box``, ``mask`` or ``keypoint``.
+        task: ``box``, ``mask`` or ``keypoint``; None is ``box``, or any of a checkpoint.
         backbone: of the compressed detector; the dense detector has the dense network of that backbone.
         recipe: what is compressed, see :func:`detection.rcnn.build_detector`.
         size: (H, W) of the image inside the network, in pixels.
         runtimes: some of ``RUNTIMES_OF_DETECTORS``; ``compile`` compiles backbone and FPN.
         seconds: about how long to measure each runtime.
         image: (3, H, W) in 0..1; random pixels if none.
+        checkpoint: a detector to time instead, see :func:`detection.training.load_detector`.
 
     Returns:
         One row for each runtime and network, with ``stages`` in ms where PyTorch runs it.
 
     Raises:
-        ValueError: an unknown runtime, task or recipe, or a package that is missing.
+        ValueError: an unknown runtime, task or recipe, a package that is missing, or a checkpoint of a dense detector.
     """
     unknown = [r for r in runtimes if r not in RUNTIMES_OF_DETECTORS]
     if unknown:
         raise ValueError(f'runtime: got {", ".join(unknown)}, expected some of {", ".join(RUNTIMES_OF_DETECTORS)}')
-    dense, small = _build(task, dense_name(backbone), 'backbone', size), _build(task, backbone, recipe, size)
+    if checkpoint is None:
+        task = task or 'box'
+        dense, small = _build(task, dense_name(backbone), 'backbone', size), _build(task, backbone, recipe, size)
+        title = f'{task} {backbone} {recipe}'
+    else:
+        dense, small = _pair(checkpoint, task, size)
+        title = str(checkpoint)
     image = torch.rand(3, *size, generator=torch.Generator().manual_seed(0)) if image is None else image
     macs = count(small, [image]).macs
     networks: dict[str, GeneralizedRCNN] = {'dense': dense, 'compressed': small}
@@ -180,7 +209,7 @@ def benchmark_detector(
             figures = summaries(take_turns(calls, partial(synchronise, image), seconds, least=5))
         for label, runner, figure in zip(networks, runners, figures):
             rows.append({
-                'model': f'{task} {backbone} {recipe}', 'network': label, 'runtime': runtime, 'batch': 1,
+                'model': title, 'network': label, 'runtime': runtime, 'batch': 1,
                 'gmacs': gmacs[label], **figure,
                 'peak_mb': peak_mb(runner, [images[label]]) if in_eager else None,
                 'stages': _stages(runner, [images[label]]) if runner is not None else {}, 'load': load,

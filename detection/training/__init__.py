@@ -1,6 +1,13 @@
 """Training of detectors: configuration, optimiser, training loop, checkpoints, and the report of a run."""
 
-from detection.training.checkpoint import describe_data, detector_from_config, load_detector, same_run, save_checkpoint
+from detection.training.checkpoint import (
+    describe_data,
+    detector_from_config,
+    import_detector,
+    load_detector,
+    same_run,
+    save_checkpoint,
+)
 from detection.training.config import DataConfig, ModelConfig, OptimConfig, RunConfig, load_config
 from detection.training.engine import DetectorTrainer
 from detection.training.loader import train_loader, training_sets
@@ -9,6 +16,7 @@ from detection.training.report import describe_run, format_table, save_predictio
 
 __all__ = [
     'DataConfig', 'DetectorTrainer', 'ModelConfig', 'OptimConfig', 'RunConfig', 'build_optimizer',
-    'describe_data', 'describe_run', 'detector_from_config', 'format_table', 'load_config', 'load_detector',
+    'describe_data', 'describe_run', 'detector_from_config', 'format_table', 'import_detector',
+    'load_config', 'load_detector',
     'same_run', 'save_checkpoint', 'save_predictions', 'train_loader', 'training_sets',
 ]  # fmt: skip

@@ -11,10 +11,12 @@ from typing import Any, Protocol
 
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
-from detection.rcnn import build_detector, restore
+from detection.rcnn import build_detector, is_detector, restore
+from detection.tasks import check_same_task
 from detection.training.config import RunConfig, config_from_dict
-from norton_timm.checkpoints import dense_name
-from norton_timm.utils import load_plain, replacing, write_plain
+from detection.training.imported import imported_checkpoint
+from norton_timm.checkpoints import dense_name, read_checkpoint
+from norton_timm.utils import replacing, write_plain
 
 _KEYS = ('model', 'config', 'meta')
 _MOST_CLASSES = 10_000  # limit for untrusted files: a larger network would be built before the file is refused
@@ -101,28 +103,56 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         FileNotFoundError: there is no such file.
         ValueError: it is not such a checkpoint.
     """
-    content = load_plain(Path(path))
-    missing = [key for key in _KEYS if not isinstance(content, dict) or key not in content]
+    return _complete(_read(path), path)
+
+
+def _read(path: str | Path) -> dict[str, Any]:
+    if not Path(path).is_file():
+        raise FileNotFoundError(f'no checkpoint file {path}')
+    return read_checkpoint(Path(path))
+
+
+def _complete(content: dict[str, Any], path: str | Path) -> dict[str, Any]:
+    missing = [key for key in _KEYS if key not in content]
     if missing:
         raise ValueError(f'{path} is not a checkpoint of train_det.py: it lacks {", ".join(missing)}')
     return content
 
 
 def same_run(path: str | Path, config: RunConfig) -> bool:
-    """Whether a checkpoint is of a run with this configuration; device and loading processes do not count."""
+    """Whether a checkpoint is of a run with this configuration; device and loading processes do not count.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: no run can go on from it, because it is damaged or something else; the message says what to do.
+    """
 
     def told(tree: dict[str, Any]) -> Any:
         data = {key: value for key, value in tree['data'].items() if key != 'workers'}
         return json.loads(json.dumps({**tree, 'data': data, 'device': None}))  # tuples become lists
 
     try:
-        return told(config_from_dict(load_checkpoint(path)['config']).to_dict()) == told(config.to_dict())
-    except (ValueError, LookupError, TypeError, AttributeError):  # a file that a run cannot go on from
+        content = load_checkpoint(path)
+    except ValueError as error:
+        older = sorted(p.name for p in Path(path).parent.glob('checkpoint_*.pt'))
+        copies = f'copy an older one ({", ".join(older)}) over it, ' if older else ''
+        raise ValueError(
+            f'{error}: it is damaged or of something else, and no run can go on from it; {copies}move it away to begin '
+            'anew, or choose another --output'
+        ) from None
+    try:
+        return told(config_from_dict(content['config']).to_dict()) == told(config.to_dict())
+    except (ValueError, LookupError, TypeError, AttributeError):  # a configuration of another version
         return False
 
 
-def load_detector(path: str | Path) -> tuple[GeneralizedRCNN, dict[str, Any]]:
+def load_detector(path: str | Path, task: str | None = None) -> tuple[GeneralizedRCNN, dict[str, Any]]:
     """Rebuild a trained detector, with averaged weights if the run kept them, in evaluation mode.
+
+    Args:
+        path: a checkpoint of train_det.py, or a file of the authors or of torchvision's reference training as it is,
+            see `imported_checkpoint`.
+        task: what the detector should be for; None takes any.
 
     Returns:
         The detector and a dict with `task`, `class_names`, `label_to_category`, `num_classes`, `num_keypoints`,
@@ -130,25 +160,52 @@ def load_detector(path: str | Path) -> tuple[GeneralizedRCNN, dict[str, Any]]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no checkpoint, or does not fit its own configuration.
+        ValueError: it is no checkpoint, does not fit its own configuration, or is for another task.
 
     Example:
         >>> model, meta = load_detector('runs/keypoint/checkpoint.pt')
         >>> output = model([image])[0]  # image: (3, H, W) in 0..1
     """
-    content = load_checkpoint(path)
-    try:
-        model, config = _rebuilt(content)
-    # a file may claim anything, and fails wherever a false claim is first used
-    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
-        told = ' '.join(str(error).split())[:300]
-        raise ValueError(f'{path} does not fit its own configuration: {told}') from None
+    content = _read(path)
+    if 'config' not in content and is_detector(content):
+        content, model, config = _imported(path)
+    else:
+        model, config = _rebuilt(_complete(content, path), path, 'its own configuration')
+    check_same_task(path, config.task, task)
     facts = {'config': config, 'iteration': content.get('iteration'), 'results': content.get('results')}
     meta = {**content['meta'], **facts}
     return model, meta
 
 
-def _rebuilt(content: dict[str, Any]) -> tuple[GeneralizedRCNN, RunConfig]:
+def import_detector(path: str | Path) -> dict[str, Any]:
+    """A checkpoint of ours from a file of the authors or of torchvision's reference training, to be written.
+
+    Raises:
+        ValueError: the file cannot be read safely, or holds no detector that this package can build.
+
+    Example:
+        >>> save_checkpoint('faster.pt', import_detector('model_25.pth'))
+    """
+    return _imported(path)[0]
+
+
+def _imported(path: str | Path) -> tuple[dict[str, Any], GeneralizedRCNN, RunConfig]:
+    content = imported_checkpoint(path)
+    config = content['config']
+    return content, *_rebuilt(content, path, f'a {config["task"]} detector on {config["model"]["backbone"]}')
+
+
+def _rebuilt(content: dict[str, Any], path: str | Path, what: str) -> tuple[GeneralizedRCNN, RunConfig]:
+    """The detector of a checkpoint and its configuration; the ValueError names the file and what it does not fit."""
+    try:
+        return _build(content)
+    # a file may claim anything, and fails wherever a false claim is first used
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
+        told = ' '.join(str(error).split())[:300]
+        raise ValueError(f'{path} does not fit {what}: {told}') from None
+
+
+def _build(content: dict[str, Any]) -> tuple[GeneralizedRCNN, RunConfig]:
     # files that the run was started from may be gone by now, and are not needed
     tree = dict(content['config'])
     tree['data'] = {**tree['data'], 'root': None}

@@ -5,6 +5,7 @@ pretrained weights and knows the key names of other people's checkpoints.
 from norton_timm.checkpoints.file import is_saved, load, read_metadata, save, save_folder
 from norton_timm.checkpoints.keys import (
     FACTOR_KEY,
+    compress_rate_option,
     convert_state_dict,
     filters_in,
     guess_architecture,
@@ -15,13 +16,13 @@ from norton_timm.checkpoints.keys import (
     read_checkpoint,
     width_in,
 )
-from norton_timm.checkpoints.pretrained import SHIPPED, find_file, locate
+from norton_timm.checkpoints.pretrained import SHIPPED, find_file, locate, preprocessing_in
 from norton_timm.checkpoints.rebuild import repeat_surgery, surgery_of
-from norton_timm.checkpoints.shapes import base_name, dense_name
+from norton_timm.checkpoints.shapes import TORCHVISION, base_name, dense_name
 
 __all__ = [
-    'FACTOR_KEY', 'SHIPPED', 'base_name', 'convert_state_dict', 'dense_name', 'filters_in', 'find_file',
-    'guess_architecture', 'head_name', 'is_saved', 'load', 'locate', 'network_prefix', 'network_tensors',
-    'rates_from_name', 'read_checkpoint', 'read_metadata', 'repeat_surgery', 'save', 'save_folder', 'surgery_of',
-    'width_in',
+    'FACTOR_KEY', 'SHIPPED', 'TORCHVISION', 'base_name', 'compress_rate_option', 'convert_state_dict', 'dense_name',
+    'filters_in', 'find_file', 'guess_architecture', 'head_name', 'is_saved', 'load', 'locate', 'network_prefix',
+    'network_tensors', 'preprocessing_in', 'rates_from_name', 'read_checkpoint', 'read_metadata', 'repeat_surgery',
+    'save', 'save_folder', 'surgery_of', 'width_in',
 ]  # fmt: skip

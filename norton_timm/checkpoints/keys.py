@@ -58,6 +58,16 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return payload
 
 
+def compress_rate_option(payload: Mapping[str, Any]) -> Any:
+    """The pruning rates among the options (`args`) of the script that wrote a checkpoint; None where there are none.
+
+    Its `rank` is not the rank of a decomposition: torchvision's scripts keep the number of the process there.
+    """
+    args = payload.get('args')
+    options = vars(args) if isinstance(args, argparse.Namespace) else args
+    return options.get('compress_rate') or None if isinstance(options, dict) else None
+
+
 def network_tensors(payload: Mapping[str, Any]) -> dict[str, Tensor]:
     """The tensors of a checkpoint, by name, without DataParallel's prefix.
 

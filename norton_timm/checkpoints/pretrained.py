@@ -20,6 +20,7 @@ from torch.hub import get_dir
 from tqdm import tqdm
 
 from norton_timm.checkpoints.recipe import Recipe
+from norton_timm.checkpoints.shapes import dense_name
 
 log = logging.getLogger(__name__)
 
@@ -116,10 +117,17 @@ def preprocessing_in(path: Path) -> dict[str, Any]:
 
 def no_weights_message(name: str) -> str:
     """The message of `pretrained=True` where there is nothing to load."""
+    dense, run = dense_name(name), f'--data DATA --output runs/{name}'
+    if dense == name:
+        train = 'train it', f'{name} --config configs/classification/dense_cifar10.yaml {run}'
+    elif dense.endswith('_cifar'):
+        train = f'compress a trained {dense} and fine-tune it', f'{name} --weights FILE {run}'
+    else:
+        train = f"compress timm's {dense} and fine-tune it", f'{name} --pretrained {run}'
     return (
         f'no pretrained weights of {name} were found. Three ways to get them: '
         f"(1) the authors' released checkpoint: python tools/import_checkpoint.py FILE --output {name}.safetensors; "
-        f'(2) compress a dense timm model and fine-tune it: python tools/train_cls.py {name} --pretrained --data DATA; '
+        f'(2) {train[0]}: python tools/train_cls.py {train[1]}; '
         f"(3) a file of your own: create_model(..., pretrained_cfg_overlay=dict(file='FILE')). Files named like "
         f'{name}.safetensors are found in the directory that {ENV} names. For random weights use pretrained=False.'
     )

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from norton_timm.checkpoints import (
     FACTOR_KEY,
+    compress_rate_option,
     convert_state_dict,
     filters_in,
     guess_architecture,
@@ -36,8 +37,9 @@ log = logging.getLogger(__name__)
 def convert_authors_checkpoint(path: str | Path, architecture: str | None = None) -> nn.Module:
     """Reads a checkpoint of the authors of NORTON or CORING.
 
-    Shapes are taken from the tensors; the rank and rates that the file or its name states must agree with them. A
-    network that is part of a larger one, such as a detector's backbone, is returned without classifier.
+    Shapes are taken from the tensors; the rank and rates that the file or its name states must agree with them. The tag
+    is the one whose layers have these widths; a network with other widths has none. A network that is part of a larger
+    one, such as a detector's backbone, is returned without classifier.
 
     Args:
         path: A `.pt` or `.pth.tar` file.
@@ -68,7 +70,8 @@ def convert_authors_checkpoint(path: str | Path, architecture: str | None = None
     problems: list[str] = []
     rank = _rank(payload, tensors, path.name, problems)
     rates = _rates(payload, tensors, path.name, dense, problems)
-    model = _build(base, rank, rates, num_classes, problems)
+    tag = _tag(base, rank, rates, dense, tensors)
+    model = _build(base, rank, rates, tag, num_classes, problems)
     if model is not None:
         converted = convert_state_dict(tensors, model)
         problems += _differences(converted, model, ignore_head=bool(place))
@@ -110,21 +113,58 @@ def _rates(
     stated = payload.get('compress_rate') or rates_from_name(name)[0]
     if stated is not None:
         try:
-            listed = parse_rates(stated) if isinstance(stated, str) else [float(rate) for rate in stated]
-            listed = listed[: len(layout)]  # the authors write [0.]*100 for "nothing pruned"
-            expected = widths_of(dense, listed)
+            listed = _listed(stated, len(layout))
+            wrong = _disagreeing(tensors, dense, listed)
         except (ValueError, TypeError) as error:
             problems.append(f'compress_rate: {error}')
             return None
-        actual = {layer: width_in(tensors, layer) for names in layout for layer in names}
-        wrong = [
-            f'{n} has {w} channels instead of {expected[n]}' for n, w in actual.items() if w not in (0, expected[n])
-        ]
         if wrong:
             problems.append(f'the tensors disagree with compress_rate {stated}: {_some(wrong)}')
         return format_rates(listed) if any(listed) else None
+    option = compress_rate_option(payload)
+    if option is not None:
+        try:
+            listed = _listed(option, len(layout))
+            wrong = _disagreeing(tensors, dense, listed)
+        except (ValueError, TypeError) as error:
+            wrong = [str(error)]
+        if not wrong:
+            return format_rates(listed) if any(listed) else None
+        log.warning('args.compress_rate %s is not what the tensors have, which decide: %s', option, _some(wrong, 2))
     rates = [_entry_rate(tensors, dense, names, problems) for names in layout]
     return format_rates(rates) if any(rates) else None
+
+
+def _listed(rates: Any, entries: int) -> list[float]:
+    """A list of rates from a text or a list; the authors write `[0.]*100` for "nothing pruned"."""
+    listed = parse_rates(rates) if isinstance(rates, str) else [float(rate) for rate in rates]
+    return listed[:entries]
+
+
+def _disagreeing(tensors: Mapping[str, Tensor], dense: nn.Module, rates: list[float]) -> list[str]:
+    """Layers that have other widths than the rates give them."""
+    actual = {name: (width_in(tensors, name), expected) for name, expected in widths_of(dense, rates).items()}
+    return [
+        f'{n} has {w} channels instead of {expected}' for n, (w, expected) in actual.items() if w not in (0, expected)
+    ]
+
+
+def _tag(base: str, rank: int, rates: str | None, dense: nn.Module, tensors: Mapping[str, Tensor]) -> str | None:
+    """The tag whose layers have the widths of the tensors, which many lists of rates give; None where none has."""
+    method = 'norton' if rank else 'coring'
+    if not (rank or rates) or base not in tags()[method]:
+        return None
+    specs = {tag: spec_of(f'{method}_{base}.{tag}') for tag in tags()[method][base]}
+    own = spec_of(f'{method}_{base}', rates=rates or 0.0, **({'rank': rank} if rank else {}))
+    fits = [
+        tag
+        for tag, spec in specs.items()
+        if spec.rank == own.rank and not _disagreeing(tensors, dense, spec.rate_list() or [])
+    ]
+    if len(fits) > 1:
+        fits.sort(key=lambda tag: not same_shapes(specs[tag], own))
+        log.warning('the tags %s have the same widths; taken for %s', ', '.join(fits), fits[0])
+    return fits[0] if fits else None
 
 
 def _entry_rate(tensors: Mapping[str, Tensor], dense: nn.Module, names: list[str], problems: list[str]) -> float:
@@ -148,20 +188,22 @@ def _entry_rate(tensors: Mapping[str, Tensor], dense: nn.Module, names: list[str
     return 0.0
 
 
-def _build(base: str, rank: int, rates: str | None, num_classes: int, problems: list[str]) -> nn.Module | None:
+def _build(
+    base: str, rank: int, rates: str | None, tag: str | None, num_classes: int, problems: list[str]
+) -> nn.Module | None:
     method = 'norton' if rank else 'coring'
     settings: dict[str, Any] = dict(rates=rates or 0.0)
     if rank:
         settings['rank'] = rank
     try:
         if not rank and not rates:
-            return timm.create_model(base, num_classes=num_classes)
+            model = timm.create_model(base, num_classes=num_classes)
+            model.pretrained_cfg = {**model.pretrained_cfg, 'tag': ''}  # timm's default tag stands for other weights
+            return model
         name = f'{method}_{base}'
+        if tag is not None:
+            return timm.create_model(f'{name}.{tag}', num_classes=num_classes)
         if timm.is_model(name):
-            spec = spec_of(name, **settings)
-            for tag in tags()[method][base]:
-                if same_shapes(spec, spec_of(f'{name}.{tag}')):
-                    return timm.create_model(f'{name}.{tag}', num_classes=num_classes)
             return timm.create_model(name, num_classes=num_classes, **settings)
         return compressed_model(base, spec_for(method, base, **settings), num_classes=num_classes)
     except ValueError as error:

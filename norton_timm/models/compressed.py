@@ -162,7 +162,10 @@ def build_compressed(method: str, base: str, pretrained: bool, **kwargs: Any) ->
         )
     model_cls = partial(compressed_model, base, spec, form)
     features = dict(_FAMILIES[base].feature_cfg) if base in _FAMILIES else {}
-    return build_network(model_cls, variant, pretrained, feature_cfg=features, **kwargs)
+    model = build_network(model_cls, variant, pretrained, feature_cfg=features, **kwargs)
+    if tag and not same_shapes(spec, spec_of(f'{variant}.{tag}')):  # another network than the tag's has no tag
+        model.pretrained_cfg = model.default_cfg = {**model.pretrained_cfg, 'tag': ''}  # type: ignore
+    return model
 
 
 def compressed_model(base: str, spec: CompressionSpec, form: str | None = None, **kwargs: Any) -> nn.Module:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from timm.models import is_model
 from torch import nn
 
-from norton_timm.checkpoints import network_tensors, read_checkpoint
+from norton_timm.checkpoints import network_tensors, preprocessing_in, read_checkpoint
 from norton_timm.compression import CompressionSpec
 from norton_timm.models.builder import adapt_state_dict
 from norton_timm.models.compressed import spec_of
@@ -21,7 +21,7 @@ from norton_timm.utils import undisturbed
 
 
 def dense_model(name: str, pretrained: bool = False, checkpoint: Path | None = None, **kwargs: Any) -> nn.Module:
-    """A timm model in evaluation mode.
+    """A timm model in evaluation mode. Its `pretrained_cfg` says how images are prepared, as the file does if it does.
 
     Args:
         name: timm's name, with or without a tag.
@@ -47,6 +47,8 @@ def dense_model(name: str, pretrained: bool = False, checkpoint: Path | None = N
         raise ValueError(f'cannot make {name}: {" ".join(str(error).split())[:1000]}') from error
     if checkpoint is not None:
         load_weights(model, checkpoint)
+        cfg: Any = getattr(model, 'pretrained_cfg', None) or {}
+        model.pretrained_cfg = {**cfg, **preprocessing_in(checkpoint)}  # type: ignore[assignment]
     return model
 
 

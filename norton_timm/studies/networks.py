@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 import timm
 import torch
+import torchvision
 from torch import Tensor, nn
 
-from norton_timm.checkpoints import base_name
+from norton_timm.checkpoints import TORCHVISION, base_name, load
 from norton_timm.inference import (
     CHANNEL_MULTIPLES,
     compiled,
@@ -34,6 +35,7 @@ from norton_timm.profiling import (
     Turns,
     channels_last,
     count,
+    default_input,
     peak_memory,
     ready_to_run,
     synchronise,
@@ -140,7 +142,7 @@ def benchmark_classifier(
     Images are channels-last in memory, as cameras and decoders deliver them.
 
     Args:
-        name: a tag such as ``norton_resnet50.r078``.
+        name: a tag such as ``norton_resnet50.r078``, or a .safetensors file of :func:`norton_timm.save`.
         batches: images at a time.
         runtimes: some of ``RUNTIMES``.
         seconds: about how long to measure each runtime and batch.
@@ -149,9 +151,12 @@ def benchmark_classifier(
     Returns:
         One row for each batch, runtime and network, with the dense network's time over its own as ``speedup``, see
         :func:`summaries`.
+
+    Raises:
+        ValueError: a file that is damaged or holds a dense network, an unknown runtime, or a package that is missing.
     """
-    dense, small = (timm.create_model(n).eval().requires_grad_(False) for n in (base_name(name), name))
-    size = tuple(small.pretrained_cfg['input_size'])
+    dense, small, base = _pair(name)
+    size = tuple(default_input(small).shape[1:])
     cache = {} if cache is None else cache
     side = control_side(dense, count(small, size).macs, size)
     networks = {'dense': (dense, size), 'compressed': (small, size)}
@@ -163,7 +168,7 @@ def benchmark_classifier(
         deployed: dict[bool, dict[str, list[nn.Module]]] = {}
         for exported in sorted({runtime in EXPORTED for runtime in runtimes if runtime != 'eager'}):
             for label, (model, _) in networks.items():
-                key = base_name(name) if model is dense else name, inputs[label].shape, exported
+                key = base if model is dense else name, inputs[label].shape, exported
                 variants = export_variants if exported else _deployed
                 made = cache.get(key) or list(variants(model, inputs[label]))
                 deployed.setdefault(exported, {})[label] = made
@@ -174,6 +179,32 @@ def benchmark_classifier(
                 found = deployed.get(runtime in EXPORTED, {})
                 rows += _measure(name, networks, found, inputs, runtime, Path(folder), seconds)
     return rows
+
+
+def _pair(name: str) -> tuple[nn.Module, nn.Module, str]:
+    """The dense network, the compressed one, and a text that tells dense networks apart."""
+    if not is_file_name(name):
+        base = base_name(name)
+        dense, small = (timm.create_model(n).eval().requires_grad_(False) for n in (base, name))
+        return dense, small, base
+    small = load(name).requires_grad_(False)
+    made: Any = small.norton_base
+    architecture, kwargs = made['architecture'], made['model_kwargs']
+    settings: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in kwargs.items()
+    }
+    if architecture.startswith(TORCHVISION):
+        dense = torchvision.models.get_model(architecture.removeprefix(TORCHVISION), weights=None, **settings)
+    else:
+        dense = timm.create_model(architecture, **settings)
+    if {n: t.shape for n, t in dense.state_dict().items()} == {n: t.shape for n, t in small.state_dict().items()}:
+        raise ValueError(f'{name} holds {architecture} as it is, expected a compressed network')
+    return dense.eval().requires_grad_(False), small, f'{architecture} {settings}'
+
+
+def is_file_name(name: str) -> bool:
+    """Whether a network is named by a file rather than a tag."""
+    return name.endswith('.safetensors')
 
 
 def _deployed(model: nn.Module, images: Tensor) -> list[nn.Module]:

@@ -36,6 +36,10 @@ class Preprocessing:
         size, mean, std = (tuple(found[key]) for key in ('input_size', 'mean', 'std'))
         return cls(size[1:], mean, std, found['interpolation'], found['crop_pct'])
 
+    def normalisation(self) -> dict[str, tuple[float, ...]]:
+        """Mean and standard deviation, by the names in a `pretrained_cfg`."""
+        return {'mean': self.mean, 'std': self.std}
+
 
 class ClassificationData(Protocol):
     """A training and a test split. Each process gets its share of every batch."""

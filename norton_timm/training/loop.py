@@ -304,6 +304,9 @@ class Trainer:
         # a checkpoint of something else fails in whatever part of the state comes first
         except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
             told = ' '.join(str(error).split())[:160]
-            raise ValueError(f'{self.checkpoint} is not a checkpoint of this run: {told}') from None
+            raise ValueError(
+                f'{self.checkpoint} is damaged or no checkpoint of this run: {told}; move it away to begin this phase '
+                'anew, or choose another --output'
+            ) from None
         self.epoch, self.results, self.step, self.loss = epoch, results, step, float(loss)
         log.info('resumed after epoch %d, step %d', self.epoch, self.step)

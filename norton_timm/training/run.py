@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import importlib.metadata
@@ -17,7 +18,7 @@ from timm.models import PretrainedCfg
 from timm.utils import distribute_bn
 from torch import nn
 
-from norton_timm.checkpoints import base_name, dense_name, load, read_metadata, save
+from norton_timm.checkpoints import base_name, dense_name, find_file, load, preprocessing_in, read_metadata, save
 from norton_timm.compression import CompressionSpec, compress, reestimate_batch_norm
 from norton_timm.inference import tune_forms
 from norton_timm.models import dense_model, read_recipe, set_normalisation
@@ -47,10 +48,40 @@ _NORM_IMAGES = 8192  # training images that re-estimate the batch norms of avera
 
 
 def preprocessing_of(name: str, config: TrainConfig) -> Preprocessing:
-    """What the dense network expects of its images, with the run's own mean and standard deviation if it has any."""
+    """What the dense network expects of its images: as the run says, else the file of its weights, else its name."""
     cfg = (timm.get_pretrained_cfg(name) or PretrainedCfg()).to_dict()
+    path = weights_file(name, config)
+    recorded = {} if path is None else preprocessing_in(path)
     given = {'mean': config.data.mean, 'std': config.data.std}
-    return Preprocessing.from_cfg({**cfg, **{key: value for key, value in given.items() if value is not None}})
+    said = {key: value for key, value in given.items() if value is not None}
+    return Preprocessing.from_cfg({**cfg, **recorded, **said})
+
+
+def weights_file(name: str, config: TrainConfig) -> Path | None:
+    """The file with the dense network's weights, if they are in a file of the user's or of this package."""
+    if config.weights is not None:
+        return Path(config.weights)
+    return find_file(name) if config.pretrained else None
+
+
+def tell_normalisation(preprocessing: Preprocessing, name: str, path: Path | None, given: bool = False) -> None:
+    """Log how images are normalised, and warn where nobody knows whether the weights were trained so.
+
+    Args:
+        preprocessing: what is used.
+        name: the network's name.
+        path: file with its weights; None: there are none, or they are timm's own.
+        given: the user said how.
+    """
+    if not is_main():
+        return
+    recorded = path is not None and 'mean' in preprocessing_in(path)
+    source = 'as given' if given else f'as {path} says' if recorded else f'those of {name}'
+    mean, std = (', '.join(f'{v:.4g}' for v in numbers) for numbers in (preprocessing.mean, preprocessing.std))
+    log.info('images are normalised with mean (%s) and std (%s), %s', mean, std, source)
+    if path is not None and not recorded and not given:
+        log.warning('%s does not say how its images were normalised; with other numbers than its own a network is less '
+                    'accurate: give them, as data.mean and data.std of a run', path)  # fmt: skip
 
 
 def is_compressed_tag(name: str) -> bool:
@@ -90,18 +121,25 @@ class Recovery:
         if config.distill.teacher is not None and (self.spec is None or not config.distill.weight):
             raise ValueError('got distill.teacher for a run that distils nothing: it needs a recipe and distill.weight')
         refuse_other_run(output, config.to_yaml())
+        preprocessing = preprocessing_of(name, config)
+        tell_normalisation(preprocessing, name, weights_file(name, config), given=config.data.mean is not None)
         self.data = open_data(
-            config.data.source, preprocessing_of(name, config), device,
+            config.data.source, preprocessing, device,
             workers=config.data.workers, augmentation=config.data.augmentation,
         )  # fmt: skip
         self.dense = self._load_dense(config.weights)
-        self.teacher = self.dense if config.distill.teacher is None else self._load_dense(config.distill.teacher)
+        self.teacher = self.dense
+        if config.distill.teacher is not None:
+            self.teacher = self._load_dense(config.distill.teacher)
+            recorded = preprocessing_in(Path(config.distill.teacher))
+            if any(recorded.get(key, value) != value for key, value in preprocessing.normalisation().items()):
+                log.warning('%s was trained on images normalised in another way', config.distill.teacher)
         output.mkdir(parents=True, exist_ok=True)
         if is_main():
             write_text(output / CONFIG, config.to_yaml())
         self.facts: dict[str, Any] = {}
         if (output / STAGES).is_file():
-            self.facts = json.loads((output / STAGES).read_text(encoding='utf-8'))
+            self.facts = read_stages(output / STAGES)
 
     def _load_dense(self, weights: str | None) -> nn.Module:
         """The dense network with the weights of a file, or with its published or random ones."""
@@ -297,6 +335,7 @@ def evaluate_file(
         network = dense_model(model, pretrained=weights is None, checkpoint=weights)
     cfg: Any = network.pretrained_cfg
     preprocessing = Preprocessing.from_cfg(cfg)
+    tell_normalisation(preprocessing, model, weights)
     images = open_data(data, preprocessing, device, workers=workers)
     outputs = getattr(network, 'num_classes', None)
     if outputs != len(images.classes):
@@ -306,6 +345,20 @@ def evaluate_file(
         'model': model, 'data': Path(data).name, 'test_images': images.test_size, **results,
         'mean': list(preprocessing.mean), 'std': list(preprocessing.std), 'amp': amp, 'device': device.type,
     }  # fmt: skip
+
+
+def read_stages(path: Path) -> dict[str, Any]:
+    """What a run measured before it was stopped.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    facts: Any = None
+    with contextlib.suppress(ValueError, RecursionError):  # damaged text, or damaged JSON
+        facts = json.loads(path.read_text(encoding='utf-8'))
+    if not isinstance(facts, dict):
+        raise ValueError(f'{path} is damaged: move it away, and the run goes on without some of its figures')
+    return facts
 
 
 def refuse_other_run(output: Path, text: str) -> None:
