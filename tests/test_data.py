@@ -15,9 +15,10 @@ from pycocotools.coco import COCO
 from torch.utils.data import DataLoader
 from torchvision.models.detection import fasterrcnn_mobilenet_v3_large_320_fpn
 
-from detection.data.annotations import find_annotations, load_coco, match_classes, mirror_indices, unpaired
+from detection.data.annotations import load_coco, match_classes, mirror_indices, unpaired
 from detection.data.coco import CocoDataset, collate, find_data
 from detection.data.figures import KEYPOINT_NAMES
+from detection.data.layouts import find_annotations
 from detection.data.sample import write_sample
 from detection.data.transforms import build_transforms
 from detection.tasks import TASKS
@@ -327,7 +328,7 @@ def test_missing_files_and_unknown_names_say_what_there_is(tmp_path: Path, sampl
         CocoDataset(tmp_path, 'train', 'keypoint')
     write(tmp_path, small(), 'train_old')
     (tmp_path / 'annotations/instances_train2014.json').write_text('{}')
-    with pytest.raises(ValueError, match=r'several files for split .*instances_train2014.json, instances_train2017'):
+    with pytest.raises(ValueError, match=r'several files .*instances_train2014.json, annotations/instances_train2017'):
         CocoDataset(tmp_path, 'train', 'box')
 
 

@@ -2,11 +2,12 @@
 sample set by code, and tells what is wrong with a folder of data.
 """
 
-from detection.data.annotations import check_outline, class_map, unpaired
+from detection.data.annotations import class_map, unpaired
 from detection.data.coco import CocoDataset, Draw, collate, find_data, to_tensor
 from detection.data.decode import decode_rgb, read_picture
 from detection.data.doctor import check_data
 from detection.data.loader import eval_loader
+from detection.data.masks import check_outline
 from detection.data.sample import draw_frames
 from detection.data.samplers import CopyPaste, RepeatFactorSampler, aspect_groups, repeat_factors
 from detection.data.transforms import build_transforms

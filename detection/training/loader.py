@@ -100,7 +100,7 @@ def training_sets(config: RunConfig, root: Path) -> tuple[CocoDataset, CocoDatas
     train_set = CocoDataset(
         root, data.train_split, config.task, augment, seed=config.seed, flip_pairs=pairs, limit=limit
     )
-    if not any(train_set.labels_of(index) for index in range(len(train_set))):
+    if not any(train_set.has_objects(index) for index in range(len(train_set))):
         raise ValueError(f'{train_set.annotation_file} has no object to train on for task {config.task}')
     return train_set, CocoDataset(
         root,
