@@ -8,8 +8,8 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from image_sets import coloured, write_folder
+from PIL import Image
 from torch import Tensor
 
 from norton_timm.training import data as image_data
