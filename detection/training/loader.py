@@ -96,9 +96,16 @@ def training_sets(config: RunConfig, root: Path) -> tuple[CocoDataset, CocoDatas
         jitter=data.jitter,
         safe_crop=data.safe_crop,
     )
-    pairs, limit = data.keypoint_pairs() if config.task == 'keypoint' else None, data.images
+    pairs, limit = data.keypoint_pairs() if config.task == 'keypoint' else None, data.limit
     train_set = CocoDataset(
-        root, data.train_split, config.task, augment, seed=config.seed, flip_pairs=pairs, limit=limit
+        root,
+        data.train_split,
+        config.task,
+        augment,
+        seed=config.seed,
+        flip_pairs=pairs,
+        images=data.images,
+        limit=limit,
     )
     if not any(train_set.has_objects(index) for index in range(len(train_set))):
         raise ValueError(f'{train_set.annotation_file} has no object to train on for task {config.task}')
@@ -107,6 +114,7 @@ def training_sets(config: RunConfig, root: Path) -> tuple[CocoDataset, CocoDatas
         data.val_split,
         config.task,
         flip_pairs=pairs,
+        images=data.images,
         limit=limit,
         class_names=train_set.class_names,
         keypoint_names=train_set.keypoint_names,
