@@ -23,7 +23,7 @@ from detection.demo.predictor import ModelFacts, Predictor
 from detection.demo.studio import ModelChoice, Studio
 from detection.demo.video import IMAGE_SUFFIXES, Frame, FrameSource, fit_image, open_source
 from detection.demo.video_writer import VideoWriter, check_video_output
-from detection.rcnn import build_detector
+from detection.rcnn import build_detector, take_thin_pictures
 from detection.tasks import TASKS
 from detection.training import load_detector
 from detection.visual import Image, plot_histogram
@@ -58,7 +58,7 @@ def load_model(weights: str) -> tuple[nn.Module, ModelFacts]:
     """
     if weights in TORCHVISION_TASKS and not Path(weights).exists():
         try:
-            model = get_model(weights, weights='DEFAULT')
+            model = take_thin_pictures(get_model(weights, weights='DEFAULT'))
         except OSError as error:
             raise ValueError(f'torchvision weights of {weights} cannot be downloaded: {error}') from error
         task = TORCHVISION_TASKS[weights]

@@ -7,8 +7,10 @@ from detection.rcnn.build import RCNN_OPTIONS, build_detector
 from detection.rcnn.compression import RECIPES, compress_detector
 from detection.rcnn.export import DetectionAgreement, OneImage, exportable
 from detection.rcnn.restore import convert_detector_state_dict, restore
+from detection.rcnn.transform import take_thin_pictures
 
 __all__ = [
     'NORMS', 'RCNN_OPTIONS', 'RECIPES', 'DetectionAgreement', 'OneImage', 'build_detector',
     'compress_detector', 'convert_detector_state_dict', 'create_features', 'exportable', 'restore',
+    'take_thin_pictures',
 ]  # fmt: skip
