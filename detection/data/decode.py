@@ -30,9 +30,22 @@ def decode_rgb(data: bytes, name: object, *, oriented: bool, most_pixels: int = 
         except ValueError:
             raise ValueError(f'{name}: {len(data)} bytes that are no JPEG, PNG or other known format') from None
         raise
+    if data[:2] == b'\xff\xd8' and not _jpeg_ends(data):
+        raise ValueError(f'{name}: not an image that can be read: a JPEG without its end')
     if oriented:
         picture = ImageOps.exif_transpose(picture)
     return np.array(picture)  # a copy: arrays that share a picture's memory cannot be written
+
+
+def _jpeg_ends(data: bytes) -> bool:
+    """Whether the end marker follows the pixels of a JPEG; decoders take zeros or garbage in its place for pixels."""
+    at = 2
+    while data[at : at + 1] == b'\xff':
+        if data[at + 1 : at + 2] == b'\xda':
+            return b'\xff\xd9' in data[at:]
+        filled = data[at + 1 : at + 2] == b'\xff'  # any number of these may stand before a marker
+        at += 1 if filled else 2 + int.from_bytes(data[at + 2 : at + 4], 'big')
+    return True  # no order that is known here, and a decoder took it
 
 
 def read_picture(path: Path, *, oriented: bool) -> np.ndarray:

@@ -127,7 +127,7 @@ def find_images(
         # pictures directly in the folder, beside an export without splits
         choices += [root] if annotation_file.parent == root else []
     else:
-        choices = [here / name for name in _BESIDE]
+        choices = [here / name for name in (*_BESIDE, f'images/{full}')]
     folders = [folder for folder in dict.fromkeys(choices) if folder.is_dir()]
     if folders:
         return folders

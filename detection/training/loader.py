@@ -13,6 +13,7 @@ from detection.data import (
     CopyPaste,
     Draw,
     RepeatFactorSampler,
+    allow_open_files,
     aspect_groups,
     build_transforms,
     collate,
@@ -126,6 +127,8 @@ def train_loader(dataset: CocoDataset, data: DataConfig, seed: int, pin: bool = 
     factors = None
     if data.repeat_threshold is not None:
         factors = repeat_factors([dataset.labels_of(i) for i in range(len(dataset))], data.repeat_threshold)
+    if data.workers:
+        allow_open_files()
     return DataLoader(
         CopyPaste(dataset, data.copy_paste) if data.copy_paste else dataset,
         batch_sampler=BatchStream(aspect_groups(dataset), data.batch_size, seed, factors),
@@ -133,4 +136,5 @@ def train_loader(dataset: CocoDataset, data: DataConfig, seed: int, pin: bool = 
         collate_fn=collate,
         pin_memory=pin,
         persistent_workers=data.workers > 0,
+        worker_init_fn=allow_open_files,
     )
