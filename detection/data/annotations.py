@@ -10,7 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pycocotools.coco import COCO
 from torchvision.models._meta import _COCO_CATEGORIES
@@ -36,6 +36,11 @@ def load_coco(path: str | os.PathLike[str]) -> COCO:
     for kind, number in Counter(kind for kind, _ in notes).items():
         first = next(message for k, message in notes if k == kind)
         _log.info('%s: %s (%d times)', path, first, number)
+    return indexed(content)
+
+
+def indexed(content: dict[str, Any]) -> COCO:
+    """Checked and completed content of an annotation file, indexed by pycocotools."""
     with contextlib.redirect_stdout(io.StringIO()):
         coco = COCO()
         coco.dataset = content
@@ -106,6 +111,45 @@ def match_classes(coco: COCO, task: str, names: Sequence[str], source: object = 
     if twice:
         raise ValueError(f'{source}: the name {twice[0]!r} stands for several categories, so labels cannot be matched')
     return {label: found[0] for label, found in labels.items()}
+
+
+class Labels(NamedTuple):
+    """What the labels of a data set mean, and the keypoints that its objects share.
+
+    Attributes:
+        categories: Category id of every label.
+        names: Name of every label from 0, the background.
+        keypoints: Names of the keypoints; none in other tasks.
+        skeleton: Edges between keypoints, counted from 0.
+    """
+
+    categories: dict[int, int]
+    names: list[str]
+    keypoints: tuple[str, ...]
+    skeleton: tuple[tuple[int, int], ...]
+
+
+def labels_of(
+    coco: COCO,
+    task: str,
+    source: object,
+    names: Sequence[str] | None = None,
+    keypoints: Sequence[str] | None = None,
+) -> Labels:
+    """Labels and keypoints of a file; those of a trained network, or of the training split, where they are given.
+
+    Raises:
+        ValueError: no category fits the task, or what the file has cannot be matched with what is given.
+    """
+    if names is None:
+        categories, names = class_map(coco, task, source)
+    else:
+        categories = match_classes(coco, task, names, source)
+    found, skeleton = keypoint_layout(coco, categories, source) if task == 'keypoint' else ((), ())
+    if keypoints is not None and tuple(keypoints) != found:
+        told, wanted = (', '.join(points[:20]) or 'none' for points in (found, tuple(keypoints)))
+        raise ValueError(f'{source} has keypoints {told}; the network finds {wanted}')
+    return Labels(categories, list(names), found, skeleton)
 
 
 def mirror_indices(names: Sequence[str], pairs: Sequence[tuple[str | int, str | int]] | None = None) -> tuple[int, ...]:

@@ -13,14 +13,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from detection.data.annotations import (
-    box_to_train_on,
-    class_map,
-    keypoint_layout,
-    load_coco,
-    match_classes,
-    mirror_indices,
-)
+from detection.data.annotations import box_to_train_on, labels_of, load_coco, mirror_indices
 from detection.data.decode import read_picture
 from detection.data.layouts import find_annotations, find_images, has_annotations, match_pictures
 from detection.data.masks import check_outline, decode_mask, mask_area
@@ -114,6 +107,7 @@ class CocoDataset(Dataset):
         num_keypoints: K, 0 in the other tasks.
         keypoint_names: Their names.
         skeleton: Edges between keypoints, counted from 0.
+        pictures: Where the files of its images lie.
         flip_indices: For each keypoint, its partner in a mirrored image.
 
     Raises:
@@ -150,26 +144,16 @@ class CocoDataset(Dataset):
         self.image_ids: list[int] = sorted(self.coco.imgs)
         if not self.image_ids:
             raise ValueError(f'{self.annotation_file} lists no images; expected at least one')
-        self.label_to_category, self.class_names = class_map(self.coco, task, self.annotation_file)
-        if class_names is not None:
-            self.label_to_category = match_classes(self.coco, task, class_names, self.annotation_file)
-            self.class_names = list(class_names)
+        found = labels_of(self.coco, task, self.annotation_file, class_names, keypoint_names)
+        self.label_to_category, self.class_names, self.keypoint_names, self.skeleton = found
         self.num_classes = len(self.class_names)
         self._labels = {category: label for label, category in self.label_to_category.items()}
-        self.keypoint_names, self.skeleton = (
-            keypoint_layout(self.coco, self.label_to_category, self.annotation_file) if task == 'keypoint' else ((), ())
-        )
-        if keypoint_names is not None and tuple(keypoint_names) != self.keypoint_names:
-            raise ValueError(
-                f'{self.annotation_file} has keypoints {", ".join(self.keypoint_names[:20])}; the network finds '
-                f'{", ".join(keypoint_names[:20])}'
-            )
         self.num_keypoints = len(self.keypoint_names)
         self.flip_indices = mirror_indices(self.keypoint_names, flip_pairs)
         self.min_keypoints = min_keypoints
         if limit is not None:
             self.image_ids = self._first_with_objects(limit)
-        self.pictures = match_pictures((self.coco.imgs[i]['file_name'] for i in self.image_ids), folders)
+        self.pictures = match_pictures((self.coco.imgs[i]['file_name'] for i in self.image_ids), folders, split)
         self._check_files()
         # shared, so that persistent workers see it change
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()

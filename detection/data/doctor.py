@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from detection.data.annotations import box_to_train_on
+from detection.data.annotations import Labels, box_to_train_on, indexed, labels_of
 from detection.data.content import complete, content_problems, read_annotations
 from detection.data.decode import read_picture
 from detection.data.layouts import Pictures, find_annotations, find_images, match_pictures
@@ -22,6 +22,8 @@ from detection.tasks import check_task
 
 _log = logging.getLogger(__name__)
 
+# kinds after which labels need not be matched: more of the same would be told
+_LABEL_PROBLEMS = ('duplicate id', 'unknown category', 'category twice', 'no keypoints', 'keypoint layout', 'skeleton')
 _SLACK = 2.0  # pixels by which a box or keypoint may stick out: real COCO rounds that generously
 
 
@@ -107,7 +109,7 @@ def check_data(
     """
     check_task(task)
     report = DataReport(str(root))
-    categories: dict[str, tuple[set[Any], set[Any]]] = {}  # of each split: all, and those that objects have
+    first: Labels | None = None
     for split in splits:
         try:
             path = find_annotations(root, split, task)
@@ -121,16 +123,22 @@ def check_data(
             continue  # what follows relies on them
         notes += complete(content)
         report.problems += [Problem(kind, f'{path.name}: {message}', False) for kind, message in notes]
-        categories[split] = _categories(content, task)
         report.counts[split] = _counts(content)
+        told = any(p.kind in _LABEL_PROBLEMS for p in found)
         for problem in _content(content, task, split, split == splits[0]):
             report.problems.append(Problem(problem.kind, f'{path.name}: {problem.message}', problem.fatal))
+            told |= problem.fatal and problem.kind in _LABEL_PROBLEMS
+        if not told:
+            labels = _labels(content, task, path, first)
+            if isinstance(labels, str):
+                report.problems.append(Problem('categories', labels))
+            first = labels if split == splits[0] and isinstance(labels, Labels) else first
         try:
             folders = find_images(Path(root), split, path, images)
         except ValueError as error:
             report.problems.append(Problem('image folder', str(error)))
             continue
-        pictures = match_pictures((image['file_name'] for image in content['images']), folders)
+        pictures = match_pictures((image['file_name'] for image in content['images']), folders, split)
         if pictures.files:
             name, file = next(iter(pictures.files.items()))
             message = (
@@ -144,22 +152,15 @@ def check_data(
             if progress is not None:
                 checks = progress(checks, split, len(content['images']))
             report.problems += [problem for problem in checks if problem is not None]
-    if categories and not any(p.kind in ('duplicate id', 'category twice') for p in report.problems):
-        first, *others = categories
-        for other in others:
-            new = sorted(name for name, _ in categories[other][1] - categories[first][0])
-            if new:
-                message = f'{other} has objects of {", ".join(new[:5])}, which {first} has not, or with other keypoints'
-                report.problems.append(Problem('categories', message))
     return report
 
 
-def _categories(content: dict[str, Any], task: str) -> tuple[set[Any], set[Any]]:
-    """Names (and, where they matter, keypoints) of all categories, and of those that objects have."""
-    used = {a['category_id'] for a in content['annotations']}
-    points = task == 'keypoint'
-    facts = {c['id']: (c['name'], tuple(c.get('keypoints') or ()) if points else ()) for c in content['categories']}
-    return set(facts.values()), {fact for key, fact in facts.items() if key in used and (fact[1] or not points)}
+def _labels(content: dict[str, Any], task: str, path: Path, first: Labels | None) -> Labels | str:
+    """What the labels of a split mean, matched with the first split's as a run does it; else why they do not fit."""
+    try:
+        return labels_of(indexed(content), task, path.name, first and first.names, first and first.keypoints)
+    except ValueError as error:
+        return str(error)
 
 
 def _counts(content: dict[str, Any]) -> dict[str, int]:

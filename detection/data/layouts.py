@@ -14,6 +14,7 @@ What is read without a setting, for a split `val` (`valid` and `validation` stan
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 from collections import defaultdict
@@ -23,6 +24,7 @@ from pathlib import Path, PurePosixPath
 from urllib.parse import unquote
 
 _ALIASES = {'train': ('training',), 'val': ('valid', 'validation'), 'valid': ('val', 'validation')}
+_SPLITS = ('train', 'training', 'val', 'valid', 'validation', 'test', 'testing')
 # of label tools, in a folder of its own for each split; the first one that is there
 _EXPORTS = ('_annotations.coco.json', 'labels.json', 'result.json', 'annotations.json')
 # folders of pictures beside an annotation file
@@ -121,13 +123,15 @@ def find_images(
     here = annotation_file.parent
     if here.name == 'annotations':
         here = here.parent
-    if here == root:
-        choices = [root / full, root / 'images' / full, root / split, root / 'images' / split, root / 'images',
-                   *(root / name for name in names), *(root / name for name in _BESIDE if name)]  # fmt: skip
+    if here != root and here.is_relative_to(root):
+        choices = [here / name for name in (*_BESIDE, f'images/{full}')]
+    else:
+        choices = [root / full, root / 'images' / full, root / split, root / 'images' / split]
+        year = glob.escape(split) + '[12][0-9][0-9][0-9]'
+        choices += [*sorted(root.glob(year)), *sorted((root / 'images').glob(year)), root / 'images']
+        choices += [root / name for name in (*names, *_BESIDE) if name]
         # pictures directly in the folder, beside an export without splits
         choices += [root] if annotation_file.parent == root else []
-    else:
-        choices = [here / name for name in (*_BESIDE, f'images/{full}')]
     folders = [folder for folder in dict.fromkeys(choices) if folder.is_dir()]
     if folders:
         return folders
@@ -155,7 +159,7 @@ class Pictures:
         return self.folder / self.files.get(name, name)
 
 
-def match_pictures(names: Iterable[str], folders: Sequence[Path]) -> Pictures:
+def match_pictures(names: Iterable[str], folders: Sequence[Path], split: str = '') -> Pictures:
     r"""Match the file names of annotations with files.
 
     A name that is a path below the folder is that file, and no other name's. Otherwise `\` is read as `/`, `%20` as a
@@ -164,7 +168,9 @@ def match_pictures(names: Iterable[str], folders: Sequence[Path]) -> Pictures:
 
     Args:
         names: `file_name` of all images.
-        folders: The one that holds most of the pictures is taken, of equal ones the first.
+        folders: The one that holds most of the names as they stand is taken, of equal ones the first; if there is none,
+            the first where any is found.
+        split: Folders that are named like others are not searched.
     """
     names = list(dict.fromkeys(names))
     plain = min((_as_they_stand(names, folder) for folder in folders), key=lambda found: len(found.missing))
@@ -172,7 +178,12 @@ def match_pictures(names: Iterable[str], folders: Sequence[Path]) -> Pictures:
         return plain
     # where some are found, the others are not searched elsewhere: another split's may have the same names
     places = folders if len(plain.missing) == len(names) else [plain.folder]
-    return min((_by_their_ends(names, folder) for folder in places), key=lambda found: len(found.missing))
+    others = set(_SPLITS) - {split.lower()}
+    for folder in places:
+        found = _by_their_ends(names, folder, others)
+        if len(found.missing) < len(names):
+            return found
+    return plain
 
 
 def _as_they_stand(names: Sequence[str], folder: Path) -> Pictures:
@@ -189,11 +200,12 @@ def _as_they_stand(names: Sequence[str], folder: Path) -> Pictures:
     return Pictures(folder, {}, missing)
 
 
-def _by_their_ends(names: Sequence[str], folder: Path) -> Pictures:
+def _by_their_ends(names: Sequence[str], folder: Path, others: set[str]) -> Pictures:
     missing = _as_they_stand(names, folder).missing
     taken = set(names) - set(missing)
     below: dict[str, list[str]] = defaultdict(list)
-    for path, _, files in os.walk(folder):
+    for path, inside, files in os.walk(folder):
+        inside[:] = [name for name in inside if name.lower().rstrip('0123456789_-') not in others]
         for file in files:
             below[file].append(Path(path, file).relative_to(folder).as_posix())
     owners: dict[str, list[str]] = defaultdict(list)
