@@ -12,12 +12,14 @@ import numpy as np
 import pytest
 import torch
 from pycocotools.coco import COCO
+from tool_runner import ROOT, run_python
 from torch.utils.data import DataLoader
 from torchvision.models.detection import fasterrcnn_mobilenet_v3_large_320_fpn
 
-from detection.data.annotations import find_annotations, load_coco, match_classes, mirror_indices, unpaired
+from detection.data.annotations import load_coco, match_classes, mirror_indices, unpaired
 from detection.data.coco import CocoDataset, collate, find_data
 from detection.data.figures import KEYPOINT_NAMES
+from detection.data.layouts import find_annotations
 from detection.data.sample import write_sample
 from detection.data.transforms import build_transforms
 from detection.tasks import TASKS
@@ -327,7 +329,7 @@ def test_missing_files_and_unknown_names_say_what_there_is(tmp_path: Path, sampl
         CocoDataset(tmp_path, 'train', 'keypoint')
     write(tmp_path, small(), 'train_old')
     (tmp_path / 'annotations/instances_train2014.json').write_text('{}')
-    with pytest.raises(ValueError, match=r'several files for split .*instances_train2014.json, instances_train2017'):
+    with pytest.raises(ValueError, match=r'several files .*instances_train2014.json, annotations/instances_train2017'):
         CocoDataset(tmp_path, 'train', 'box')
 
 
@@ -391,3 +393,19 @@ def test_other_keypoints_than_the_networks_are_refused(tmp_path: Path) -> None:
     for other in (['tail', 'tip'], ['tip']):
         with pytest.raises(ValueError, match='has keypoints tip, tail; the network finds ' + ', '.join(other)):
             CocoDataset(root, 'train', 'keypoint', keypoint_names=other)
+
+
+def test_few_open_files_are_enough(sample: Path) -> None:
+    """As after `ulimit -n 100`: by PyTorch's default a loading process has no file left, and the run waits for ever."""
+    code = f"""
+import resource
+resource.setrlimit(resource.RLIMIT_NOFILE, (100, 100))
+from detection.data import CocoDataset, eval_loader
+from detection.training.config import DataConfig
+from detection.training.loader import train_loader
+data = CocoDataset({str(sample)!r}, 'train', 'mask', seed=0)
+print(sum(len(targets) for _, targets in eval_loader(data, 24, 2)))
+print(sum(len(targets) for _, targets in train_loader(data, DataConfig(batch_size=12, workers=2), 0)))
+"""
+    done = run_python('-c', code, cwd=ROOT, limit_s=120)
+    assert (done.code, done.out.split()) == (0, ['24', '24']), done.err

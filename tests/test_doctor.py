@@ -105,7 +105,7 @@ BROKEN_FILES = {
     ),
     'image folder missing': (lambda r: (r / 'train2017').rename(r / 'x'), 'image folder', 'no image folder'),
     'image missing': (picture(Path.unlink), 'missing image', 'a.jpg does not exist'),
-    'image empty': (picture(lambda p: p.write_bytes(b'')), 'unreadable image', 'a.jpg cannot be read'),
+    'image empty': (picture(lambda p: p.write_bytes(b'')), 'unreadable image', 'a.jpg: 0 bytes that are no JPEG'),
     'image cut short': (
         picture(lambda p: p.write_bytes(p.read_bytes()[:1500])),
         'unreadable image',

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from image_sets import coloured, write_folder
+from PIL import Image
 from torch import Tensor
 
 from norton_timm.training import data as image_data
@@ -161,3 +162,8 @@ def test_sixteen_bits_keep_their_upper_eight(tmp_path: Path, suffix: str) -> Non
     cv2.imwrite(str(tmp_path / 'float.tif'), values.astype(np.float32))
     with pytest.raises(ValueError, match='a picture of float numbers; expected 8 or 16 bits'):
         read_rgb(tmp_path / 'float.tif', 'float.tif')
+    plain = b'P5 128 96 65535\n' + values.astype('>u2').tobytes()
+    assert np.array_equal(np.asarray(read_rgb(plain, 'a.pgm'))[..., 0], values >> 8)
+    Image.fromarray(values.astype(np.int32)).save(tmp_path / 'long.tif')
+    with pytest.raises(ValueError, match='a picture of 32-bit whole numbers; expected 8 or 16 bits'):
+        read_rgb(tmp_path / 'long.tif', 'long.tif')

@@ -8,10 +8,12 @@ import pytest
 import timm
 import torch
 from torchvision.models import detection as tv
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import FrozenBatchNorm2d
 
 from detection.rcnn.backbone import build_backbone, create_features
 from detection.rcnn.build import build_detector
+from detection.tasks import TASKS
 from norton_timm.profiling.complexity import count_params
 
 SMALL = {
@@ -121,6 +123,31 @@ def test_images_without_objects_can_be_trained_on(task: str) -> None:
     total = sum(model(images, [empty, {**empty, 'masks': targets[1]['masks'][:0]}]).values())
     total.backward()
     assert torch.isfinite(total)
+
+
+@pytest.mark.parametrize('task', TASKS)
+@pytest.mark.parametrize('size', [(2, 700), (900, 1)])
+def test_a_very_thin_picture_is_trained_on_and_looked_at(task: str, size: tuple[int, int]) -> None:
+    """Torchvision resizes the shorter side to nothing and fails."""
+    torch.manual_seed(0)
+    model = build_detector(task, 'resnet10t', num_classes=2, num_keypoints=2, **SMALL)
+    height, width = size
+    image, other = torch.rand(3, height, width), torch.rand(3, 64, 80)
+    assert model.eval().transform([image])[0].image_sizes == [(1, 128) if width > height else (128, 1)]
+    with pytest.raises(RuntimeError, match='greater than 0'):
+        GeneralizedRCNNTransform(64, 128, [0.5] * 3, [0.2] * 3).eval()([image])
+    for picture, expected in ((other, (64, 80)), (torch.rand(3, 3, 300), (1, 128))):
+        assert model.transform([picture])[0].image_sizes == [expected]
+    box = torch.tensor([[0.0, 0.0, width / 2, height]] if width > height else [[0.0, 0.0, width, height / 2]])
+    target = {'boxes': box, 'labels': torch.tensor([1]), 'masks': torch.ones(1, height, width, dtype=torch.uint8)}
+    target['keypoints'] = torch.tensor([[[0.5, 0.5, 2.0], [width - 0.5, height - 0.5, 2.0]]])
+    losses = model.train()([image], [target])
+    assert all(torch.isfinite(loss) for loss in losses.values())
+    with torch.no_grad():
+        found = model.eval()([image, other])
+    assert (found[0]['boxes'] <= torch.tensor([width, height] * 2)).all()
+    if task == 'mask':
+        assert found[0]['masks'].shape[-2:] == size
 
 
 def test_widths_come_from_the_features() -> None:

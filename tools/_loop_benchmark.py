@@ -30,7 +30,7 @@ def _detection_loop(args: argparse.Namespace) -> dict[str, object]:
     from detection.training import load_config
     from norton_timm.utils import choose_device
 
-    config = load_config(args.config, args.set, {'data.images': args.images})
+    config = load_config(args.config, args.set, {'data.limit': args.images})
     source = find_data(args.data or config.data.root)
     results = benchmark_loop(config, source.root, device=choose_device(config.device), rounds=args.rounds)
     print(format_rows(results['rounds']))

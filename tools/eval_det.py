@@ -15,6 +15,7 @@ def main() -> None:
     )
     parser.add_argument('--task', choices=('box', 'mask', 'keypoint'), help='refuse a checkpoint for another')
     parser.add_argument('--data', help='folder in COCO layout, by default data/coco or the sample set')
+    parser.add_argument('--images', help='folder of the pictures, where it is not found beside the annotations')
     parser.add_argument('--split', default='val', help='val, train, or any split with an annotation file')
     parser.add_argument('--output', help='JSON file for the figures, by default eval_SPLIT.json beside the checkpoint')
     parser.add_argument('--detections', help='folder for the detections in the format of COCO submissions')
@@ -36,8 +37,8 @@ def main() -> None:
     model, meta = load_detector(args.checkpoint, args.task)
     source = find_data(args.data)
     pairs = meta['config'].data.keypoint_pairs() if meta['task'] == 'keypoint' else None
-    dataset = CocoDataset(source.root, args.split, meta['task'], flip_pairs=pairs, class_names=meta['class_names'],
-                          keypoint_names=meta['keypoint_names'] or None)  # fmt: skip
+    dataset = CocoDataset(source.root, args.split, meta['task'], flip_pairs=pairs, images=args.images,
+                          class_names=meta['class_names'], keypoint_names=meta['keypoint_names'] or None)  # fmt: skip
     network = FlipDetector(model, dataset.flip_indices) if args.flip else model
     with process_group(device):
         evaluator = CocoEvaluator(dataset.coco, meta['task'], dataset.label_to_category)

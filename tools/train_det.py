@@ -73,7 +73,7 @@ def main() -> None:
         config = load_config(CONFIGS / f'{kind}{config.task}.yaml', overrides, values)
     if args.check_data:
         splits = (config.data.train_split, config.data.val_split)
-        print(report := check_data(source.root, config.task, tuple(dict.fromkeys(splits))))
+        print(report := check_data(source.root, config.task, tuple(dict.fromkeys(splits)), images=config.data.images))
         raise SystemExit(0 if report.ok else 1)
     latest = output / 'checkpoint.pt'
     if args.resume and not latest.is_file() and 'TORCHELASTIC_RUN_ID' not in os.environ:  # torchrun may restart

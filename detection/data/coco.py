@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,20 +13,16 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from detection.data.annotations import (
-    class_map,
-    decode_mask,
-    find_annotations,
-    find_images,
-    keypoint_layout,
-    load_coco,
-    match_classes,
-    mirror_indices,
-)
+from detection.data.annotations import box_to_train_on, labels_of, load_coco, mirror_indices
 from detection.data.decode import read_picture
+from detection.data.layouts import find_annotations, find_images, has_annotations, match_pictures
+from detection.data.masks import check_outline, decode_mask, mask_area
 from detection.data.sample import ensure_sample
 from detection.data.transforms import Transform
 from detection.tasks import check_task
+from norton_timm.utils import brief
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -52,13 +49,14 @@ def find_data(path: str | os.PathLike[str] | None = None) -> DataSource:
         root = Path(path)
         if not root.is_dir():
             raise ValueError(f'data folder {root} does not exist; expected a folder in COCO layout')
-        if not _has_annotations(root):
+        if not has_annotations(root):
             raise ValueError(
-                f'{root} holds no annotations/*.json; expected e.g. {root}/annotations/instances_train2017.json'
+                f'{root} holds no annotations/*.json; expected e.g. {root}/annotations/instances_train2017.json, or a '
+                'layout of label tools such as train/_annotations.coco.json'
             )
         return DataSource(root, f'COCO-format data in {root}')
     root = Path('data/coco')
-    if _has_annotations(root):
+    if has_annotations(root):
         return DataSource(root, f'COCO-format data in {root}')
     return DataSource(ensure_sample('data/sample'), 'built-in sample set in data/sample')
 
@@ -82,7 +80,8 @@ class CocoDataset(Dataset):
     Items are requested by index, or by a ``Draw`` that also gives the position in the epoch.
 
     Args:
-        root: Folder with ``annotations/{instances,person_keypoints}_{split}*.json`` and the images.
+        root: Folder with ``annotations/{instances,person_keypoints}_{split}*.json`` and the images, or in a layout of
+            ``layouts.py``.
         split: 'train' or 'val', or any other split that has an annotation file.
         task: 'box', 'mask' or 'keypoint'.
         transforms: What ``build_transforms`` returns.
@@ -91,7 +90,7 @@ class CocoDataset(Dataset):
         flip_pairs: Names or indices of keypoints that trade places in a mirrored image; by default, names that differ
             in left / right only.
         annotations: Annotation file, if its name or place is not the usual one.
-        images: Image folder, likewise.
+        images: Image folder, likewise; relative to ``root`` or else to the working folder.
         class_names: Names of a trained network's labels, from 0, the background: the labels then mean those names,
             whatever ids and order the file has. By default labels are numbered as ``label_to_category`` says.
         keypoint_names: Likewise, the keypoints that a trained network finds.
@@ -108,11 +107,13 @@ class CocoDataset(Dataset):
         num_keypoints: K, 0 in the other tasks.
         keypoint_names: Their names.
         skeleton: Edges between keypoints, counted from 0.
+        pictures: Where the files of its images lie.
         flip_indices: For each keypoint, its partner in a mirrored image.
 
     Raises:
-        ValueError: On an unknown task or split, a missing or malformed annotation file; an item raises it on an
-            image that cannot be read or has another size than the annotations say.
+        ValueError: On an unknown task or split, a missing or malformed annotation file, a malformed mask in the mask
+            task, a missing picture; an item raises it on an image that cannot be read or has another size than the
+            annotations say.
 
     Example:
         >>> dataset = CocoDataset('data/sample', 'train', 'mask', build_transforms('mask', True), seed=0)
@@ -139,29 +140,21 @@ class CocoDataset(Dataset):
         self.root, self.split, self.task, self.transforms, self.seed = Path(root), split, task, transforms, seed
         self.annotation_file = Path(annotations) if annotations else find_annotations(self.root, split, task)
         self.coco = load_coco(self.annotation_file)
-        self.image_folder = Path(images) if images else find_images(self.root, split, self.annotation_file)
+        folders = find_images(self.root, split, self.annotation_file, images)
         self.image_ids: list[int] = sorted(self.coco.imgs)
         if not self.image_ids:
             raise ValueError(f'{self.annotation_file} lists no images; expected at least one')
-        self.label_to_category, self.class_names = class_map(self.coco, task, self.annotation_file)
-        if class_names is not None:
-            self.label_to_category = match_classes(self.coco, task, class_names, self.annotation_file)
-            self.class_names = list(class_names)
+        found = labels_of(self.coco, task, self.annotation_file, class_names, keypoint_names)
+        self.label_to_category, self.class_names, self.keypoint_names, self.skeleton = found
         self.num_classes = len(self.class_names)
         self._labels = {category: label for label, category in self.label_to_category.items()}
-        self.keypoint_names, self.skeleton = (
-            keypoint_layout(self.coco, self.label_to_category, self.annotation_file) if task == 'keypoint' else ((), ())
-        )
-        if keypoint_names is not None and tuple(keypoint_names) != self.keypoint_names:
-            raise ValueError(
-                f'{self.annotation_file} has keypoints {", ".join(self.keypoint_names[:20])}; the network finds '
-                f'{", ".join(keypoint_names[:20])}'
-            )
         self.num_keypoints = len(self.keypoint_names)
         self.flip_indices = mirror_indices(self.keypoint_names, flip_pairs)
         self.min_keypoints = min_keypoints
         if limit is not None:
             self.image_ids = self._first_with_objects(limit)
+        self.pictures = match_pictures((self.coco.imgs[i]['file_name'] for i in self.image_ids), folders, split)
+        self._check_files()
         # shared, so that persistent workers see it change
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
@@ -192,10 +185,10 @@ class CocoDataset(Dataset):
     def read_image(self, image_id: int) -> np.ndarray:
         """RGB uint8 image ``(H, W, 3)``, without its EXIF rotation, which COCO's annotations ignore."""
         record = self.coco.imgs[image_id]
-        image = read_picture(self.image_folder / record['file_name'], oriented=False)
+        path = self.pictures.path(record['file_name'])
+        image = read_picture(path, oriented=False)
         expected = (record['height'], record['width'])
         if image.shape[:2] != expected:
-            path = self.image_folder / record['file_name']
             raise ValueError(
                 f'{path} is {image.shape[1]}x{image.shape[0]} pixels; '
                 f'{self.annotation_file.name} says {expected[1]}x{expected[0]}'
@@ -212,6 +205,12 @@ class CocoDataset(Dataset):
         image_id = self.image_ids[index]
         return [self._labels[a['category_id']] for a, _ in self._objects(image_id, *self.height_and_width(index))]
 
+    def has_objects(self, index: int) -> bool:
+        """Whether an item has objects to train on before augmentation, without reading the image."""
+        size = self.height_and_width(index)
+        objects = self._objects(self.image_ids[index], *size)
+        return any(self.task != 'mask' or mask_area(record, *size) for record, _ in objects)
+
     def item_seed(self, item: int | Draw) -> int:
         """Number that decides the random choices for an item in this epoch."""
         if self.seed is None:
@@ -219,6 +218,28 @@ class CocoDataset(Dataset):
         index, position = item if isinstance(item, Draw) else (item, 0)
         sequence = np.random.SeedSequence([self.seed, int(self._epoch), index, position])
         return int(sequence.generate_state(1, np.uint64)[0] >> 2)
+
+    def _check_files(self) -> None:
+        """Find a missing picture or a malformed mask now, and not in the middle of a run."""
+        pictures = self.pictures
+        if pictures.missing:
+            raise ValueError(
+                f'{self.annotation_file}: {len(pictures.missing)} of {len(self.image_ids)} pictures are not in '
+                f'{pictures.folder}, such as {brief(pictures.missing[0])}; data.images=FOLDER says where they lie'
+            )
+        if pictures.files:
+            name, file = next(iter(pictures.files.items()))
+            _log.info('%s: %d pictures have another path, %s is %s', self.annotation_file, len(pictures.files), name,
+                      pictures.folder / file)  # fmt: skip
+        if self.task == 'mask':
+            for image_id in self.image_ids:
+                image = self.coco.imgs[image_id]
+                for record in self.coco.imgToAnns.get(image_id, ()):
+                    if record.get('segmentation'):
+                        try:
+                            check_outline(record, image['height'], image['width'])
+                        except ValueError as error:
+                            raise ValueError(f'{self.annotation_file}: {error}') from None
 
     def _first_with_objects(self, limit: int) -> list[int]:
         points = self.task == 'keypoint'
@@ -238,16 +259,10 @@ class CocoDataset(Dataset):
         """Annotations to train on, each with its box clipped to the image (xyxy)."""
         found: list[tuple[dict[str, Any], tuple[float, ...]]] = []
         for record in self.coco.imgToAnns.get(image_id, ()):
-            if record['iscrowd'] or record['category_id'] not in self._labels:
-                continue
-            x, y, w, h = record['bbox']
-            box = (max(0.0, x), max(0.0, y), min(float(width), x + w), min(float(height), y + h))
-            # float32 must still tell the two sides apart
-            if not (box[2] - box[0] > 1e-3 and box[3] - box[1] > 1e-3):
+            box = box_to_train_on(record, self.task, height, width)
+            if box is None or record['category_id'] not in self._labels:
                 continue
             if self.task == 'keypoint' and record['num_keypoints'] < self.min_keypoints:
-                continue
-            if self.task == 'mask' and not record.get('segmentation'):
                 continue
             found.append((record, box))
         return found
@@ -281,7 +296,3 @@ def collate(batch: list[tuple[torch.Tensor, dict[str, Any]]]) -> tuple[list[torc
 def to_tensor(image: np.ndarray) -> torch.Tensor:
     """RGB uint8 ``(H, W, 3)`` to float ``(3, H, W)`` in 0..1."""
     return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))).float().div_(255)
-
-
-def _has_annotations(root: Path) -> bool:
-    return any((root / 'annotations').glob('*.json'))

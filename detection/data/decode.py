@@ -1,13 +1,13 @@
-"""Decodes pictures with OpenCV, after a check of the size that their headers announce."""
+"""Decodes pictures: one reader for training, evaluation, the data doctor and the demo, so that all refuse the same."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import cv2
 import numpy as np
+from PIL import ImageOps
 
-from norton_timm.utils import MOST_PIXELS, picture_size
+from norton_timm.utils import MOST_PIXELS, picture_size, read_rgb
 
 
 def decode_rgb(data: bytes, name: object, *, oriented: bool, most_pixels: int = MOST_PIXELS) -> np.ndarray:
@@ -20,29 +20,39 @@ def decode_rgb(data: bytes, name: object, *, oriented: bool, most_pixels: int = 
         most_pixels: larger ones are not decoded.
 
     Raises:
-        ValueError: no picture, or one that is too large.
+        ValueError: no picture, a damaged or truncated one, one of float numbers, or one that is too large.
     """
     try:
-        width, height = picture_size(data, name)
+        picture = read_rgb(data, name, most_pixels)
     except ValueError:
-        raise ValueError(f'{name}: {len(data)} bytes that are no JPEG, PNG or other known format') from None
-    if width * height > most_pixels:
-        raise ValueError(f'{name}: {width}x{height} pixels, expected at most {most_pixels:,} in all')
-    flags = cv2.IMREAD_COLOR if oriented else cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
-    try:
-        bgr = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
-    except cv2.error:
-        bgr = None
-    if bgr is None:
-        raise ValueError(f'{name}: {len(data)} bytes that cannot be decoded')
-    return cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB)
+        try:
+            picture_size(data, name)
+        except ValueError:
+            raise ValueError(f'{name}: {len(data)} bytes that are no JPEG, PNG or other known format') from None
+        raise
+    if data[:2] == b'\xff\xd8' and not _jpeg_ends(data):
+        raise ValueError(f'{name}: not an image that can be read: a JPEG without its end')
+    if oriented:
+        picture = ImageOps.exif_transpose(picture)
+    return np.array(picture)  # a copy: arrays that share a picture's memory cannot be written
+
+
+def _jpeg_ends(data: bytes) -> bool:
+    """Whether the end marker follows the pixels of a JPEG; decoders take zeros or garbage in its place for pixels."""
+    at = 2
+    while data[at : at + 1] == b'\xff':
+        if data[at + 1 : at + 2] == b'\xda':
+            return b'\xff\xd9' in data[at:]
+        filled = data[at + 1 : at + 2] == b'\xff'  # any number of these may stand before a marker
+        at += 1 if filled else 2 + int.from_bytes(data[at + 2 : at + 4], 'big')
+    return True  # no order that is known here, and a decoder took it
 
 
 def read_picture(path: Path, *, oriented: bool) -> np.ndarray:
     """A picture file as RGB uint8 ``(H, W, 3)``.
 
     Raises:
-        ValueError: it is missing, no plain file, no picture, or too large.
+        ValueError: it is missing, no plain file, no picture, damaged, or too large.
     """
     name = f'cannot read image {path}'
     try:

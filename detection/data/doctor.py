@@ -13,19 +13,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from detection.data.annotations import (
-    content_problems,
-    decode_mask,
-    find_annotations,
-    find_images,
-    leads_away,
-    read_json,
-)
+from detection.data.annotations import Labels, box_to_train_on, indexed, labels_of
+from detection.data.content import complete, content_problems, read_annotations
+from detection.data.decode import read_picture
+from detection.data.layouts import Pictures, find_annotations, find_images, match_pictures
+from detection.data.masks import mask_area
 from detection.tasks import check_task
-from norton_timm.utils import read_rgb
 
 _log = logging.getLogger(__name__)
 
+# kinds after which labels need not be matched: more of the same would be told
+_LABEL_PROBLEMS = ('duplicate id', 'unknown category', 'category twice', 'no keypoints', 'keypoint layout', 'skeleton')
 _SLACK = 2.0  # pixels by which a box or keypoint may stick out: real COCO rounds that generously
 
 
@@ -85,15 +83,17 @@ def check_data(
     task: str,
     splits: Sequence[str] = ('train', 'val'),
     *,
+    images: str | os.PathLike[str] | None = None,
     workers: int = 4,
     progress: Callable[[Iterable[Any], str, int], Iterable[Any]] | None = None,
 ) -> DataReport:
     """Read every annotation and every image of a data set.
 
     Args:
-        root: Folder in COCO layout.
+        root: Folder in COCO layout, or in a label tool's.
         task: 'box', 'mask' or 'keypoint'.
         splits: Splits to read.
+        images: Folder of the pictures, as `CocoDataset` takes it.
         workers: Threads that decode images.
         progress: Wraps the images of a split to show progress; called with the iterable, the split and the number.
 
@@ -109,11 +109,11 @@ def check_data(
     """
     check_task(task)
     report = DataReport(str(root))
-    categories: dict[str, tuple[set[Any], set[Any]]] = {}  # of each split: all, and those that objects have
+    first: Labels | None = None
     for split in splits:
         try:
             path = find_annotations(root, split, task)
-            content = read_json(path)
+            content, notes = read_annotations(path)
         except ValueError as error:
             report.problems.append(Problem('annotation file', str(error)))
             continue
@@ -121,36 +121,46 @@ def check_data(
         report.problems += found
         if any(p.kind in ('format', 'missing field') or p.kind.startswith('malformed') for p in found):
             continue  # what follows relies on them
-        categories[split] = _categories(content, task)
+        notes += complete(content)
+        report.problems += [Problem(kind, f'{path.name}: {message}', False) for kind, message in notes]
         report.counts[split] = _counts(content)
+        told = any(p.kind in _LABEL_PROBLEMS for p in found)
         for problem in _content(content, task, split, split == splits[0]):
             report.problems.append(Problem(problem.kind, f'{path.name}: {problem.message}', problem.fatal))
+            told |= problem.fatal and problem.kind in _LABEL_PROBLEMS
+        if not told:
+            labels = _labels(content, task, path, first)
+            if isinstance(labels, str):
+                report.problems.append(Problem('categories', labels))
+            first = labels if split == splits[0] and isinstance(labels, Labels) else first
         try:
-            folder = find_images(Path(root), split, path)
+            folders = find_images(Path(root), split, path, images)
         except ValueError as error:
             report.problems.append(Problem('image folder', str(error)))
             continue
+        pictures = match_pictures((image['file_name'] for image in content['images']), folders, split)
+        if pictures.files:
+            name, file = next(iter(pictures.files.items()))
+            message = (
+                f'{path.name}: {len(pictures.files)} pictures have another path, {name} is {pictures.folder / file}'
+            )
+            report.problems.append(Problem('picture path', message, False))
         with ThreadPoolExecutor(workers) as pool:
-            checks: Iterable[Problem | None] = pool.map(partial(_image, folder), content['images'])
+            checks: Iterable[Problem | None] = pool.map(
+                partial(_image, pictures, set(pictures.missing)), content['images']
+            )
             if progress is not None:
                 checks = progress(checks, split, len(content['images']))
             report.problems += [problem for problem in checks if problem is not None]
-    if categories and not any(p.kind in ('duplicate id', 'category twice') for p in report.problems):
-        first, *others = categories
-        for other in others:
-            new = sorted(name for name, _ in categories[other][1] - categories[first][0])
-            if new:
-                message = f'{other} has objects of {", ".join(new[:5])}, which {first} has not, or with other keypoints'
-                report.problems.append(Problem('categories', message))
     return report
 
 
-def _categories(content: dict[str, Any], task: str) -> tuple[set[Any], set[Any]]:
-    """Names (and, where they matter, keypoints) of all categories, and of those that objects have."""
-    used = {a['category_id'] for a in content['annotations']}
-    points = task == 'keypoint'
-    facts = {c['id']: (c['name'], tuple(c.get('keypoints') or ()) if points else ()) for c in content['categories']}
-    return set(facts.values()), {fact for key, fact in facts.items() if key in used and (fact[1] or not points)}
+def _labels(content: dict[str, Any], task: str, path: Path, first: Labels | None) -> Labels | str:
+    """What the labels of a split mean, matched with the first split's as a run does it; else why they do not fit."""
+    try:
+        return labels_of(indexed(content), task, path.name, first and first.names, first and first.keypoints)
+    except ValueError as error:
+        return str(error)
 
 
 def _counts(content: dict[str, Any]) -> dict[str, int]:
@@ -167,14 +177,18 @@ def _content(content: dict[str, Any], task: str, split: str, trained: bool) -> I
     """Problems of annotations that are well-formed."""
     if not content['images']:
         yield Problem('no images', 'the file lists no images; expected at least one')
-    if not any(_trains(record, task) for record in content['annotations']):
+    images = {image['id']: image for image in content['images']}
+    layouts = {c['id']: c.get('keypoints') or [] for c in content['categories']}
+    others = {key for key, points in layouts.items() if task == 'keypoint' and not points}
+    if not any(
+        _trains(record, task, images) for record in content['annotations'] if record['category_id'] not in others
+    ):
         message = f'there is no object in split {split!r}; expected some, not crowds or empty boxes only'
         yield Problem('no objects', message, trained)
     names = Counter(image['file_name'] for image in content['images'])
     yield from (Problem('image listed twice', f'{n} is listed {k} times') for n, k in names.items() if k > 1)
     classes = Counter(category['name'] for category in content['categories'])
     yield from (Problem('category twice', f'the name {n!r} has {k} categories') for n, k in classes.items() if k > 1)
-    layouts = {c['id']: c.get('keypoints') or [] for c in content['categories']}
     if task == 'keypoint':
         if not any(layouts.values()):
             yield Problem('no keypoints', 'no category has a list of keypoints; the keypoint task needs one')
@@ -186,33 +200,36 @@ def _content(content: dict[str, Any], task: str, split: str, trained: bool) -> I
             if wrong:
                 message = f'category {category["name"]!r} has edge {wrong[0]}; expected two numbers from 1 to {count}'
                 yield Problem('skeleton', message)
-    images = {image['id']: image for image in content['images']}
     for record in content['annotations']:
         image = images.get(record['image_id'])
         if image is None or len(record['bbox']) != 4:
             continue  # listed before
         yield from _box(record, image)
-        if task == 'mask' or record.get('iscrowd'):
+        if task == 'mask':
             yield from _mask(record, image)
         if task == 'keypoint' and layouts.get(record['category_id']):
             yield from _points(record, image, len(layouts[record['category_id']]))
 
 
-def _trains(record: dict[str, Any], task: str) -> bool:
-    """Whether an annotation is something to train on, as far as it says so itself."""
-    box = record['bbox']
-    filled = len(box) == 4 and box[2] != 0 and box[3] != 0  # wrong ones are told below
-    return filled and not record.get('iscrowd') and (task != 'mask' or bool(record.get('segmentation')))
+def _trains(record: dict[str, Any], task: str, images: dict[int, dict[str, Any]]) -> bool:
+    """Whether an annotation is something to train on; a malformed one may be, once it is repaired."""
+    image = images.get(record['image_id'])
+    if image is None or len(record['bbox']) != 4:
+        return True
+    x, y, w, h = record['bbox']
+    if w > 0 and h > 0 and (x >= image['width'] or y >= image['height'] or x + w <= 0 or y + h <= 0):
+        return not record['iscrowd']  # told as a box outside
+    if box_to_train_on(record, task, image['height'], image['width']) is None:
+        return w < 0 or h < 0
+    try:
+        return task != 'mask' or mask_area(record, image['height'], image['width']) > 0
+    except ValueError:
+        return True
 
 
 def _box(record: dict[str, Any], image: dict[str, Any]) -> Iterator[Problem]:
     where, (x, y, w, h) = f'annotation {record["id"]}', record['bbox']
     width, height = image['width'], image['height']
-    area = record.get('area')
-    if isinstance(area, (int, float)) and area < 0:
-        yield Problem('malformed area', f'{where} has area {area!r}; expected a number of 0 or more')
-    if not all(isinstance(v, (int, float)) and math.isfinite(v) for v in record['bbox']):
-        return
     if w < 0 or h < 0:
         yield Problem('negative box', f'{where} has a box of {w}x{h} pixels; expected x, y, width, height')
     elif w == 0 or h == 0:
@@ -230,20 +247,10 @@ def _mask(record: dict[str, Any], image: dict[str, Any]) -> Iterator[Problem]:
     if not outline:
         yield Problem('no mask', f'{where} has no segmentation; it is left out of training', False)
         return
-    if isinstance(outline, list):
-        if any(isinstance(p, list) and len(p) < 6 for p in outline):
-            yield Problem('short polygon', f'{where} has a polygon of less than three points; it is left out', False)
-            outline = [p for p in outline if not isinstance(p, list) or len(p) >= 6]
-        bad = [p for p in outline if not isinstance(p, list) or len(p) % 2]
-        if bad:
-            size = len(bad[0]) if isinstance(bad[0], list) else 0
-            message = f'{where} has a polygon of {size} numbers; expected an even number'
-            yield Problem('malformed polygon', message)
-            return
     try:
-        filled = bool(decode_mask(record, image['height'], image['width']).any())
+        filled = mask_area(record, image['height'], image['width'])
     except ValueError as error:
-        yield Problem('malformed mask', str(error))
+        yield Problem('malformed polygon' if isinstance(outline, list) else 'malformed mask', str(error))
         return
     if not filled:
         yield Problem('empty mask', f'{where} has a mask without a pixel; it is left out of training', False)
@@ -271,20 +278,19 @@ def _points(record: dict[str, Any], image: dict[str, Any], count: int) -> Iterat
             break
 
 
-def _image(folder: Path, record: dict[str, Any]) -> Problem | None:
-    """Decode one image; a truncated file, which OpenCV fills up with grey, is a problem too."""
-    if leads_away(record['file_name']):
-        return None  # listed before
-    path = folder / record['file_name']
-    if not path.is_file():
-        return Problem('missing image', f'{path} does not exist')
+def _image(pictures: Pictures, missing: set[str], record: dict[str, Any]) -> Problem | None:
+    """Decode one image, as training does."""
+    name = record['file_name']
+    if name in missing:
+        return Problem('missing image', f'{pictures.folder / name} does not exist, nor another file that it can mean')
+    path = pictures.path(name)
     try:
-        size = read_rgb(path, f'{path} cannot be read').size
+        height, width = read_picture(path, oriented=False).shape[:2]
     except ValueError as error:
         return Problem('unreadable image', str(error))
-    expected = (record['width'], record['height'])
+    size, expected = (width, height), (record['width'], record['height'])
     if size != expected:
         turned = '; it may be turned by its EXIF data' if size == expected[::-1] else ''
-        message = f'{path} is {size[0]}x{size[1]} pixels; the annotations say {expected[0]}x{expected[1]}{turned}'
+        message = f'{path} is {width}x{height} pixels; the annotations say {expected[0]}x{expected[1]}{turned}'
         return Problem('image size', message)
     return None

@@ -23,7 +23,7 @@ from detection.demo.predictor import ModelFacts, Predictor
 from detection.demo.studio import ModelChoice, Studio
 from detection.demo.video import IMAGE_SUFFIXES, Frame, FrameSource, fit_image, open_source
 from detection.demo.video_writer import VideoWriter, check_video_output
-from detection.rcnn import build_detector
+from detection.rcnn import build_detector, take_thin_pictures
 from detection.tasks import TASKS, check_same_task
 from detection.training import load_detector
 from detection.visual import Image, plot_histogram
@@ -64,7 +64,7 @@ def load_model(weights: str, task: str | None = None) -> tuple[nn.Module, ModelF
         known = TORCHVISION_TASKS[weights]
         check_same_task(weights, known, task)
         try:
-            model = get_model(weights, weights='DEFAULT')
+            model = take_thin_pictures(get_model(weights, weights='DEFAULT'))
         except OSError as error:
             raise ValueError(f'torchvision weights of {weights} cannot be downloaded: {error}') from error
         return model, ModelFacts(weights, known, coco_names(known), params=count_params(model))

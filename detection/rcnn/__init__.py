@@ -7,9 +7,10 @@ from detection.rcnn.build import RCNN_OPTIONS, build_detector
 from detection.rcnn.compression import RECIPES, compress_detector
 from detection.rcnn.export import DetectionAgreement, OneImage, exportable
 from detection.rcnn.restore import BODY, convert_detector_state_dict, is_detector, restore, task_of
+from detection.rcnn.transform import take_thin_pictures
 
 __all__ = [
     'BODY', 'NORMS', 'RCNN_OPTIONS', 'RECIPES', 'DetectionAgreement', 'OneImage', 'build_detector',
     'compress_detector', 'convert_detector_state_dict', 'create_features', 'exportable', 'is_detector', 'restore',
-    'task_of',
+    'take_thin_pictures', 'task_of',
 ]  # fmt: skip

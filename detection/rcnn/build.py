@@ -19,6 +19,7 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from detection.rcnn.backbone import build_backbone, normalisation, set_training
 from detection.rcnn.compression import RECIPES, compress_detector, read_spec, recipe_spec
 from detection.rcnn.restore import detector_content, restore, start_from, state_of, task_of
+from detection.rcnn.transform import take_thin_pictures
 from detection.tasks import TASKS, check_same_task
 from norton_timm.checkpoints import dense_name
 from norton_timm.compression import CompressionSpec
@@ -179,20 +180,18 @@ def _assemble(
         **common,
     }
     if task == 'box':
-        return FasterRCNN(fpn, **common)
+        return take_thin_pictures(FasterRCNN(fpn, **common))
     if task == 'mask':
-        return MaskRCNN(
-            fpn,
-            mask_head=MaskRCNNHeads(fpn_channels, tuple(mask_layers), 1),
-            mask_predictor=MaskRCNNPredictor(mask_layers[-1], mask_layers[-1], num_classes),
-            **common,
-        )
-    return KeypointRCNN(
-        fpn,
-        keypoint_head=KeypointRCNNHeads(fpn_channels, tuple(keypoint_layers)),
-        keypoint_predictor=_KeypointPredictor(keypoint_layers[-1], num_keypoints),
-        **common,
-    )
+        head = {
+            'mask_head': MaskRCNNHeads(fpn_channels, tuple(mask_layers), 1),
+            'mask_predictor': MaskRCNNPredictor(mask_layers[-1], mask_layers[-1], num_classes),
+        }
+        return take_thin_pictures(MaskRCNN(fpn, **head, **common))
+    head = {
+        'keypoint_head': KeypointRCNNHeads(fpn_channels, tuple(keypoint_layers)),
+        'keypoint_predictor': _KeypointPredictor(keypoint_layers[-1], num_keypoints),
+    }
+    return take_thin_pictures(KeypointRCNN(fpn, **head, **common))
 
 
 def _check_start(

@@ -32,7 +32,8 @@ class DataConfig:
     root: str | None = None  # COCO folder; None: data/coco if it is there, else the sample set
     train_split: str = 'train'  # names of annotation files; the same one twice shows whether a network can overfit
     val_split: str = 'val'
-    images: int | None = None  # train and evaluate only on the first so many images with objects
+    images: str | None = None  # folder of the pictures, in root or else from here; None: where layouts have them
+    limit: int | None = None  # train and evaluate only on the first so many images with objects
     batch_size: int = 2  # images of one process
     workers: int = 4  # loading processes
     flip: float = 0.5  # probability of a horizontal flip
@@ -135,6 +136,10 @@ def load_config(
 
 def config_from_dict(tree: dict[str, Any], problems: Sequence[str] = ()) -> RunConfig:
     """A checked configuration from nested plain types; earlier `problems` are reported with the new ones."""
+    data = tree.get('data')
+    if isinstance(data, dict) and type(data.get('images')) is int and data.get('limit') is None:
+        data = {key: value for key, value in data.items() if key != 'images'} | {'limit': data['images']}
+        tree = {**tree, 'data': data}  # a number under this name is of before there was `limit`
     return checked(RunConfig, tree, problems, _check)
 
 
@@ -160,7 +165,7 @@ def _check(config: RunConfig) -> list[str]:
             hint = f'did you mean {near[0]}?' if near else f'expected one of {", ".join(RCNN_OPTIONS)}'
             problems.append(f'unknown key model.rcnn.{name}: {hint}')
     problems += outside({
-        'data.batch_size': data.batch_size, 'data.images': data.images, 'model.max_size': model.max_size,
+        'data.batch_size': data.batch_size, 'data.limit': data.limit, 'model.max_size': model.max_size,
         'optim.lr_batch': optim.lr_batch, 'optim.accumulate': optim.accumulate,
         **{f'model.anchor_sizes[{k}]': n for k, n in enumerate(model.anchor_sizes[:5])},
     }, 0, 2**20, above=True)  # fmt: skip

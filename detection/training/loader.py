@@ -13,6 +13,7 @@ from detection.data import (
     CopyPaste,
     Draw,
     RepeatFactorSampler,
+    allow_open_files,
     aspect_groups,
     build_transforms,
     collate,
@@ -96,17 +97,25 @@ def training_sets(config: RunConfig, root: Path) -> tuple[CocoDataset, CocoDatas
         jitter=data.jitter,
         safe_crop=data.safe_crop,
     )
-    pairs, limit = data.keypoint_pairs() if config.task == 'keypoint' else None, data.images
+    pairs, limit = data.keypoint_pairs() if config.task == 'keypoint' else None, data.limit
     train_set = CocoDataset(
-        root, data.train_split, config.task, augment, seed=config.seed, flip_pairs=pairs, limit=limit
+        root,
+        data.train_split,
+        config.task,
+        augment,
+        seed=config.seed,
+        flip_pairs=pairs,
+        images=data.images,
+        limit=limit,
     )
-    if not any(train_set.labels_of(index) for index in range(len(train_set))):
+    if not any(train_set.has_objects(index) for index in range(len(train_set))):
         raise ValueError(f'{train_set.annotation_file} has no object to train on for task {config.task}')
     return train_set, CocoDataset(
         root,
         data.val_split,
         config.task,
         flip_pairs=pairs,
+        images=data.images,
         limit=limit,
         class_names=train_set.class_names,
         keypoint_names=train_set.keypoint_names,
@@ -118,6 +127,8 @@ def train_loader(dataset: CocoDataset, data: DataConfig, seed: int, pin: bool = 
     factors = None
     if data.repeat_threshold is not None:
         factors = repeat_factors([dataset.labels_of(i) for i in range(len(dataset))], data.repeat_threshold)
+    if data.workers:
+        allow_open_files()
     return DataLoader(
         CopyPaste(dataset, data.copy_paste) if data.copy_paste else dataset,
         batch_sampler=BatchStream(aspect_groups(dataset), data.batch_size, seed, factors),
@@ -125,4 +136,5 @@ def train_loader(dataset: CocoDataset, data: DataConfig, seed: int, pin: bool = 
         collate_fn=collate,
         pin_memory=pin,
         persistent_workers=data.workers > 0,
+        worker_init_fn=allow_open_files,
     )

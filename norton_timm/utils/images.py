@@ -30,16 +30,19 @@ def read_rgb(source: Path | bytes, name: object, most_pixels: int = MOST_PIXELS)
         most_pixels: a picture with more pixels is refused before it is decoded.
 
     Raises:
-        ValueError: no picture, a damaged one, one that is too large, or one of float numbers, whose range is unknown.
+        ValueError: no picture, a damaged one, one that is too large, or one of float or 32-bit numbers, whose range is
+            unknown.
     """
     with _opened(source, name) as picture:
         if picture.width * picture.height > most_pixels:
             size = f'{picture.width}x{picture.height}'
             raise ValueError(f'{name} is not decoded: {size} pixels, expected at most {most_pixels:,} in all')
-        if picture.mode == 'F':
-            raise ValueError(f'{name}: a picture of float numbers; expected 8 or 16 bits')
+        sixteen = picture.mode == 'I' and picture.format in ('PPM', 'PNG')  # formats that end at 16 bits
+        if picture.mode in ('F', 'I') and not sixteen:
+            numbers = 'float' if picture.mode == 'F' else '32-bit whole'
+            raise ValueError(f'{name}: a picture of {numbers} numbers; expected 8 or 16 bits')
         try:
-            if picture.mode.startswith('I;16'):  # Pillow would cut off at 255
+            if picture.mode.startswith('I;16') or sixteen:  # Pillow would cut off at 255
                 return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8)).convert('RGB')
             return picture.convert('RGB')
         except DAMAGE as error:

@@ -92,13 +92,14 @@ def _picture(data: bytes, folder: Path) -> None:
     """Every reader of pictures; each may refuse, none may do anything else."""
     from detection.data.decode import decode_rgb, read_picture
     from detection.data.doctor import _image
+    from detection.data.layouts import match_pictures
     from detection.demo.video import ImageSource
     from norton_timm.inference.export_check import read_images
     from norton_timm.training.sources import _decode
 
     path = folder / 'a.jpg'
     path.write_bytes(data)
-    _image(folder, {'file_name': 'a.jpg', 'width': 32, 'height': 24})
+    _image(match_pictures(['a.jpg'], [folder]), set(), {'file_name': 'a.jpg', 'width': 32, 'height': 24})
     readers = (
         lambda p: read_picture(p, oriented=False).shape,
         lambda p: decode_rgb(data, 'x', oriented=True, most_pixels=10**6),

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from . import annotations, arguments, checkpoints, pictures, texts
+from . import annotations, arguments, checkpoints, data_sets, pictures, texts
 
 SURFACES = [
     *texts.SURFACES,
     *annotations.SURFACES,
+    *data_sets.SURFACES,
     *pictures.SURFACES,
     *checkpoints.SURFACES,
     *arguments.SURFACES,

@@ -94,8 +94,8 @@ def coco(folder: Path, **changes: object) -> Path:
 @pytest.mark.parametrize(
     ('change', 'told'),
     [
-        ({'images_0_file_name': '../../../etc/passwd'}, 'image 1 has file name'),
-        ({'images_0_file_name': '/etc/passwd'}, 'image 1 has file name'),
+        ({'images_0_file_name': 'a/..'}, 'image 1 has file name'),
+        ({'images_0_file_name': 'a\0.jpg'}, 'image 1 has file name'),
         ({'images_0_width': 10**6, 'images_0_height': 10**6}, 'image 1 is 1000000x1000000'),
         ({'images_0_id': True}, r"images\[0\] has no int 'id'"),
         ({'categories_0_keypoints': 3}, 'category 1 has keypoints 3'),
@@ -113,6 +113,19 @@ def test_annotations_that_would_break_later_are_refused_by_name(change: dict, to
     with pytest.raises(ValueError, match=told):
         load_coco(folder / 'annotations' / 'instances_train.json')
     assert not check_data(folder, 'keypoint', ('train',)).ok
+
+
+@pytest.mark.parametrize('name', ['../../../etc/passwd', '/etc/passwd', 'images/../../1.jpg', '/1.jpg', 'C:\\1.jpg'])
+def test_a_name_never_leads_out_of_the_image_folder(name: str, tmp_path: Path) -> None:
+    """The last part alone may say which picture of the folder is meant, unless it is another name's."""
+    (tmp_path / 'data').mkdir()
+    (tmp_path / '1.jpg').write_bytes(pictures()[0])
+    folder = coco(tmp_path / 'data', images_0_file_name=name)
+    if 'passwd' not in name:
+        (folder / 'images' / '1.jpg').rename(folder / 'images' / 'b.jpg')
+    with pytest.raises(ValueError, match=r'1 of 2 pictures are not in .*images, such as'):
+        CocoDataset(folder, 'train', 'box')
+    assert 'missing image' in {problem.kind for problem in check_data(folder, 'box', ('train',)).problems}
 
 
 def test_deep_json_is_no_annotation_file(tmp_path: Path) -> None:

@@ -16,6 +16,8 @@ CHEAP = {
     'classification configuration': 100,
     'page settings': 100,
     'COCO annotations': 150,
+    'label maps': 60,
+    'layouts': 100,
     'pictures': 150,
     'archives of images': 60,
     'videos': 40,
