@@ -11,6 +11,7 @@ from typing import Any
 import av
 import cv2
 import numpy as np
+from av.video.reformatter import VideoReformatter
 
 from detection.demo.times import FASTEST, SLOWEST, exact_rate
 from detection.visual import Image
@@ -33,8 +34,7 @@ class VideoReader:
     Attributes:
         rate: nominal frames per second.
         tick: seconds to which timestamps are rounded.
-        announced: frames that the header tells, ``None`` where it does not.
-        count: the same, or an estimate from duration and rate.
+        count: frames that the header tells, or duration times a constant rate; ``None`` where neither is known.
         finite: the source has a length; a source without one is live.
         broken: why reading ended before the end, if it did.
 
@@ -60,8 +60,8 @@ class VideoReader:
         rates = [r for r in (stream.guessed_rate, stream.average_rate) if r and SLOWEST <= r < FASTEST]
         self.rate = exact_rate(float(rates[0])) if rates else Fraction(30)
         self.tick = Fraction(stream.time_base or 0)
-        self.announced: int | None = stream.frames or None
-        self.count = self.announced or self._estimate()
+        self.count: int | None = stream.frames or self._estimate()
+        self._converter: Any = VideoReformatter()  # to make one for every frame takes longer than to decode it
 
     @property
     def finite(self) -> bool:
@@ -94,12 +94,12 @@ class VideoReader:
             yield image, stamp
 
     def _picture(self, frame: Any) -> Image:
-        image = frame.to_ndarray(format=self.pixels)
+        image = self._converter.reformat(frame, format=self.pixels).to_ndarray()
         turns = round(frame.rotation / 90) % 4  # how a phone was held
         return np.ascontiguousarray(np.rot90(image, turns)) if turns else image
 
     def _estimate(self) -> int | None:
-        # other rates, of variable ones, say nothing about the number
+        # a variable rate says nothing about the number
         if not self._container.duration or self._stream.average_rate != self._stream.guessed_rate:
             return None
         return round(self._container.duration / av.time_base * self.rate) or None

@@ -72,7 +72,7 @@ def figures_file(args: argparse.Namespace) -> Path | None:
     if args.json is not None or args.output is None:
         return args.json
     if args.output.is_dir():
-        folder = args.output.resolve()
+        folder = args.output if args.output.name not in ('', '..') else args.output.resolve()
         return folder.with_name(f'{folder.name}.json')
     if args.output.suffix.lower() in IMAGE_SUFFIXES:  # whose .png may be the picture itself
         return args.output.with_name(f'{args.output.stem}_figures.json')

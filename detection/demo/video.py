@@ -129,10 +129,9 @@ class FileSource(FrameSource):
                 yield Frame(image, index, time.perf_counter(), times(stamp))
                 index += 1
                 found = next(self._frames, None)
-            announced = self._reader.announced
             # containers announce a frame or two more than they hold; more than that is damage
-            if announced is not None and index < announced - 2 and index < 0.98 * announced:
-                log.warning('%s ended after %d of %d frames: the file is damaged', self.name, index, announced)
+            if self.count is not None and index < self.count - 2 and index < 0.98 * self.count:
+                log.warning('%s ended after %d of %d frames: the file is damaged', self.name, index, self.count)
             elif self._reader.broken:
                 log.warning('%s ended after %d frames: it is damaged (%s)', self.name, index, self._reader.broken)
             if times.repaired:
