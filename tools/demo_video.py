@@ -29,7 +29,7 @@ from norton_timm.utils import choose_device
 def parser() -> Parser:
     p = Parser(description=__doc__)
     p.add_argument(
-        '--input', help='video, picture, folder, webcam index or URL (rtsp, http, file); a drawn clip if none'
+        '--input', help='video, picture, folder, webcam index or URL (rtsp, http, file); none = a drawn clip'
     )
     p.add_argument('--output', type=Path, help='.mp4 to write; a folder or picture file if the input is pictures')
     p.add_argument('--overwrite', action='store_true', help='replace files that are there')
