@@ -140,6 +140,13 @@ def test_av1_is_decoded(tmp_path):
         assert source.fps == 25
 
 
+def test_a_codec_that_nobody_decodes_is_named(tmp_path):
+    path = write(tmp_path / 'a.avi', 'mpeg4', [0, 0.04], Fraction(1, 25), Fraction(25))
+    path.write_bytes(path.read_bytes().replace(b'FMP4', b'ZZZZ'))
+    with pytest.raises(ValueError, match=r'a\.avi is not a video that can be decoded: no decoder for it'):
+        FileSource(path)
+
+
 @pytest.mark.parametrize('angle', [90, 180, 270])
 def test_a_video_of_a_turned_phone_is_upright(tmp_path, angle):
     path = write(tmp_path / 'a.mp4', 'libx264', [0], Fraction(1, 25), Fraction(25), rotation=angle)

@@ -51,9 +51,9 @@ class VideoReader:
         except av.FFmpegError as error:
             raise ValueError(_told(error)) from error
         stream: Any = self._container.streams.best('video')
-        if stream is None:
+        if stream is None or stream.codec_context is None:
             self.close()
-            raise ValueError('no video in it')
+            raise ValueError('no video in it' if stream is None else 'no decoder for it')
         stream.codec_context.options = {'max_pixels': str(MOST_PIXELS)}
         stream.thread_type = 'AUTO' if threads else 'SLICE'
         self._stream = stream
