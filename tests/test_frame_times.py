@@ -193,6 +193,34 @@ def test_times_that_no_video_has_are_refused(tmp_path, at):
     assert times_in(tmp_path / 'a.mp4') == pytest.approx([0, 1, 1], abs=1e-4)
 
 
+@pytest.mark.parametrize('lasts', [Fraction(1, 2), 3, None])
+def test_the_last_frame_lasts_as_long_as_told(tmp_path, lasts):
+    with VideoWriter(tmp_path / 'a.mp4', Fraction(25), (64, 48)) as writer:
+        for index in range(3):
+            writer.write(grey(index), index, lasts)
+    with av.open(str(tmp_path / 'a.mp4')) as container:
+        assert container.duration / 1e6 == pytest.approx(2 + float(lasts or 1 / 25), abs=1e-4)
+    with FileSource(tmp_path / 'a.mp4') as source:
+        assert float(list(source)[-1].lasts or 1 / 25) == pytest.approx(float(lasts or 1 / 25), abs=1e-4)
+
+
+@pytest.mark.parametrize(('suffix', 'rate'), [('mkv', NTSC), ('webm', Fraction(24000, 1001)), ('avi', Fraction(30))])
+def test_a_constant_rate_goes_through_the_tool_exactly(tool, tmp_path, suffix, rate):
+    path = write(
+        tmp_path / f'in.{suffix}',
+        'mpeg4' if suffix == 'avi' else 'libvpx',
+        [k / rate for k in range(7)],
+        1 / rate,
+        rate,
+    )
+    options = ['--random-weights', '--backbone', 'resnet18', '--imgsz', 64, '--device', 'cpu', '--warmup', 0]
+    code, _, err = tool('demo_video.py', *options, '--input', path, '--output', tmp_path / 'out.mp4')
+    assert code == 0, err
+    with av.open(str(tmp_path / 'out.mp4')) as container:
+        stream = container.streams.video[0]
+        assert stream.average_rate == stream.guessed_rate == rate and stream.duration * stream.time_base == 7 / rate
+
+
 def test_a_variable_rate_goes_through_the_tool(tool, tmp_path):
     stamps = [Fraction(t, 1000) for t in (0, 40, 700, 740, 3000, 3033, 9000)]
     path = write(tmp_path / 'in.webm', 'libvpx', stamps, MS, Fraction(1000), {'live': '1'})

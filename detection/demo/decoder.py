@@ -6,7 +6,7 @@ import errno
 import logging
 from collections.abc import Iterator
 from fractions import Fraction
-from typing import Any
+from typing import Any, NamedTuple
 
 import av
 import cv2
@@ -21,6 +21,14 @@ log = logging.getLogger(__name__)
 
 _TIMEOUT_S = 5.0  # a stream that is silent for longer counts as broken
 _PLAYLISTS = ('hls', 'dash', 'rtsp', 'sdp')  # the length of the list says nothing about the video's
+
+
+class Decoded(NamedTuple):
+    """A picture ``uint8 (H, W, 3)``, its timestamp, and how long it lasts, in seconds where the container tells."""
+
+    image: Image
+    stamp: Fraction | None
+    lasts: Fraction | None
 
 
 class VideoReader:
@@ -70,8 +78,8 @@ class VideoReader:
         known = (container.duration or 0) > 0 or kind.endswith('_pipe')  # such a pipe is a single picture
         return known or (container.size > 0 and not any(name in kind for name in _PLAYLISTS))
 
-    def frames(self) -> Iterator[tuple[Image, Fraction | None]]:
-        """Pictures ``uint8 (H, W, 3)``, upright, with their timestamps in seconds; damaged ones are left out."""
+    def frames(self) -> Iterator[Decoded]:
+        """The pictures, upright; damaged ones are left out."""
         try:
             for packet in self._container.demux(self._stream):
                 yield from self._decoded(packet)
@@ -83,15 +91,16 @@ class VideoReader:
         """Release the file or connection; more than once is fine."""
         self._container.close()
 
-    def _decoded(self, packet: Any) -> Iterator[tuple[Image, Fraction | None]]:
+    def _decoded(self, packet: Any) -> Iterator[Decoded]:
         try:
             found = [(self._picture(frame), frame) for frame in self._stream.decode(packet)]
         except av.FFmpegError as error:  # one damaged frame; the next one may be whole
             log.debug('a frame was left out: %s', error)
             return
         for image, frame in found:
-            stamp = None if frame.pts is None or not frame.time_base else frame.pts * frame.time_base
-            yield image, stamp
+            base = frame.time_base or 0
+            stamp = frame.pts * base if frame.pts is not None and base else None
+            yield Decoded(image, stamp, frame.duration * base if frame.duration and frame.duration > 0 else None)
 
     def _picture(self, frame: Any) -> Image:
         image = self._converter.reformat(frame, format=self.pixels).to_ndarray()
@@ -119,14 +128,14 @@ class StreamCapture:
             self._reader = reader or live_reader(name)
         except ValueError as error:
             log.debug('%s: %s', name, error)
-        self._frames: Iterator[Any] = self._reader.frames() if self._reader else iter(())
+        self._frames: Iterator[Decoded] = self._reader.frames() if self._reader else iter(())
 
     def isOpened(self) -> bool:
         return self._reader is not None
 
     def read(self) -> tuple[bool, Image | None]:
-        image, _ = next(self._frames, (None, None))
-        return image is not None, image
+        found = next(self._frames, None)
+        return (False, None) if found is None else (True, found.image)
 
     def get(self, prop: int, /) -> float:
         return float(self._reader.rate) if self._reader and prop == cv2.CAP_PROP_FPS else 0.0

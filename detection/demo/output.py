@@ -162,7 +162,7 @@ class Output:
             size = image.shape[1], image.shape[0]
             self.writer = VideoWriter(path, self.source.fps, size, self.codec, overwrite=self.overwrite)
             self._start = at
-        self.writer.write(fit_image(image, self.writer.size), at - self._start)
+        self.writer.write(fit_image(image, self.writer.size), at - self._start, frame.lasts)
 
     def _write_picture(self, image: Image, target: Path) -> None:
         ok, data = cv2.imencode(target.suffix.lower(), cv2.cvtColor(image, cv2.COLOR_RGB2BGR))

@@ -90,6 +90,10 @@ class FrameTimes:
         self._last = time
         return time
 
+    def length(self, lasts: Fraction | None) -> Fraction | None:
+        """How long a frame is shown; ``None`` where that is 1 / ``rate`` but for the container's rounding."""
+        return None if lasts is None or abs(lasts - 1 / self.rate) <= self._tolerance else lasts
+
     def _usable(self, time: Fraction, expected: Fraction) -> Fraction:
         last = self._last
         if last is None:

@@ -43,12 +43,14 @@ class Frame:
         index: 0-based position in the source; live sources leave out the numbers of dropped frames.
         time: when the picture was read, in seconds on ``time.perf_counter``.
         at: when it is shown, in seconds after the first frame; ``None``: by the rate of the source.
+        lasts: how long it is shown if no frame follows, in seconds; ``None``: by the rate of the source.
     """
 
     image: Image
     index: int
     time: float
     at: Fraction | None = None
+    lasts: Fraction | None = None
 
 
 class Capture(Protocol):
@@ -125,8 +127,7 @@ class FileSource(FrameSource):
         self._first = None
         try:
             while found is not None:
-                image, stamp = found
-                yield Frame(image, index, time.perf_counter(), times(stamp))
+                yield Frame(found.image, index, time.perf_counter(), times(found.stamp), times.length(found.lasts))
                 index += 1
                 found = next(self._frames, None)
             # containers announce a frame or two more than they hold; more than that is damage

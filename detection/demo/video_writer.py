@@ -53,7 +53,7 @@ class _Encoder:
             raise ValueError(f'this PyAV has no {encoder}')
         self.name = f'{codec} ({encoder})'
         self.ticks = min(timescale(fps), 65535) if encoder == 'mpeg4' else timescale(fps)
-        self._duration = max(1, round(self.ticks / fps))
+        self._lasts = 1
         self._container: Any = av.open(str(path), 'w', format='mp4')
         stream: Any = self._container.add_stream(encoder, rate=fps, options=_OPTIONS.get(encoder, {}))
         self._stream = stream
@@ -66,10 +66,10 @@ class _Encoder:
         self._container.start_encoding()  # an encoder that cannot be opened fails here, and the next one is tried
         self._begun = False
 
-    def write(self, image: Image, ticks: int) -> None:
+    def write(self, image: Image, ticks: int, lasts: int) -> None:
         frame = av.VideoFrame.from_ndarray(image, format='rgb24')
         frame.pts, frame.time_base = ticks, Fraction(1, self.ticks)
-        self._begun = True
+        self._begun, self._lasts = True, lasts
         self._mux(frame)
 
     def close(self) -> None:
@@ -81,7 +81,7 @@ class _Encoder:
 
     def _mux(self, frame: av.VideoFrame | None) -> None:
         for packet in self._stream.encode(frame):
-            packet.duration = self._duration  # counts for the last one: the others last until the next
+            packet.duration = self._lasts  # counts for the last one: the others last until the next
             self._container.mux(packet)
 
 
@@ -124,12 +124,13 @@ class VideoWriter:
         self._encoder: _Encoder | None = self._open(codec)
         self.codec, self._ticks = self._encoder.name, self._encoder.ticks
 
-    def write(self, image: Image, at: Fraction | float | None = None) -> None:
+    def write(self, image: Image, at: Fraction | float | None = None, lasts: Fraction | float | None = None) -> None:
         """Append one RGB frame of the writer's size.
 
         Args:
             image: ``uint8 (H, W, 3)``.
             at: seconds from the beginning at which it is shown, not before the last one; ``None``: by the rate.
+            lasts: seconds that it is shown if it is the last one, at most a day; ``None``: by the rate.
 
         Raises:
             ValueError: another size, a time before the last frame's or hours after it, or the file is closed.
@@ -147,7 +148,7 @@ class VideoWriter:
         try:
             if self.frames % _CHECK_EVERY == 0 and shutil.disk_usage(self.path.parent).free < _RESERVE:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            self._encoder.write(image, ticks)
+            self._encoder.write(image, ticks, self._length(lasts))
         except (OSError, av.FFmpegError) as error:
             self._discard()
             raise self._failure(error) from error
@@ -189,6 +190,12 @@ class VideoWriter:
             gap = (ticks - self._last) / self._ticks
             raise ValueError(f'a frame {gap:.0f} s after the one before, expected at most {float(longest):.0f} s')
         return ticks
+
+    def _length(self, lasts: Fraction | float | None) -> int:
+        """The ticks that a last frame is shown."""
+        if lasts is None or not math.isfinite(lasts) or lasts <= 0:
+            lasts = 1 / self.fps
+        return max(1, round(min(Fraction(lasts), longest_gap(self._ticks)) * self._ticks))
 
     def _open(self, codec: str) -> _Encoder:
         reasons = []
