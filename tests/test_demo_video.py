@@ -18,7 +18,8 @@ from tool_runner import finish, start_tool
 
 from detection.data.sample import draw_frames
 from detection.demo import demo
-from detection.demo.video import open_source
+from detection.demo.output import Output
+from detection.demo.video import Frame, FrameSource, open_source
 from detection.demo.video_writer import VideoWriter
 from detection.training.checkpoint import detector_from_config, save_checkpoint
 from detection.training.config import config_from_dict
@@ -190,10 +191,122 @@ def test_nothing_that_is_read_is_overwritten(tool, tmp_path, clip):
         ['--input', f'file://{video}', '--headless', '--json', video],
         ['--input', photo, '--output', photo.with_suffix('.mp4')],  # its histogram would be a.png
         ['--input', photo.parent, '--headless', '--json', photo.with_suffix('.json')],
+        ['--input', photo.parent, '--output', photo.parent],
+        ['--input', photo, '--output', photo],
     ):
-        code, _, err = tool(TOOL, *RANDOM, *arguments)
-        assert code == 2 and 'is read and would be overwritten' in err and 'Traceback' not in err
+        for overwrite in ([], ['--overwrite']):
+            code, _, err = tool(TOOL, *RANDOM, *arguments, *overwrite)
+            assert code == 2 and 'is read and would be overwritten' in err and 'Traceback' not in err
     assert before == {path: path.read_bytes() for path in before}
+
+
+@pytest.mark.parametrize('there', ['out.mp4', 'out.json', 'out.png', 'other.json', 'other.png', 'out'])
+def test_files_of_others_stay_unless_overwrite_is_given(tool, tmp_path, clip, there):
+    path = tmp_path / there
+    if there == 'out':
+        (tmp_path / 'photos').mkdir()
+        for name in ('a.jpg', 'b.png'):
+            cv2.imwrite(str(tmp_path / 'photos' / name), np.zeros((40, 60, 3), np.uint8))
+        arguments = ['--input', tmp_path / 'photos', '--output', path]
+        path.mkdir()
+        path = path / 'b.png'
+    else:
+        arguments = ['--input', clip, '--output', tmp_path / 'out.mp4', '--frames', 2]
+    if 'other' in there:
+        arguments += ['--json', tmp_path / 'other.json']
+    path.write_bytes(b'mine')
+    files = sorted(tmp_path.rglob('*'))
+    code, _, err = tool(TOOL, *RANDOM, '--warmup', 0, *arguments)
+    assert (
+        code == 2
+        and err.splitlines()[-1] == f'error: {path} exists: choose another name, or give --overwrite to replace it'
+    )
+    assert path.read_bytes() == b'mine' and sorted(tmp_path.rglob('*')) == files
+    code, _, err = tool(TOOL, *RANDOM, '--warmup', 0, *arguments, '--overwrite')
+    assert code == 0 and path.read_bytes() != b'mine', err
+
+
+def test_a_file_is_not_written_twice_or_over_what_is_no_file(tool, tmp_path, clip):
+    (tmp_path / 'folder.json').mkdir()
+    for arguments, told in (
+        (['--json', tmp_path / 'x.png'], 'x.png would be written twice'),
+        (['--output', tmp_path / 'x.mp4', '--json', tmp_path / 'x.mp4'], 'x.mp4 would be written twice'),
+        (['--json', tmp_path / 'folder.json'], 'is no plain file'),
+        (['--json', '/dev/null', '--overwrite'], '/dev/null is no plain file'),
+    ):
+        code, _, err = tool(TOOL, *RANDOM, '--input', clip, '--headless', *arguments)
+        assert code == 2 and told in err and 'Traceback' not in err
+    assert [p.name for p in tmp_path.iterdir()] == ['folder.json']
+
+
+# pictures
+
+
+@pytest.mark.parametrize('made', [False, True])
+def test_each_picture_of_a_folder_is_annotated_at_its_own_size(tool, tmp_path, checkpoint, made):
+    photos, target = tmp_path / '2024', tmp_path / 'out'
+    photos.mkdir()
+    if made:
+        target.mkdir()
+    sizes = {'a.jpg': (120, 160), 'b.png': (90, 60), 'c d.bmp': (48, 200), 'e.JPEG': (64, 64), 'f.webp': (100, 80)}
+    for k, (name, size) in enumerate(sizes.items()):
+        image = next(iter(draw_frames(1, size[::-1], seed=k)))
+        cv2.imencode(Path(name).suffix.lower(), image)[1].tofile(photos / name)
+    (photos / 'notes.txt').write_text('no picture')
+    code, out, err = tool(TOOL, '--weights', checkpoint, '--device', 'cpu', '--input', '2024', '--output', 'out')
+    assert code == 0, err
+    assert 'wrote out: 5 pictures' in out and 'of 160 x 120 and other sizes' in out
+    assert sorted(p.name for p in target.iterdir()) == sorted(sizes)
+    for name, size in sizes.items():
+        before, after = (cv2.imread(str(folder / name)).astype(int) for folder in (photos, target))
+        assert after.shape[:2] == size
+        assert (np.abs(after - before).max(-1) > 60).any(), 'something is drawn'
+    assert json.loads((tmp_path / 'out.json').read_text())['frames'] == 5
+
+
+def test_a_picture_is_annotated_into_a_file_a_folder_or_a_video(tool, tmp_path):
+    cv2.imwrite(str(tmp_path / 'a.jpg'), np.full((50, 70, 3), 90, np.uint8))
+    for output, written in (('b.png', 'b.png'), ('there', 'there/a.jpg'), ('b.mp4', 'b.mp4')):
+        code, _, err = tool(TOOL, *RANDOM, '--warmup', 0, '--input', 'a.jpg', '--output', output, '--overwrite')
+        assert code == 0 and (tmp_path / written).is_file(), err
+    assert cv2.imread(str(tmp_path / 'b_figures.png')) is not None
+    for output, told in (
+        ('x.avi', 'expected a folder for the pictures, .mp4, or a picture'),
+        ('x/y', 'does not exist'),
+    ):
+        code, _, err = tool(TOOL, *RANDOM, '--input', 'a.jpg', '--output', output)
+        assert code == 2 and told in err
+
+
+def test_nothing_is_detected_on_padding(tool, tmp_path, monkeypatch):
+    """Also where pictures of several sizes become one video."""
+    from detection.demo.predictor import Predictor
+
+    seen, prepare = [], Predictor.prepare
+    monkeypatch.setattr(Predictor, 'prepare', lambda self, image: (seen.append(image.shape), prepare(self, image))[1])
+    (tmp_path / 'photos').mkdir()
+    for name, size in (('a.png', (40, 60)), ('b.png', (60, 40))):
+        cv2.imwrite(str(tmp_path / 'photos' / name), np.full((*size, 3), 90, np.uint8))
+    code, _, err = tool(TOOL, *RANDOM, '--warmup', 0, '--input', 'photos', '--output', 'out.mp4')
+    assert code == 0, err
+    assert seen == [(40, 60, 3), (60, 40, 3)]
+    with open_source('out.mp4') as video:
+        assert [f.image.shape for f in video] == [(40, 60, 3)] * 2
+
+
+def test_live_frames_keep_their_times(tmp_path):
+    class Still(FrameSource):
+        name, fps, live = 'camera', Fraction(20), True
+
+        def __iter__(self):
+            return iter(())
+
+    arrivals = [7.0, 7.12, 7.13, 7.51, 9.0]
+    with Output(Still(), tmp_path / 'out.mp4') as output:
+        for index, at in enumerate(arrivals):
+            output(np.zeros((48, 64, 3), np.uint8), Frame(np.zeros((48, 64, 3), np.uint8), index, 0.0, Fraction(at)))
+    with open_source(str(tmp_path / 'out.mp4')) as video:
+        assert [float(f.at) for f in video] == pytest.approx([at - 7 for at in arrivals], abs=1e-4)
 
 
 def test_without_a_display_the_error_says_what_to_do(tool, monkeypatch):

@@ -16,7 +16,7 @@ from fake_clock import SAFETY_S, FakeClock, ThreadClock, wait_until
 from torch import nn
 
 import norton_timm
-from detection.demo.pipeline import Handover, Report, real_time_repeats, run_pipeline
+from detection.demo.pipeline import Handover, Report, run_pipeline
 from detection.demo.predictor import ModelFacts, Predictor
 from detection.demo.video import Frame, FrameSource, LiveSource
 from detection.rcnn.build import build_detector
@@ -330,12 +330,3 @@ def test_channel_hands_over_what_is_left_before_the_error():
             received.append(item)
     assert received == [1, 2]
     assert not channel.put(3)
-
-
-def test_a_live_file_plays_in_real_time():
-    arrivals = [0.0, 0.12, 0.13, 0.51]  # seconds; a 20 FPS file has a frame every 0.05 s
-    written, repeats = 0, []
-    for index, at in enumerate(arrivals):
-        repeats.append(real_time_repeats(Frame(np.zeros((1, 1, 3), np.uint8), index, 7 + at), 7.0, 20, written))
-        written += repeats[-1]
-    assert repeats == [1, 2, 0, 8]

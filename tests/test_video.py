@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import http.server
-import sys
+import os
 import threading
 import tracemalloc
 from fractions import Fraction
@@ -18,7 +19,8 @@ from fake_clock import FakeClock
 from tool_runner import run_python
 
 from detection.demo import video_writer
-from detection.demo.video import DrawnSource, FileSource, ImageSource, LiveSource, exact_rate, fit_image, open_source
+from detection.demo.times import exact_rate
+from detection.demo.video import DrawnSource, FileSource, ImageSource, LiveSource, fit_image, open_source
 from detection.demo.video_writer import VideoWriteError, VideoWriter
 
 NTSC = Fraction(30000, 1001)
@@ -83,13 +85,31 @@ def test_pictures_are_read_as_rgb(tmp_path):
     assert len(list(open_source(str(tmp_path / 'red.png')))) == 1
 
 
-def test_pictures_of_other_sizes_are_fitted_to_the_first(tmp_path):
-    cv2.imwrite(str(tmp_path / 'a.png'), np.full((20, 40, 3), 200, np.uint8))
-    cv2.imwrite(str(tmp_path / 'b.png'), np.full((40, 40, 3), 100, np.uint8))
-    second = list(open_source(str(tmp_path)))[1].image
-    assert second.shape == (20, 40, 3)
-    assert (second[:, 10:30] == 100).all() and (second[:, :10] == 0).all() and (second[:, 30:] == 0).all()
-    assert fit_image(second, (40, 20)) is second
+def test_pictures_keep_their_own_sizes(tmp_path):
+    sizes = {'a': (20, 40), 'b': (40, 30), 'c': (7, 9)}
+    for name, size in sizes.items():
+        cv2.imwrite(str(tmp_path / f'{name}.png'), np.full((*size, 3), 100, np.uint8))
+    assert [f.image.shape[:2] for f in open_source(str(tmp_path))] == list(sizes.values())
+
+
+def test_a_picture_is_fitted_on_black():
+    fitted = fit_image(np.full((40, 40, 3), 100, np.uint8), (40, 20))
+    assert fitted.shape == (20, 40, 3)
+    assert (fitted[:, 10:30] == 100).all() and (fitted[:, :10] == 0).all() and (fitted[:, 30:] == 0).all()
+    assert fit_image(fitted, (40, 20)) is fitted
+
+
+@pytest.mark.parametrize('name', ['2024', '0', '3.png'])
+def test_a_folder_or_file_called_like_a_number_is_what_is_meant(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    picture = Path(name)
+    if not picture.suffix:
+        picture.mkdir()
+        picture = picture / 'a.png'
+    cv2.imwrite(str(picture), np.full((20, 40, 3), 100, np.uint8))
+    with open_source(name) as source:
+        assert not source.live and source.name == name
+        assert len(list(source)) == 1
 
 
 def test_odd_sizes_are_padded_and_no_sound_track_is_written(tmp_path):
@@ -145,6 +165,8 @@ def test_bad_inputs_are_named(tmp_path):
         list(open_source(str(tmp_path / 'bad.png')))
     with pytest.raises(ValueError, match='cannot open webcam 97'):
         open_source('97')
+    with pytest.raises(ValueError, match='cannot open webcam 9999999999999, expected an index up to'):
+        open_source('9999999999999')
 
 
 def test_a_truncated_file_gives_its_frames_and_a_warning(tmp_path, caplog):
@@ -172,11 +194,19 @@ def test_a_truncated_file_gives_its_frames_and_a_warning(tmp_path, caplog):
 
 
 def test_capture_is_released_when_the_loop_stops_early(tmp_path):
-    source = FileSource(write_clip(tmp_path / 'clip.mp4'))
+    path = write_clip(tmp_path / 'clip.mp4')
+
+    def opened() -> bool:
+        return str(path) in (os.path.realpath(link) for link in Path('/proc/self/fd').glob('*'))
+
+    if not Path('/proc/self/fd').exists():
+        pytest.skip('tells no open files')
+    source = FileSource(path)
+    assert opened()
     with source:
         for _ in source:
             break
-    assert not source._capture.isOpened()
+    assert not opened()
 
 
 # what cannot be written
@@ -196,16 +226,23 @@ def test_bad_outputs_are_named(tmp_path, name, codec, message):
 
 
 def test_a_missing_encoder_falls_back_and_a_demanded_one_is_an_error(tmp_path, monkeypatch, caplog):
-    monkeypatch.setitem(sys.modules, 'av', None)  # as if PyAV were not installed
-    monkeypatch.setattr(video_writer, '_BACKENDS', [b for b in video_writer._BACKENDS if b[1] is video_writer._PyAV])
-    with pytest.raises(ValueError, match=r'no encoder for .*PyAV is not installed'):
+    encoders = [('h264', 'none_such'), *video_writer._ENCODERS[-2:]]
+    monkeypatch.setattr(video_writer, '_ENCODERS', encoders)
+    with pytest.raises(ValueError, match=r'no encoder for .*h264: this PyAV has no none_such'):
         VideoWriter(tmp_path / 'clip.mp4', NTSC, (64, 48), 'h264')
-    monkeypatch.undo()
-    monkeypatch.setitem(sys.modules, 'av', None)
     with caplog.at_level('INFO'), VideoWriter(tmp_path / 'clip.mp4', NTSC, (64, 48)) as writer:
         writer.write(numbered(1))
-    assert 'OpenCV' in writer.codec and 'PyAV is not installed' in caplog.text
+    assert writer.codec == 'mp4v (mpeg4)' and 'this PyAV has no none_such' in caplog.text
     assert len(list(FileSource(tmp_path / 'clip.mp4'))) == 1
+
+
+def test_an_encoder_that_does_not_open_falls_back(tmp_path, monkeypatch):
+    # the GIF encoder takes no yuv420p
+    monkeypatch.setattr(video_writer, '_ENCODERS', [('h264', 'gif'), *video_writer._ENCODERS])
+    with VideoWriter(tmp_path / 'clip.mp4', NTSC, (64, 48)) as writer:
+        writer.write(numbered(1))
+    assert writer.codec != 'h264 (gif)'
+    assert [p.name for p in tmp_path.iterdir()] == ['clip.mp4']
 
 
 def test_an_interrupted_run_leaves_a_valid_partial_file(tmp_path):
@@ -382,25 +419,82 @@ class Phone(http.server.BaseHTTPRequestHandler):
     def log_message(self, *_: object) -> None: ...
 
 
-def test_a_phones_http_stream_is_read_and_reconnected():
-    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Phone)
+@contextlib.contextmanager
+def serving(handler):
+    """The address of a server on a thread."""
+    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
-        with open_source(f'http://127.0.0.1:{server.server_port}/video') as source:
-            assert source.live
-            frames = []
-            for frame in source:
-                frames.append(frame)
-                if source.reconnects == 2:
-                    break
+        yield f'http://127.0.0.1:{server.server_port}'
     finally:
         server.shutdown()
         server.server_close()
+
+
+def test_a_phones_http_stream_is_read_and_reconnected():
+    with serving(Phone) as address, open_source(f'{address}/video') as source:
+        assert source.live
+        frames = []
+        for frame in source:
+            frames.append(frame)
+            if source.reconnects == 2:
+                break
     assert np.abs(frames[-1].image[20, 20].astype(int) - (255, 40, 20)).max() < 12
     assert Phone.visits >= 3
     assert [f.time for f in frames] == sorted(f.time for f in frames)
+    since = frames[0].time - float(frames[0].at)
+    assert [float(f.at) for f in frames] == pytest.approx([f.time - since for f in frames])
+
+
+class Files(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_: object) -> None: ...
+
+
+class Unsized(Files):
+    """Does not say how long a file is."""
+
+    def send_header(self, keyword: str, value: str) -> None:
+        if keyword != 'Content-Length':
+            super().send_header(keyword, value)
+
+
+@pytest.fixture
+def media(tmp_path) -> Path:
+    """A video, also under a name with a space, and pictures."""
+    write_clip(tmp_path / 'clip.mp4', 12)
+    (tmp_path / 'a b.mp4').write_bytes((tmp_path / 'clip.mp4').read_bytes())
+    cv2.imwrite(str(tmp_path / 'a.jpg'), np.full((48, 64, 3), (20, 40, 255), np.uint8))
+    cv2.imwrite(str(tmp_path / 'a.png'), np.full((48, 64, 3), (20, 40, 255), np.uint8))
+    return tmp_path
+
+
+@pytest.mark.parametrize(('name', 'frames'), [('clip.mp4', 12), ('a%20b.mp4', 12), ('a.jpg', 1), ('a.png', 1)])
+def test_addresses_with_a_length_end(media, name, frames):
+    with serving(functools.partial(Files, directory=media)) as address:
+        for url in (f'{address}/{name}', f'file://{media}/{name}', f'FILE://localhost{media}/{name}'):
+            with open_source(url) as source:
+                assert not source.live
+                found = list(source)
+                assert len(found) == frames
+                if frames == 1:
+                    assert np.abs(found[0].image[20, 20].astype(int) - (255, 40, 20)).max() < 12
+
+
+def test_a_single_picture_ends_also_where_the_server_does_not_tell_its_length(media):
+    with serving(functools.partial(Unsized, directory=media)) as address:
+        for name in ('a.jpg', 'a.png'):
+            with open_source(f'{address}/{name}') as source:
+                assert not source.live and len(list(source)) == 1
 
 
 def test_a_dead_address_is_named():
     with pytest.raises(ValueError, match=r'cannot open http://127\.0\.0\.1:9/video: it does not answer'):
         open_source('http://127.0.0.1:9/video')
+
+
+def test_addresses_without_a_video_are_named(media):
+    (media / 'a.txt').write_text('text' * 100)
+    with serving(functools.partial(Files, directory=media)) as address:
+        for name, told in (('none.mp4', '404'), ('a.txt', 'Invalid data')):
+            with pytest.raises(ValueError, match=f'cannot open {address}/{name}: .*{told}'):
+                open_source(f'{address}/{name}')

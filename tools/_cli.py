@@ -19,6 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
+_WRONG_FILES = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 _WRONG_NAMES = (errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)
 _LONGEST = 2000  # characters of an error
 USAGE, FAILURE, INTERRUPTED, TERMINATED = 2, 1, 130, 143
@@ -119,7 +120,7 @@ def run(main: Callable[[], None]) -> None:
     before = signal.signal(signal.SIGTERM, _terminate) or signal.SIG_DFL
     try:
         main()
-    except (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
+    except (ValueError, *_WRONG_FILES) as error:
         fail(error, USAGE)
     except OSError as error:
         fail(error, USAGE if error.errno in _WRONG_NAMES else FAILURE)

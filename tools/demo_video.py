@@ -11,15 +11,29 @@ from _cli import FAILURE, INTERRUPTED, TERMINATED, Parser, fail, run
 
 from tqdm import tqdm
 
-from detection.demo import CODECS, TRACKERS, Predictor, VideoWriteError, demo, open_source, pipeline
+from detection.demo import (
+    CODECS,
+    TRACKERS,
+    Output,
+    Predictor,
+    VideoWriteError,
+    demo,
+    figures_file,
+    open_source,
+    pipeline,
+    save_report,
+)
 from detection.tasks import TASKS
 from norton_timm.utils import choose_device
 
 
 def parser() -> Parser:
     p = Parser(description=__doc__)
-    p.add_argument('--input', help='video, picture, folder, webcam index or rtsp:// http:// URL; a drawn clip if none')
-    p.add_argument('--output', type=Path, help='annotated video to write, .mp4')
+    p.add_argument(
+        '--input', help='video, picture, folder, webcam index or URL (rtsp, http, file); none = a drawn clip'
+    )
+    p.add_argument('--output', type=Path, help='.mp4 to write; a folder or picture file if the input is pictures')
+    p.add_argument('--overwrite', action='store_true', help='replace files that are there')
     p.add_argument('--headless', action='store_true', help='no window and no file, only measure')
     p.add_argument('--serve', type=int, metavar='PORT', help='show it as a web page instead')
     p.add_argument('--host', default='127.0.0.1', help='address of the page; others than this machine need its token')
@@ -48,6 +62,7 @@ def main() -> None:
     args = parser().parse_args()
     demo.check_options(args)
     options = {name: getattr(args, name) for name in demo.OPTIONS}
+    written = {'codec': args.codec, 'overwrite': args.overwrite}
     options['device'] = choose_device(args.device or 'auto')
     if args.serve is not None:
         from detection.demo import serve  # needs the extra `web`
@@ -59,18 +74,18 @@ def main() -> None:
             predictors = [Predictor(model, facts, **options) for model, facts in models]
             with (
                 tqdm(total=args.frames or source.count, unit='frame') as bar,
-                demo.Output(source, args.output, window=demo.wants_window(args), codec=args.codec) as output,
+                Output(source, args.output, window=demo.wants_window(args), **written) as output,
             ):
                 output.progress = bar.update
                 report = pipeline.run_pipeline(source, predictors, output, warmup=args.warmup, max_frames=args.frames)
     except (ConnectionError, VideoWriteError) as error:
         fail(error, FAILURE)
     print(report)
-    if output.writer is not None and output.writer.frames:
-        print(f'wrote {args.output}: {output.writer.frames} frames, {output.writer.codec}')
-    figures = demo.figures_file(args)
+    if told := output.written():
+        print(told)
+    figures = figures_file(args)
     if figures is not None and report.frames:
-        print('wrote', *demo.save_report(report, figures))
+        print('wrote', *save_report(report, figures, overwrite=args.overwrite))
     if report.stopped in ('interrupted', 'terminated'):
         fail(f'{report.stopped} after {report.frames} frames', INTERRUPTED if report.stopped[0] == 'i' else TERMINATED)
 

@@ -2,6 +2,7 @@
 page.
 """
 
+from detection.demo.output import Output, figures_file, save_report
 from detection.demo.predictor import ModelFacts, Predictor
 from detection.demo.serve import serve
 from detection.demo.tracking import TRACKERS
@@ -9,5 +10,6 @@ from detection.demo.video import open_source
 from detection.demo.video_writer import CODECS, VideoWriteError, VideoWriter
 
 __all__ = [
-    'CODECS', 'TRACKERS', 'ModelFacts', 'Predictor', 'VideoWriteError', 'VideoWriter', 'open_source', 'serve',
+    'CODECS', 'TRACKERS', 'ModelFacts', 'Output', 'Predictor', 'VideoWriteError', 'VideoWriter', 'figures_file',
+    'open_source', 'save_report', 'serve',
 ]  # fmt: skip

@@ -1,13 +1,10 @@
-"""The video demo around the pipeline: checks options, chooses models, and writes pictures and reports."""
+"""The video demo around the pipeline: checks options and chooses models."""
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import json
 import os
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,17 +15,14 @@ from torch import nn
 from torchvision.models import get_model
 from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights, KeypointRCNN_ResNet50_FPN_Weights
 
-from detection.demo.pipeline import Report, real_time_repeats
+from detection.demo.output import check_outputs
 from detection.demo.predictor import ModelFacts, Predictor
 from detection.demo.studio import ModelChoice, Studio
-from detection.demo.video import IMAGE_SUFFIXES, Frame, FrameSource, fit_image, open_source
-from detection.demo.video_writer import VideoWriter, check_video_output
+from detection.demo.video import open_source
 from detection.rcnn import build_detector, take_thin_pictures
 from detection.tasks import TASKS, check_same_task
 from detection.training import load_detector
-from detection.visual import Image, plot_histogram
 from norton_timm.profiling import count_params
-from norton_timm.utils import write_text
 
 DENSE = 'resnet50'
 OPTIONS = ('half', 'compile', 'deploy', 'imgsz', 'score', 'warmup', 'tracker')  # that go to the `Predictor`
@@ -99,6 +93,7 @@ def check_options(args: argparse.Namespace) -> None:
     """Check the tool's parsed arguments before a model is loaded.
 
     Raises:
+        FileExistsError: a file to be written is there already.
         ValueError: options that cannot work, or exclude each other.
     """
     if args.warmup < 0:
@@ -120,36 +115,9 @@ def check_options(args: argparse.Namespace) -> None:
     elif args.weights and len(args.weights) != 1 + args.compare:
         want = 'two with --compare: dense, then compressed' if args.compare else 'one (more need --compare or --serve)'
         raise ValueError(f'--weights got {len(args.weights)}, expected {want}')
-    if args.output is not None:
-        check_video_output(args.output, args.codec)
-    if args.json is not None and not args.json.parent.is_dir():
-        raise ValueError(f'--json folder {args.json.parent} does not exist')
-    _check_nothing_is_overwritten(args)
+    check_outputs(args)
     if wants_window(args) and (problem := window_problem()):
         raise ValueError(f'no window: {problem}; use --output FILE.mp4, --headless or --serve PORT')
-
-
-def _check_nothing_is_overwritten(args: argparse.Namespace) -> None:
-    """Check that no file to be written, derived ones included, is one that is read."""
-    written = [args.output, figures_file(args)]
-    written += [path.with_suffix('.png') for path in written[1:] if path is not None]
-    read = [Path(name.removeprefix('file://')) for name in [args.input or '', *args.weights] if name]
-    with contextlib.suppress(OSError):  # a URL may be too long for a path
-        read += [
-            file
-            for folder in read
-            if folder.is_dir()
-            for file in folder.iterdir()
-            if file.suffix.lower() in IMAGE_SUFFIXES
-        ]
-        for path in written:
-            if path is not None and path.exists() and any(file.exists() and path.samefile(file) for file in read):
-                raise ValueError(f'{path} is read and would be overwritten: choose another --output or --json')
-
-
-def figures_file(args: argparse.Namespace) -> Path | None:
-    """Where the figures go: ``--json``, or beside the video."""
-    return args.json or (args.output.with_suffix('.json') if args.output else None)
 
 
 def choose_models(args: argparse.Namespace) -> list[tuple[nn.Module, ModelFacts]]:
@@ -201,71 +169,3 @@ def window_problem() -> str | None:
     if sys.platform.startswith('linux') and not (os.environ.get('DISPLAY') or os.environ.get('WAYLAND_DISPLAY')):
         return 'there is no display'
     return None
-
-
-class Output:
-    """Where finished pictures go: a file, a window, both, or nowhere; a context manager.
-
-    Args:
-        source: gives the frame rate; live sources are written so that the file plays in real time.
-        path: .mp4 to write, or ``None``.
-        window: show a window; Escape, q or closing it ends the run.
-        codec: see `VideoWriter`.
-        progress: called after every frame.
-    """
-
-    title = 'norton-timm'
-
-    def __init__(
-        self,
-        source: FrameSource,
-        path: Path | None,
-        *,
-        window: bool = False,
-        codec: str = 'auto',
-        progress: Callable[[], object] | None = None,
-    ):
-        self.source, self.path, self.window, self.codec, self.progress = source, path, window, codec, progress
-        self.writer: VideoWriter | None = None
-        self._start = 0.0
-
-    def __call__(self, image: Image, frame: Frame) -> bool:
-        """Write and show one picture; false when the user closed the window."""
-        if self.path is not None:
-            if self.writer is None:
-                self.writer = VideoWriter(self.path, self.source.fps, (image.shape[1], image.shape[0]), self.codec)
-                self._start = frame.time
-            repeats = 1
-            if self.source.live:
-                repeats = real_time_repeats(frame, self._start, float(self.source.fps), self.writer.frames)
-            for _ in range(repeats):
-                self.writer.write(fit_image(image, self.writer.size))
-        if self.progress is not None:
-            self.progress()
-        if not self.window:
-            return True
-        cv2.imshow(self.title, cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
-        key = cv2.waitKey(1) & 0xFF
-        return key not in (27, ord('q')) and cv2.getWindowProperty(self.title, cv2.WND_PROP_VISIBLE) >= 1
-
-    def __enter__(self) -> Output:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        try:
-            if self.writer is not None:
-                self.writer.close()
-        finally:
-            if self.window:
-                with contextlib.suppress(cv2.error):
-                    cv2.destroyAllWindows()
-
-
-def save_report(report: Report, path: Path) -> list[Path]:
-    """Write the figures as JSON, and beside it the latency histogram as PNG if any frame was counted."""
-    written = [write_text(path, json.dumps(report.to_dict(), indent=2) + '\n')]
-    series = report.totals()
-    if any(series.values()):
-        plot_histogram(series, path.with_suffix('.png'), title='Picture to detections')
-        written.append(path.with_suffix('.png'))
-    return written

@@ -80,7 +80,10 @@ class Handover(Generic[_T]):
 
 @dataclass
 class Report:
-    """Timings of a run; ``to_dict`` is what the JSON file holds, ``str()`` the table for the terminal."""
+    """Timings of a run; ``to_dict`` is what the JSON file holds, ``str()`` the table for the terminal.
+
+    ``size`` is the first frame's, width and height in pixels.
+    """
 
     source: str
     size: tuple[int, int]
@@ -90,6 +93,7 @@ class Report:
     frames: int = 0
     dropped: int = 0
     reconnects: int = 0
+    other_sizes: bool = False
     fps: float = math.nan
     stopped: str | None = None
     threads: int = field(default_factory=torch.get_num_threads)
@@ -153,8 +157,9 @@ class Report:
         lines = [f'{"model":{wide}}  {"stage":12} {"frames":>6} {"p50 ms":>9} {"p95 ms":>9} {"p99 ms":>9}']
         for model, stage, s in rows:
             lines.append(f'{model:{wide}}  {stage:12} {s.count:6d} {s.p50:9.2f} {s.p95:9.2f} {s.p99:9.2f}')
+        others = ' and other sizes' if self.other_sizes else ''
         lines.append(
-            f'{self.frames} frames of {self.size[0]} x {self.size[1]}; {self.fps:.2f} FPS end to end, '
+            f'{self.frames} frames of {self.size[0]} x {self.size[1]}{others}; {self.fps:.2f} FPS end to end, '
             f'{self.network_fps():.2f} FPS network only; {facts["device"]}, {self.threads} threads, '
             f'{facts["precision"]}; {self.recorder.warmup} warm-up frames not counted'
         )
@@ -244,7 +249,9 @@ def run_pipeline(
         for frame, outputs in results:
             with recorder.stage('draw'):
                 picture = _compose(frame.image, predictors, outputs, meter.recent_fps)
-            report.size = (frame.image.shape[1], frame.image.shape[0])
+            size = (frame.image.shape[1], frame.image.shape[0])
+            report.other_sizes |= report.frames > 0 and size != report.size
+            report.size = report.size if report.frames else size
             with recorder.stage('write'):
                 go_on = show(picture, frame)
             meter.tick()
@@ -264,11 +271,6 @@ def run_pipeline(
         source.close()
     report.fps, report.dropped, report.reconnects = meter.fps, source.dropped, source.reconnects
     return report
-
-
-def real_time_repeats(frame: Frame, start: float, fps: float, written: int) -> int:
-    """How often to write a live frame, so that the file plays at the speed of the clock: 0, 1 or more times."""
-    return max(0, math.floor((frame.time - start) * fps) + 1 - written)
 
 
 def _compose(

@@ -209,7 +209,7 @@ class Studio:
 
     def _pace(self, frame: Frame, start: float) -> float:
         """Wait until a file's frame is due; after a pause or behind a slow network the clock starts anew."""
-        due = start + frame.index / float(self._source.fps)
+        due = start + float(self._source.time_of(frame))
         late = time.perf_counter() - due
         if late < 0:
             self._stop.wait(-late)

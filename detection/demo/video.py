@@ -1,14 +1,13 @@
 """Sources of frames: files, picture folders, webcams, network streams, and a clip drawn by code.
 
-A source is iterated once and gives `Frame`s with RGB pictures. Files are read at the pace of the reader; live sources
-are read by their own thread, which keeps only the newest frame, so that a slow network sees the present and not a
-growing past. Writing is in ``video_writer.py``.
+A source is iterated once and gives `Frame`s with RGB pictures. What has a length is read at the pace of the reader;
+live sources are read by their own thread, which keeps only the newest frame, so that a slow network sees the present
+and not a growing past. Writing is in ``video_writer.py``.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 import re
 import threading
 import time
@@ -18,18 +17,21 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import unquote
 
 import cv2
 import numpy as np
 
 from detection.data import read_picture
+from detection.demo.decoder import StreamCapture, VideoReader, live_reader
+from detection.demo.times import FrameTimes, exact_rate
 from detection.visual import Image
 
 log = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.webp', '.tif', '.tiff')
-_OPEN_TIMEOUT_MS = 5000  # a stream that is silent for longer counts as broken
-_NTSC = (24, 30, 48, 60, 120)
+_CLOSE_TIMEOUT_S = 10.0
+_MOST_WEBCAMS = 1000
 
 
 @dataclass(frozen=True)
@@ -40,11 +42,15 @@ class Frame:
         image: RGB ``uint8 (H, W, 3)``.
         index: 0-based position in the source; live sources leave out the numbers of dropped frames.
         time: when the picture was read, in seconds on ``time.perf_counter``.
+        at: when it is shown, in seconds after the first frame; ``None``: by the rate of the source.
+        lasts: how long it is shown if no frame follows, in seconds; ``None``: by the rate of the source.
     """
 
     image: Image
     index: int
     time: float
+    at: Fraction | None = None
+    lasts: Fraction | None = None
 
 
 class Capture(Protocol):
@@ -61,7 +67,7 @@ class FrameSource(ABC):
 
     Attributes:
         name: for messages and results.
-        fps: frames per second as an exact fraction.
+        fps: nominal frames per second as an exact fraction; the frames of a variable rate have times of their own.
         count: number of frames, ``None`` where unknown (live sources).
         live: frames arrive by the clock; a slow reader loses frames instead of delaying them.
         dropped: frames of a live source that were never handed out.
@@ -78,6 +84,10 @@ class FrameSource(ABC):
     @abstractmethod
     def __iter__(self) -> Iterator[Frame]: ...
 
+    def time_of(self, frame: Frame) -> Fraction:
+        """When one of its frames is shown, in seconds after the first."""
+        return frame.index / self.fps if frame.at is None else frame.at
+
     def close(self) -> None:  # noqa: B027  (pictures and drawn clips hold nothing open)
         """Release the capture; more than once is fine."""
 
@@ -88,65 +98,63 @@ class FrameSource(ABC):
         self.close()
 
 
-def exact_rate(fps: float, default: Fraction = Fraction(30)) -> Fraction:
-    """The fraction behind a rate rounded by a file header: 29.97 is 30000/1001. Nonsense gives the default."""
-    if not np.isfinite(fps) or not 0.1 <= fps <= 1000:
-        return default
-    for n in _NTSC:
-        if abs(fps - n * 1000 / 1001) < 0.004:
-            return Fraction(n * 1000, 1001)
-    return Fraction(fps).limit_denominator(1001)
-
-
 class FileSource(FrameSource):
-    """A video file. Raises ``FileNotFoundError`` or ``ValueError`` at once when it cannot be read."""
+    """A video with a length: a file, or an address that is open already.
 
-    def __init__(self, path: str | Path):
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: no frame of it can be decoded.
+    """
+
+    def __init__(self, path: str | Path, reader: VideoReader | None = None):
         self.name = str(path)
-        if not Path(path).is_file():
+        if reader is None and not Path(path).is_file():
             raise FileNotFoundError(f'no video {path}: expected a video file')
-        quiet_ffmpeg()
-        self._capture = cv2.VideoCapture(str(path))
-        self._first: Any = self._capture.read()[1] if self._capture.isOpened() else None
+        try:
+            self._reader = reader or VideoReader(f'file:{path}')
+        except ValueError as error:
+            raise ValueError(f'{path} is not a video that can be decoded: {error}') from error
+        self._frames = self._reader.frames()
+        self._first = next(self._frames, None)
         if self._first is None:
-            self._capture.release()
+            self.close()
             raise ValueError(f'{path} is not a video that can be decoded: no frame could be read')
-        self.fps = exact_rate(self._capture.get(cv2.CAP_PROP_FPS))
-        announced = int(self._capture.get(cv2.CAP_PROP_FRAME_COUNT))
-        self.count = announced if announced > 0 else None
+        self.fps, self.count = self._reader.rate, self._reader.count
 
     def __iter__(self) -> Iterator[Frame]:
-        bgr, index = self._first, 0
+        times = FrameTimes(self.fps, self._reader.tick)
+        found, index = self._first, 0
         self._first = None
         try:
-            while bgr is not None:
-                yield Frame(_rgb(bgr), index, time.perf_counter())
+            while found is not None:
+                yield Frame(found.image, index, time.perf_counter(), times(found.stamp), times.length(found.lasts))
                 index += 1
-                bgr = self._capture.read()[1]
+                found = next(self._frames, None)
             # containers announce a frame or two more than they hold; more than that is damage
             if self.count is not None and index < self.count - 2 and index < 0.98 * self.count:
                 log.warning('%s ended after %d of %d frames: the file is damaged', self.name, index, self.count)
+            elif self._reader.broken:
+                log.warning('%s ended after %d frames: it is damaged (%s)', self.name, index, self._reader.broken)
+            if times.repaired:
+                log.warning('%s: %d of %d frames had no usable time', self.name, times.repaired, index)
         finally:
             self.close()
 
     def close(self) -> None:
-        self._capture.release()
+        self._reader.close()
 
 
 class ImageSource(FrameSource):
-    """Picture files in the order given, each fitted into the size of the first."""
+    """Picture files in the order given, each at its own size."""
 
     def __init__(self, paths: Sequence[Path], name: str, fps: Fraction = Fraction(10)):
         if not paths:
             raise ValueError(f'{name} has no pictures, expected files ending in {", ".join(IMAGE_SUFFIXES)}')
-        self.name, self.fps, self.count, self._paths = name, fps, len(paths), list(paths)
+        self.name, self.fps, self.count, self.paths = name, fps, len(paths), list(paths)
 
     def __iter__(self) -> Iterator[Frame]:
-        size: tuple[int, int] | None = None
-        for index, path in enumerate(self._paths):
-            image = read_picture(path, oriented=True)
-            size = size or (image.shape[1], image.shape[0])
-            yield Frame(fit_image(image, size), index, time.perf_counter())
+        for index, path in enumerate(self.paths):
+            yield Frame(read_picture(path, oriented=True), index, time.perf_counter())
 
 
 class DrawnSource(FrameSource):
@@ -197,6 +205,7 @@ class LiveSource(FrameSource):
         if self._capture is None:
             raise ValueError(f'cannot open {name}: it does not answer')
         self.fps = exact_rate(self._capture.get(cv2.CAP_PROP_FPS))
+        self._since = 0.0
         self._fresh = threading.Condition()
         self._newest: Frame | None = None
         self._stop = threading.Event()
@@ -221,10 +230,9 @@ class LiveSource(FrameSource):
     def close(self) -> None:
         self._stop.set()
         # the thread releases its capture itself: releasing under a running read() crashes FFmpeg
-        self._thread.join(timeout=2 * _OPEN_TIMEOUT_MS / 1000)
+        self._thread.join(timeout=_CLOSE_TIMEOUT_S)
 
     def _connect(self) -> Capture | None:
-        quiet_ffmpeg()
         capture = self._opener()
         if capture.isOpened():
             return capture
@@ -238,7 +246,9 @@ class LiveSource(FrameSource):
                 ok, bgr = self._capture.read() if self._capture is not None else (False, None)
                 if ok:
                     failures = 0
-                    frame = Frame(_rgb(bgr), index, time.perf_counter())
+                    now = time.perf_counter()
+                    self._since = now if index == 0 else self._since
+                    frame = Frame(_rgb(bgr), index, now, Fraction(now - self._since))
                     index += 1
                     with self._fresh:
                         self.dropped += self._newest is not None
@@ -270,7 +280,8 @@ def open_source(name: str | None, *, frames: int = 150) -> FrameSource:
 
     Args:
         name: a video file, a picture, a folder of pictures, a webcam's index (``'0'``), a URL
-            (``rtsp://``, ``http://``), or ``None`` for the built-in drawn clip.
+            (``rtsp://``, ``http://``, ``file://``), or ``None`` for the built-in drawn clip. A file or folder called
+            like a number is that file or folder. A URL without a length is live.
         frames: length of the drawn clip.
 
     Raises:
@@ -284,17 +295,47 @@ def open_source(name: str | None, *, frames: int = 150) -> FrameSource:
     """
     if name is None:
         return DrawnSource(frames)
-    if name.isdecimal():
+    path = local_path(name)
+    if path is None:
+        return _open_address(name)
+    if name.isdecimal() and not path.exists():
+        if int(name) > _MOST_WEBCAMS:
+            raise ValueError(f'cannot open webcam {name}, expected an index up to {_MOST_WEBCAMS}')
         return LiveSource(lambda: cv2.VideoCapture(int(name)), f'webcam {name}')
-    if re.match(r'[a-z][a-z0-9+]*://', name):
-        limits = [cv2.CAP_PROP_OPEN_TIMEOUT_MSEC, _OPEN_TIMEOUT_MS, cv2.CAP_PROP_READ_TIMEOUT_MSEC, _OPEN_TIMEOUT_MS]
-        return LiveSource(lambda: cv2.VideoCapture(name, cv2.CAP_FFMPEG, limits), name)
-    path = Path(name)
     if path.is_dir():
-        return ImageSource(sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES), name)
+        return ImageSource(pictures_in(path), name)
     if not path.exists():
         raise FileNotFoundError(f'no input {name}: expected a video, a picture, a folder, a webcam index or a URL')
     return ImageSource([path], name) if path.suffix.lower() in IMAGE_SUFFIXES else FileSource(path)
+
+
+def local_path(name: str) -> Path | None:
+    """The path that an input names, also as a ``file://`` URL; ``None`` for other addresses."""
+    scheme, separator, rest = name.partition('://')
+    if not separator or not re.fullmatch(r'[a-z][a-z0-9+.-]*', scheme, re.IGNORECASE):
+        return Path(name)
+    if scheme.lower() != 'file':
+        return None
+    rest = rest.removeprefix('localhost') if rest.startswith('localhost/') else rest
+    path = Path(rest)
+    return path if path.exists() else Path(unquote(rest))
+
+
+def pictures_in(folder: Path) -> list[Path]:
+    """The picture files of a folder, sorted by name."""
+    return sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+
+
+def _open_address(name: str) -> FrameSource:
+    try:
+        reader = live_reader(name)
+    except ValueError as error:
+        raise ValueError(f'cannot open {name}: {error}') from error
+    if reader.finite:
+        reader.pixels = 'rgb24'
+        return FileSource(name, reader)
+    opened = [reader]  # which a reconnection cannot use
+    return LiveSource(lambda: StreamCapture(name, opened.pop() if opened else None), name)
 
 
 def fit_image(image: Image, size: tuple[int, int]) -> Image:
@@ -313,8 +354,3 @@ def fit_image(image: Image, size: tuple[int, int]) -> Image:
 
 def _rgb(bgr: Any) -> Image:
     return cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB)
-
-
-def quiet_ffmpeg() -> None:
-    """Silence FFmpeg on stderr, where it would bury our one-line errors; a user's setting wins."""
-    os.environ.setdefault('OPENCV_FFMPEG_LOGLEVEL', '-8')

@@ -76,6 +76,7 @@ OPTIONS = {
     'demo_video.py': [
         '--input',
         '--output',
+        '--overwrite',
         '--headless',
         '--weights',
         '--task',

@@ -1,11 +1,10 @@
-"""Surfaces that are pictures: single ones, archives of them, and video files."""
+"""Surfaces that are pictures: single ones, and archives of them."""
 
 from __future__ import annotations
 
 import io
 import struct
 import tarfile
-import tempfile
 import zlib
 from functools import lru_cache
 from pathlib import Path
@@ -167,56 +166,6 @@ def _archive(data: bytes, folder: Path) -> None:
     assert len(train[0]) and len(test[0]) and classes
 
 
-@lru_cache
-def videos() -> tuple[bytes, ...]:
-    """Short videos in several containers, and playlists that name other files."""
-    from fractions import Fraction
-
-    import cv2
-
-    from detection.demo.video_writer import VideoWriter
-
-    pixels = np.random.default_rng(0).integers(0, 255, (4, 32, 48, 3), np.uint8)
-    found = []
-    with tempfile.TemporaryDirectory() as folder:
-        for name, code in (('a.avi', 'MJPG'), ('b.mp4', 'mp4v')):
-            writer = cv2.VideoWriter(f'{folder}/{name}', cv2.VideoWriter.fourcc(*code), 10.0, (48, 32))
-            for frame in pixels:
-                writer.write(frame)
-            writer.release()
-            found.append((Path(folder) / name).read_bytes())
-        with VideoWriter(f'{folder}/c.mp4', Fraction(10), (48, 32)) as better:
-            for frame in pixels:
-                better.write(frame)
-        found.append((Path(folder) / 'c.mp4').read_bytes())
-    return tuple(found)
-
-
-PLAYLISTS = (
-    b'#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nfile:///etc/passwd\n#EXT-X-ENDLIST\n',
-    b'#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nhttp://127.0.0.1:9/a.ts\n#EXT-X-ENDLIST\n',
-    b'ffconcat version 1.0\nfile /etc/passwd\n',
-    b'ffconcat version 1.0\nfile ' + b'a.mp4\n',
-    b'RIFF\xff\xff\xff\xffAVI LIST' + b'\xff' * 64,
-    b'\x00\x00\x00\x18ftypmp42' + b'\xff' * 64,
-    b'FLV\x01\x05' + b'\xff' * 32,
-    b'YUV4MPEG2 W99999 H99999 F25:1 Ip\nFRAME\n',
-    b'\x1aE\xdf\xa3' + b'\xff' * 64,
-)
-
-
-def _video(data: bytes, folder: Path) -> None:
-    from detection.demo.video import open_source
-
-    path = folder / 'a.mp4'
-    path.write_bytes(data)
-    with open_source(str(path)) as source:
-        for number, frame in enumerate(source):
-            assert frame.image.ndim == 3
-            if number > 20:
-                break
-
-
 def _import() -> None:
     import norton_timm.inference.export_check  # noqa: F401
 
@@ -226,11 +175,4 @@ def _import() -> None:
 SURFACES = [
     Surface('pictures', _PICTURE, _picture, 4000, _import),
     Surface('archives of images', st.deferred(lambda: mutations(*archives(), most=4)), _archive, 1000, _import),
-    Surface(
-        'videos',
-        st.one_of(st.deferred(lambda: mutations(*videos(), most=4)), st.sampled_from(PLAYLISTS)),
-        _video,
-        1500,
-        lambda: (_import(), videos()),
-    ),
 ]

@@ -210,7 +210,7 @@ def scenarios(place: Path) -> list[Scenario]:
         Scenario(
             'demo',
             'demo_video.py',
-            lambda f: [*demo, '--output', f / 'out.mp4'],
+            lambda f: [*demo, '--output', f / 'out.mp4', '--overwrite'],  # what a killed run left
             lambda f: json.loads((f / 'out.json').read_text())['frames'],
         ),
     ]

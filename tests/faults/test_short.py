@@ -21,6 +21,7 @@ CHEAP = {
     'pictures': 150,
     'archives of images': 60,
     'videos': 40,
+    'frame times': 40,
     'safetensors files': 60,
     'recipes in safetensors': 40,
     'pickled checkpoints': 100,
