@@ -15,7 +15,8 @@ from torch import nn
 
 from norton_timm import CompressionSpec
 from norton_timm.compression import compress
-from norton_timm.compression.repair import reestimate_batch_norm, refit
+from norton_timm.compression.fitting import refit
+from norton_timm.compression.repair import reestimate_batch_norm
 from norton_timm.models.dense import dense_model
 from norton_timm.training.data import ArrayData, Preprocessing
 from norton_timm.training.sources import read_archive

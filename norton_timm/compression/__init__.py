@@ -4,12 +4,13 @@ plan that is made from it, the choice of channels, the pipeline, and the repair 
 
 from norton_timm.compression.choose import layer_distance, merge_layers, removed_classes
 from norton_timm.compression.compress import channel_graph, compress, reshape, run_plan
+from norton_timm.compression.fitting import refit
 from norton_timm.compression.gradients import each_gradient
 from norton_timm.compression.output_error import Activations, readers_of
 from norton_timm.compression.plan import make_plan
 from norton_timm.compression.rates import exact_rates, layout_of, widths_of
 from norton_timm.compression.reconstruct import cpd_factors, low_rank_factors
-from norton_timm.compression.repair import images_of, reestimate_batch_norm, refit, without_labels
+from norton_timm.compression.repair import images_of, reestimate_batch_norm, without_labels
 from norton_timm.compression.report import CompressionReport
 from norton_timm.compression.report_html import to_html, write_html
 from norton_timm.compression.spec import METHODS, OUTPUT_ERROR, CompressionSpec, format_rates, parse_rates

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from norton_timm.compression.choose import removed_classes
+from norton_timm.compression.fitting import refit
 from norton_timm.compression.observe import observe
 from norton_timm.compression.output_error import Activations, readers_of
 from norton_timm.compression.plan import Plan, low_rank_layers, make_plan, scope_prefix
-from norton_timm.compression.repair import images_of, refit
+from norton_timm.compression.repair import images_of
 from norton_timm.compression.report import CompressionReport, make_report
 from norton_timm.compression.spec import OUTPUT_ERROR, CompressionSpec
 from norton_timm.graph import ChannelGraph, ChannelGroup, Metadata, remove_channels

@@ -27,6 +27,7 @@ class Order:
         layers: 2-d convolutions and linear layers by name.
         calls: how often each layer runs in one pass.
         positions: positions of each layer's output map, of its first call.
+        numbers: how many numbers each layer reads and makes per image, in its first call.
         norms: the batch norm that reads a layer's output, by the layer's name; only norms that run once.
         joins: layer -> module whose output is added to what the layer makes. Of two layers in a sum the later one is
             named, because the other's output is known when it runs.
@@ -36,6 +37,7 @@ class Order:
     layers: dict[str, Any] = field(default_factory=dict)
     calls: Counter[str] = field(default_factory=Counter)
     positions: dict[str, int] = field(default_factory=dict)
+    numbers: dict[str, tuple[int, int]] = field(default_factory=dict)
     norms: dict[str, Any] = field(default_factory=dict)
     joins: dict[str, str] = field(default_factory=dict)
     blocks: list[str] = field(default_factory=list)
@@ -111,6 +113,7 @@ def observe(model: nn.Module, example_input: Any) -> Order:
             order.calls[name] += 1
             last = out.shape[-1] if isinstance(module, nn.Linear) else out.shape[1]
             order.positions.setdefault(name, out[0].numel() // last if out.dim() > 1 else 1)
+            order.numbers.setdefault(name, (x[0].numel(), out[0].numel()))
             makers[id(out)] = name
         elif isinstance(module, _BATCH_NORMS) and module.running_mean is not None:
             norm_calls[module] += 1

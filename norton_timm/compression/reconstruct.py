@@ -15,7 +15,7 @@ from torch import Tensor
 from norton_timm.compression.moments import Moments
 from norton_timm.tensors import CPFactors, cp_decompose
 
-RIDGES = (1e-3, 1e-2, 1e-1, 1.0)
+RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 _FLOOR = 1e-4  # least ridge, as a share of the mean energy of an input
 _STEPS = 24  # at most this share of the inputs that are left goes at a time
 
