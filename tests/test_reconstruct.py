@@ -17,7 +17,7 @@ from norton_timm import CPDConv2d, cp_decompose
 from norton_timm.compression.gradients import each_gradient, output_importance
 from norton_timm.compression.moments import Moments, outputs_at, samples_of
 from norton_timm.compression.observe import observe
-from norton_timm.compression.reconstruct import Reader, cpd_factors, least_squares, low_rank_factors, removals
+from norton_timm.compression.reconstruct import OutputAxes, Reader, WhiteFilters, least_squares, removals
 from norton_timm.tensors import cp_reconstruct
 
 
@@ -90,7 +90,7 @@ def test_low_rank_keeps_the_principal_axes_of_the_weighted_outputs() -> None:
     weight, x = torch.randn(7, 5), mixed(500, 5)
     importance = torch.rand(7) + 0.1
     gram = moments_of(x).gram(True)
-    second, first = low_rank_factors(weight, gram, importance, 2)
+    second, first = OutputAxes(weight, gram, importance).factors(2)
     outputs = importance[:, None] * weight @ (x - x.mean(0)).mT / 500**0.5
     best = torch.linalg.svdvals(outputs)[2:].square().sum()
     lost = importance[:, None] * (weight - second @ first)
@@ -99,7 +99,7 @@ def test_low_rank_keeps_the_principal_axes_of_the_weighted_outputs() -> None:
 
 def test_cpd_is_that_of_the_weights_for_white_inputs_and_better_for_others() -> None:
     weight = torch.randn(6, 8, 3, 3)
-    white = cpd_factors(weight, torch.eye(72), 2)
+    white = WhiteFilters(weight, torch.eye(72)).factors(2)
     plain = cp_decompose(weight, 2)
     torch.testing.assert_close(cp_reconstruct(white), cp_reconstruct(plain), atol=2e-2, rtol=2e-2)
     x = F.avg_pool2d(torch.randn(64, 8, 12, 12), 3, 1)  # neighbours are alike
@@ -108,7 +108,7 @@ def test_cpd_is_that_of_the_weights_for_white_inputs_and_better_for_others() -> 
     seen = samples_of(conv, x, torch.arange(64))
     gram = moments_of(seen).gram(True)
     errors = []
-    for factors in (plain, cpd_factors(weight, gram, 2)):
+    for factors in (plain, WhiteFilters(weight, gram).factors(2)):
         lost = (weight - cp_reconstruct(factors)).flatten(1)
         errors.append(float((lost @ gram * lost).sum()))
     assert errors[1] < 0.9 * errors[0]

@@ -29,7 +29,7 @@ CORE = {
     'checkpoints': 'utils layers graph',
     'models': 'utils layers compression checkpoints',
     'inference': 'utils layers graph profiling',
-    'training': 'utils tensors layers graph profiling compression checkpoints models inference',
+    'training': 'utils tensors layers graph profiling compression search checkpoints models inference',
     'studies': 'utils tensors layers graph profiling compression search checkpoints models inference training',
 }
 DETECTION = {

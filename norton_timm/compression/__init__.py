@@ -9,15 +9,39 @@ from norton_timm.compression.gradients import each_gradient
 from norton_timm.compression.output_error import Activations, readers_of
 from norton_timm.compression.plan import make_plan
 from norton_timm.compression.rates import exact_rates, layout_of, widths_of
-from norton_timm.compression.reconstruct import cpd_factors, low_rank_factors
+from norton_timm.compression.reconstruct import OutputAxes, WhiteFilters
 from norton_timm.compression.repair import images_of, reestimate_batch_norm, without_labels
 from norton_timm.compression.report import CompressionReport
 from norton_timm.compression.report_html import to_html, write_html
 from norton_timm.compression.spec import METHODS, OUTPUT_ERROR, CompressionSpec, format_rates, parse_rates
 
 __all__ = [
-    'METHODS', 'OUTPUT_ERROR', 'Activations', 'CompressionReport', 'CompressionSpec', 'channel_graph', 'compress',
-    'cpd_factors', 'each_gradient', 'exact_rates', 'format_rates', 'images_of', 'layer_distance', 'layout_of',
-    'low_rank_factors', 'make_plan', 'merge_layers', 'parse_rates', 'readers_of', 'reestimate_batch_norm', 'refit',
-    'removed_classes', 'reshape', 'run_plan', 'to_html', 'widths_of', 'without_labels', 'write_html',
+    'METHODS',
+    'OUTPUT_ERROR',
+    'Activations',
+    'CompressionReport',
+    'CompressionSpec',
+    'OutputAxes',
+    'WhiteFilters',
+    'channel_graph',
+    'compress',
+    'each_gradient',
+    'exact_rates',
+    'format_rates',
+    'images_of',
+    'layer_distance',
+    'layout_of',
+    'make_plan',
+    'merge_layers',
+    'parse_rates',
+    'readers_of',
+    'reestimate_batch_norm',
+    'refit',
+    'removed_classes',
+    'reshape',
+    'run_plan',
+    'to_html',
+    'widths_of',
+    'without_labels',
+    'write_html',
 ]  # fmt: skip

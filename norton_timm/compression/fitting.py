@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from norton_timm.compression.lockstep import Walk, stopping
 from norton_timm.compression.moments import MOST_INPUTS, Moments, add_samples, outputs_at, places_of, samples_of
 from norton_timm.compression.observe import Order, observe
-from norton_timm.compression.reconstruct import cpd_factors, least_squares, low_rank_factors
+from norton_timm.compression.reconstruct import OutputAxes, WhiteFilters, least_squares
 from norton_timm.compression.repair import Batches, images_of
 from norton_timm.layers import LOW_RANK, CPDConv2d, has_computed_weight, present_at
 from norton_timm.utils import after_call, evaluating, removing
@@ -250,10 +250,10 @@ def _install(layer: Any, weight: Tensor, gram: Tensor, importance: Tensor | None
     """Give a layer a new weight (O, P), factored if it holds factors."""
     if isinstance(layer, LOW_RANK):
         importance = weight.new_ones(len(weight)) if importance is None else importance.to(weight)
-        layer.set_factors(*low_rank_factors(weight, gram, importance, layer.rank))
+        layer.set_factors(*OutputAxes(weight, gram, importance).factors(layer.rank))
     elif isinstance(layer, CPDConv2d):
         shape = (layer.out_channels, layer.in_channels, *layer.kernel_size)
-        layer.set_factors(cpd_factors(weight.view(shape), gram, layer.rank))
+        layer.set_factors(WhiteFilters(weight.view(shape), gram).factors(layer.rank))
     else:
         layer.weight.copy_(weight.view_as(layer.weight))
 

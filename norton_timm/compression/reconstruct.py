@@ -67,46 +67,57 @@ def cholesky(gram: Tensor, ridge: float) -> Tensor:
     return factor
 
 
-def low_rank_factors(weight: Tensor, gram: Tensor, importance: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Factors (O, R) and (R, P) whose product has the least weighted error of the outputs.
+class OutputAxes:
+    """The principal axes of a layer's weighted outputs; the first R of them are its best form of rank R.
 
-    The principal axes of the weighted outputs are kept (Zhang et al., 2015).
+    This is the low rank of Zhang et al. (2015), with a weight for the error of each output.
 
     Args:
         weight: (O, P).
         gram: (P, P).
         importance: weight (O,) of each output's error.
-        rank: R.
     """
-    scaled = importance[:, None] * weight
-    _, axes = torch.linalg.eigh((scaled @ gram @ scaled.mT).double())
-    axes = axes[:, -rank:].flip(1).to(weight.dtype)
-    return axes / importance[:, None], axes.mT @ scaled
+
+    def __init__(self, weight: Tensor, gram: Tensor, importance: Tensor) -> None:
+        self._importance = importance
+        self._scaled = importance[:, None] * weight
+        _, axes = torch.linalg.eigh((self._scaled @ gram @ self._scaled.mT).double())
+        self._axes = axes.flip(1).to(weight.dtype)
+
+    def factors(self, rank: int) -> tuple[Tensor, Tensor]:
+        """Factors (O, R) and (R, P) whose product has the least weighted error of the outputs."""
+        axes = self._axes[:, :rank]
+        return axes / self._importance[:, None], axes.mT @ self._scaled
 
 
-def cpd_factors(weight: Tensor, gram: Tensor, rank: int, generator: torch.Generator | None = None) -> CPFactors:
-    """CPD of each filter with nearly the least error of the outputs.
+class WhiteFilters:
+    """Filters whose inputs were made white, mode by mode; their CPD has nearly the least error of the outputs.
 
-    The moments are taken as a Kronecker product over input, height and width. Each mode of the filters is whitened by
-    its factor, decomposed with all filters at once, and brought back, which keeps the form of a CPD.
+    The moments are taken as a Kronecker product over input, height and width. Each mode of the filters is multiplied by
+    the root of its factor, all filters are decomposed at once, and the factors are brought back, which keeps the form
+    of a CPD.
 
     Args:
         weight: (O, I, Kh, Kw).
         gram: (I * Kh * Kw, I * Kh * Kw).
-        rank: R.
-        generator: of the random starts.
     """
-    _, i, kh, kw = weight.shape
-    parts = gram.view(i, kh, kw, i, kh, kw)
-    modes = [torch.einsum(sum_, parts) for sum_ in ('ihwjhw->ij', 'ihwigw->hg', 'ihwihv->wv')]
-    li, lh, lw = (cholesky(m, 1e-3) / m.diagonal().mean().clamp_min(1e-30).sqrt() for m in modes)
-    white = torch.einsum('oihw,ij,hg,wv->ojgv', weight, li, lh, lw)
-    found = cp_decompose(white, rank, generator=generator)
-    a, b, c = (
-        torch.linalg.solve_triangular(factor.mT, f, upper=True)
-        for factor, f in ((lh, found.A), (lw, found.B), (li, found.C))
-    )
-    return CPFactors(a, b, c, found.nmse)
+
+    def __init__(self, weight: Tensor, gram: Tensor) -> None:
+        _, i, kh, kw = weight.shape
+        parts = gram.view(i, kh, kw, i, kh, kw)
+        modes = [torch.einsum(terms, parts) for terms in ('ihwjhw->ij', 'ihwigw->hg', 'ihwihv->wv')]
+        self._roots = [cholesky(m, 1e-3) / m.diagonal().mean().clamp_min(1e-30).sqrt() for m in modes]
+        self._white = torch.einsum('oihw,ij,hg,wv->ojgv', weight, *self._roots)
+
+    def factors(self, rank: int, n_iter: int = 200, restarts: int = 3) -> CPFactors:
+        """The CPD of each filter; its ``nmse`` is that of the white filters. Arguments as for ``cp_decompose``."""
+        found = cp_decompose(self._white, rank, n_iter=n_iter, restarts=restarts)
+        li, lh, lw = self._roots
+        a, b, c = (
+            torch.linalg.solve_triangular(root.mT, factor, upper=True)
+            for root, factor in ((lh, found.A), (lw, found.B), (li, found.C))
+        )
+        return CPFactors(a, b, c, found.nmse)
 
 
 @dataclass
@@ -142,20 +153,57 @@ def removals(readers: list[Reader], free: Tensor, keeps: Iterable[int]) -> dict[
     alive = torch.ones(classes, dtype=torch.bool)
     may_go = torch.zeros(classes, dtype=torch.bool)
     may_go[free] = True
-    weights = [reader.weight.clone() for reader in readers]
-    inverses = [_inverse(reader.gram) for reader in readers]
+    left = [_Left(reader) for reader in readers]
     found = {}
     for keep in sorted(set(keeps), reverse=True):
         while int(alive.sum()) > keep:
             at = (alive & may_go).nonzero().flatten()
             goes = max(1, min(int(alive.sum()) - keep, len(at) // _STEPS))
-            errors = torch.stack([_loss(w, v, r.columns[at]) for w, v, r in zip(weights, inverses, readers)]).sum(0)
+            errors = torch.stack([part.losses(at) for part in left]).sum(0)
             chosen = at[errors.topk(min(goes, len(at)), largest=False).indices]
-            for weight, inverse, reader in zip(weights, inverses, readers):
-                _remove(weight, inverse, reader.columns[chosen].flatten())
+            for part in left:
+                part.remove(chosen)
             alive[chosen] = False
-        found[keep] = alive.nonzero().flatten(), [w.clone() for w in weights]
+        found[keep] = alive.nonzero().flatten(), [part.whole() for part in left]
     return found
+
+
+class _Left:
+    """What is left of a reader while classes leave: its weight, and the inverse of its moments, without the gone."""
+
+    def __init__(self, reader: Reader) -> None:
+        self._shape, self._columns = reader.weight.shape, reader.columns
+        self._at = torch.arange(reader.weight.shape[1])  # of a column of the whole weight among those left
+        self._weight, self._inverse = reader.weight.clone(), _inverse(reader.gram)
+
+    def losses(self, classes: Tensor) -> Tensor:
+        """Error (C,) that the removal of each class causes, with the others making up for it."""
+        columns = self._at[self._columns[classes]]  # (C, Q)
+        part = self._weight[:, columns].permute(1, 2, 0)  # (C, Q, O)
+        block = self._inverse[columns[:, :, None], columns[:, None, :]]
+        size = block.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
+        block = block + 1e-9 * size * torch.eye(block.shape[1], dtype=block.dtype)
+        return (part * torch.linalg.solve(block, part)).sum((1, 2))
+
+    def remove(self, classes: Tensor) -> None:
+        """Remove classes: the others take over, and the inverse becomes that of their moments."""
+        gone = self._at[self._columns[classes].flatten()]
+        rest = torch.ones(self._weight.shape[1], dtype=torch.bool)
+        rest[gone] = False
+        cross = self._inverse[rest][:, gone]
+        gain = torch.linalg.solve(self._inverse[gone][:, gone], cross.mT)  # (gone, rest)
+        self._weight = self._weight[:, rest] - self._weight[:, gone] @ gain
+        self._inverse = self._inverse[rest][:, rest].addmm_(cross, gain, alpha=-1)
+        places = torch.cumsum(rest, 0) - 1
+        there = self._at >= 0
+        self._at[there] = torch.where(rest, places, -1)[self._at[there]]
+
+    def whole(self) -> Tensor:
+        """The weight (O, P), with zeros for what is gone."""
+        weight = self._weight.new_zeros(self._shape)
+        there = self._at >= 0
+        weight[:, there] = self._weight[:, self._at[there]]
+        return weight
 
 
 def _inverse(gram: Tensor) -> Tensor:
@@ -163,22 +211,3 @@ def _inverse(gram: Tensor) -> Tensor:
         gram.double() + 1e-3 * gram.diagonal().mean().clamp_min(1e-30) * torch.eye(len(gram))
     )
     return torch.cholesky_inverse(factor).to(gram.dtype)
-
-
-def _loss(weight: Tensor, inverse: Tensor, columns: Tensor) -> Tensor:
-    """Error (C,) that the removal of each class causes, with the others making up for it; ``columns`` (C, Q)."""
-    part = weight[:, columns].permute(1, 2, 0)  # (C, Q, O)
-    block = inverse[columns[:, :, None], columns[:, None, :]]
-    block = block + 1e-9 * torch.eye(block.shape[1]) * block.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
-    return (part * torch.linalg.solve(block, part)).sum((1, 2))
-
-
-def _remove(weight: Tensor, inverse: Tensor, columns: Tensor) -> None:
-    """Remove inputs, in place: the others take over, and the inverse becomes that of their moments."""
-    gain = torch.linalg.solve(inverse[columns][:, columns], inverse[columns])
-    weight -= weight[:, columns] @ gain
-    inverse -= inverse[:, columns] @ gain
-    weight[:, columns] = 0
-    inverse[columns] = 0
-    inverse[:, columns] = 0
-    inverse[columns, columns] = 1

@@ -20,9 +20,9 @@ from tqdm import tqdm
 from norton_timm.compression import (
     Activations,
     CompressionSpec,
-    cpd_factors,
+    OutputAxes,
+    WhiteFilters,
     each_gradient,
-    low_rank_factors,
     make_plan,
     readers_of,
 )
@@ -50,6 +50,7 @@ _SHARES = (
 _KEEPS = (0.97, 0.94, 0.9, 0.85, 0.8, 0.72, 0.65, 0.57, 0.5, 0.42, 0.34, 0.26, 0.18, 0.1)
 _CPD_RANKS = (1, 2, 3, 4, 6, 8)
 _GRADIENTS = 96  # images whose gradients are taken
+_TOGETHER = 8  # images whose gradients are multiplied with the changes at once
 _TRIED = 64  # images on which blocks are left out
 
 
@@ -137,17 +138,19 @@ def _factorisations(
         gram, importance = activations.gram(name), activations.importance[name]
         if 'low_rank' in kinds:
             table = choices.low_rank.setdefault(name, {})
+            axes = OutputAxes(weight, gram, importance)
             for rank in sorted({max(1, round(s * outputs * inputs / (outputs + inputs))) for s in _SHARES}):
                 if rank <= full_rank(layer):
-                    second, first = low_rank_factors(weight, gram, importance, rank)
+                    second, first = axes.factors(rank)
                     found.append(_Change(table, rank, {name: second @ first - weight}))
         if 'cpd' in kinds and name in plan.ranks:
             (kh, kw), fan_in = layer.kernel_size, layer.in_channels
             table = choices.cpd.setdefault(name, {})
+            white = WhiteFilters(layer.weight.detach(), gram)
             for rank in _CPD_RANKS:
                 if rank * (fan_in + kh + kw) < fan_in * kh * kw:
-                    factors = cpd_factors(layer.weight.detach(), gram, rank, torch.Generator().manual_seed(0))
-                    found.append(_Change(table, rank, {name: cp_reconstruct(factors).flatten(1) - weight}))
+                    rebuilt = cp_reconstruct(white.factors(rank, n_iter=30, restarts=1)).flatten(1)
+                    found.append(_Change(table, rank, {name: rebuilt - weight}))
     return found
 
 
@@ -182,15 +185,29 @@ def _measure(model: nn.Module, activations: Activations, changes: list[_Change],
         stacked[name] = torch.tensor(index), torch.stack(weights), torch.stack(biases)
         del weights
     total = torch.zeros(len(changes))
+    waiting: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in stacked}
+
+    def flush() -> None:
+        """Products of all changes with the gradients of some images, which are faster together."""
+        count = max(map(len, waiting.values()))
+        dots = torch.zeros(len(changes), count)
+        for name, gradients in waiting.items():
+            if gradients:
+                index, changes_of, shifts = stacked[name]
+                weight, bias = (torch.stack(g, 1) for g in zip(*gradients))
+                dots[index] += (changes_of @ weight).float() + shifts @ bias
+                gradients.clear()
+        total.add_(dots.square().sum(1))
 
     def see(gradients: dict[str, tuple[Tensor, Tensor]]) -> None:
-        dots = torch.zeros(len(changes))
         for name, (weight, bias) in gradients.items():
-            index, changes_of, shifts = stacked[name]
-            dots[index] += (changes_of @ weight.flatten().bfloat16()).float() + shifts @ bias
-        total.add_(dots.square())
+            waiting[name].append((weight.flatten().bfloat16(), bias))
+        if max(map(len, waiting.values())) == _TOGETHER:
+            flush()
 
     each_gradient(model, {n: activations.layers[n] for n in stacked}, images, see)
+    if any(waiting.values()):
+        flush()
     for change, error in zip(changes, (0.5 * total / len(images)).tolist()):
         change.table[change.key] = error
 

@@ -5,13 +5,16 @@ repairs and trains a network.
 from norton_timm.training.config import DistillConfig, OptimConfig, TrainConfig, load_train_config
 from norton_timm.training.data import Preprocessing
 from norton_timm.training.distill import Distillation
+from norton_timm.training.label_free import LabelFreeConfig, agreement, scores, tune_without_labels
 from norton_timm.training.loop import Trainer, evaluate
 from norton_timm.training.metrics import MetricsWriter
 from norton_timm.training.run import MODEL, Recovery, evaluate_file, is_compressed_tag, portable, preprocessing_of
+from norton_timm.training.shrink import shrink
 from norton_timm.training.sources import calibration_images, open_data
 
 __all__ = [
-    'MODEL', 'DistillConfig', 'Distillation', 'MetricsWriter', 'OptimConfig', 'Preprocessing', 'Recovery',
-    'TrainConfig', 'Trainer', 'calibration_images', 'evaluate', 'evaluate_file', 'is_compressed_tag',
-    'load_train_config', 'open_data', 'portable', 'preprocessing_of',
+    'MODEL', 'DistillConfig', 'Distillation', 'LabelFreeConfig', 'MetricsWriter', 'OptimConfig', 'Preprocessing',
+    'Recovery', 'TrainConfig', 'Trainer', 'agreement', 'calibration_images', 'evaluate', 'evaluate_file',
+    'is_compressed_tag', 'load_train_config', 'open_data', 'portable', 'preprocessing_of', 'scores', 'shrink',
+    'tune_without_labels',
 ]  # fmt: skip
