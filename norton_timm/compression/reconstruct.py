@@ -113,11 +113,15 @@ class WhiteFilters:
         """The CPD of each filter; its ``nmse`` is that of the white filters. Arguments as for ``cp_decompose``."""
         found = cp_decompose(self._white, rank, n_iter=n_iter, restarts=restarts)
         li, lh, lw = self._roots
-        a, b, c = (
-            torch.linalg.solve_triangular(root.mT, factor, upper=True)
-            for root, factor in ((lh, found.A), (lw, found.B), (li, found.C))
-        )
+        a, b, c = (_uncoloured(root, factor) for root, factor in ((lh, found.A), (lw, found.B), (li, found.C)))
         return CPFactors(a, b, c, found.nmse)
+
+
+def _uncoloured(root: Tensor, factor: Tensor) -> Tensor:
+    """Factors (O, n, R) of white filters as those of the filters: the root (n, n) of the mode is divided out."""
+    filters, n, rank = factor.shape
+    flat = factor.transpose(0, 1).reshape(n, -1)  # one system for all filters
+    return torch.linalg.solve_triangular(root.mT, flat, upper=True).view(n, filters, rank).transpose(0, 1).contiguous()
 
 
 @dataclass
