@@ -190,6 +190,17 @@ def test_a_missing_picture_is_not_taken_from_another_split(tmp_path: Path) -> No
     assert [p.kind for p in report.problems] == ['missing image'] and 'images/val/b.png' in report.text()
 
 
+@pytest.mark.parametrize(('other', 'folder'), [('default', 'images/default/cam1'), ('holdout', 'images/Holdout')])
+def test_a_picture_elsewhere_is_not_taken_from_a_split_of_any_name(other: str, folder: str, tmp_path: Path) -> None:
+    names = renamed(lambda name: f'../{name}')
+    write(tmp_path, 'annotations/instances_train.json', 'pictures/train', content(names))
+    write(tmp_path, f'annotations/instances_{other}.json', folder, content(), values=100)
+    with pytest.raises(ValueError, match=r'3 of 3 pictures are not in .*; data.images=FOLDER'):
+        CocoDataset(tmp_path, 'train', 'box')
+    assert not check_data(tmp_path, 'box', ('train',)).ok
+    assert (CocoDataset(tmp_path, 'train', 'box', images='pictures').load(0)[0] == 1).all()
+
+
 def test_a_category_that_only_holds_others_together_is_no_class(tmp_path: Path) -> None:
     """Roboflow's number 0, but none that has objects or that stands for itself, as COCO's person."""
     own = [{'id': 1, 'name': 'person', 'supercategory': 'person'}, {'id': 2, 'name': 'bag', 'supercategory': 'person'}]

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from detection.data.annotations import box_to_train_on, labels_of, load_coco, mirror_indices
 from detection.data.decode import read_picture
-from detection.data.layouts import find_annotations, find_images, has_annotations, match_pictures
+from detection.data.layouts import find_annotations, find_images, has_annotations, match_pictures, other_splits
 from detection.data.masks import check_outline, decode_mask, mask_area
 from detection.data.sample import ensure_sample
 from detection.data.transforms import Transform
@@ -153,7 +153,8 @@ class CocoDataset(Dataset):
         self.min_keypoints = min_keypoints
         if limit is not None:
             self.image_ids = self._first_with_objects(limit)
-        self.pictures = match_pictures((self.coco.imgs[i]['file_name'] for i in self.image_ids), folders, split)
+        others = other_splits(self.root, split, self.annotation_file)
+        self.pictures = match_pictures((self.coco.imgs[i]['file_name'] for i in self.image_ids), folders, others)
         self._check_files()
         # shared, so that persistent workers see it change
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()

@@ -16,7 +16,7 @@ from typing import Any
 from detection.data.annotations import Labels, box_to_train_on, indexed, labels_of
 from detection.data.content import complete, content_problems, read_annotations
 from detection.data.decode import read_picture
-from detection.data.layouts import Pictures, find_annotations, find_images, match_pictures
+from detection.data.layouts import Pictures, find_annotations, find_images, match_pictures, other_splits
 from detection.data.masks import mask_area
 from detection.tasks import check_task
 
@@ -138,7 +138,8 @@ def check_data(
         except ValueError as error:
             report.problems.append(Problem('image folder', str(error)))
             continue
-        pictures = match_pictures((image['file_name'] for image in content['images']), folders, split)
+        others = other_splits(Path(root), split, path)
+        pictures = match_pictures((image['file_name'] for image in content['images']), folders, others)
         if pictures.files:
             name, file = next(iter(pictures.files.items()))
             message = (

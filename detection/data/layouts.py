@@ -140,6 +140,17 @@ def find_images(
     )
 
 
+def other_splits(root: Path, split: str, annotation_file: Path) -> set[str]:
+    """Names, in lower case, of folders that hold pictures of other splits than this one.
+
+    They are the usual names of splits, and the names of all annotation files of the data set.
+    """
+    found = {file.stem.rpartition('_')[2] for file in (root / 'annotations').glob('*.json')}
+    found |= {name for task in ('box', 'keypoint') for name in splits_of_exports(root, task)}
+    own = {split, annotation_file.stem.rpartition('_')[2], *_ALIASES.get(split, ()), *_BESIDE}
+    return ({*_SPLITS} - {split.lower()}) | ({name.lower() for name in found} - {name.lower() for name in own})
+
+
 @dataclass(frozen=True)
 class Pictures:
     """The pictures that an annotation file names.
@@ -159,7 +170,7 @@ class Pictures:
         return self.folder / self.files.get(name, name)
 
 
-def match_pictures(names: Iterable[str], folders: Sequence[Path], split: str = '') -> Pictures:
+def match_pictures(names: Iterable[str], folders: Sequence[Path], others: Iterable[str] = _SPLITS) -> Pictures:
     r"""Match the file names of annotations with files.
 
     A name that is a path below the folder is that file, and no other name's. Otherwise `\` is read as `/`, `%20` as a
@@ -170,7 +181,7 @@ def match_pictures(names: Iterable[str], folders: Sequence[Path], split: str = '
         names: `file_name` of all images.
         folders: The one that holds most of the names as they stand is taken, of equal ones the first; if there is none,
             the first where any is found.
-        split: Folders that are named like others are not searched.
+        others: Names of folders that are not searched, with or without digits behind them, see ``other_splits``.
     """
     names = list(dict.fromkeys(names))
     plain = min((_as_they_stand(names, folder) for folder in folders), key=lambda found: len(found.missing))
@@ -178,7 +189,7 @@ def match_pictures(names: Iterable[str], folders: Sequence[Path], split: str = '
         return plain
     # where some are found, the others are not searched elsewhere: another split's may have the same names
     places = folders if len(plain.missing) == len(names) else [plain.folder]
-    others = set(_SPLITS) - {split.lower()}
+    others = set(others)
     for folder in places:
         found = _by_their_ends(names, folder, others)
         if len(found.missing) < len(names):
@@ -205,7 +216,10 @@ def _by_their_ends(names: Sequence[str], folder: Path, others: set[str]) -> Pict
     taken = set(names) - set(missing)
     below: dict[str, list[str]] = defaultdict(list)
     for path, inside, files in os.walk(folder):
-        inside[:] = [name for name in inside if name.lower().rstrip('0123456789_-') not in others]
+        inside[:] = [
+            name for name in inside
+            if name.lower() not in others and name.lower().rstrip('0123456789_-') not in others
+        ]  # fmt: skip
         for file in files:
             below[file].append(Path(path, file).relative_to(folder).as_posix())
     owners: dict[str, list[str]] = defaultdict(list)
