@@ -1,4 +1,4 @@
-"""Linear layers of low rank: numpy's SVD is the oracle."""
+"""Layers of low rank: numpy's SVD is the oracle."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import timm
 import torch
+from timm.layers import Conv2dSame
 from torch import nn
 
 import norton_timm
 from norton_timm import CompressionSpec, count, reshape
 from norton_timm.compression import compress
-from norton_timm.layers.low_rank import LowRankLinear, factor_layers
+from norton_timm.layers.low_rank import LowRankConv2d, LowRankLinear, factor_layers
 
 
 @pytest.mark.parametrize('rank', [1, 5, 12])
@@ -83,6 +84,40 @@ def test_saved_and_loaded_bit_for_bit(tmp_path) -> None:
         assert torch.equal(model.eval()(x), loaded(x))
     again, _ = compress(loaded, CompressionSpec(rank=0, rates={'layer4.*.conv2': 0.5}))  # and pruned once more
     assert again.fc.in_features < loaded.fc.in_features
+
+
+@pytest.mark.parametrize(
+    'conv',
+    [
+        nn.Conv2d(4, 8, 3, padding=1, padding_mode='circular'),
+        nn.Conv2d(4, 8, (3, 5), padding=(1, 2), padding_mode='reflect'),
+        nn.Conv2d(4, 8, 3, padding=2, dilation=2, padding_mode='replicate'),
+        nn.Conv2d(4, 8, 4, padding='same'),
+        Conv2dSame(4, 8, 3, stride=2),
+    ],
+    ids=lambda conv: f'{type(conv).__name__}-{conv.padding_mode}',
+)
+def test_a_convolution_of_full_rank_is_the_dense_one_whatever_its_padding(conv: nn.Conv2d) -> None:
+    x = torch.randn(2, 4, 9, 9)
+    layer = LowRankConv2d.from_conv(conv, 8)
+    torch.testing.assert_close(layer(x), conv(x), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize('rates', [0.0, 0.3])
+def test_what_is_of_low_rank_is_not_factored_again(rates: float, tmp_path) -> None:
+    """A compressed network is compressed once more, saved and loaded."""
+    x = torch.randn(1, 3, 32, 32)
+    first = CompressionSpec(rank=0, rates=rates, low_rank={'layer2.1.*': 0.5, 'fc': 0.5})
+    once, _ = compress(timm.create_model('resnet20_cifar').eval(), first)
+    twice, report = compress(once, CompressionSpec(rank=1, rates=0.25), x)
+    row = next(r for r in report.layers if r.name == 'layer2.1.conv1.0')
+    assert type(twice.layer2[1].conv1[0]) is nn.Conv2d and 'of low rank already' in row.dense_because
+    loaded = norton_timm.load(norton_timm.save(twice, tmp_path / 'net.safetensors'))
+    with torch.no_grad():
+        assert torch.equal(twice(x), loaded(x))
+    for low_rank in ({'layer2.1.conv1.0': 2}, {'fc.1': 1}):
+        with pytest.raises(ValueError, match=r'low_rank: pattern .* matches no layer'):
+            compress(once, CompressionSpec(rank=0, low_rank=low_rank), x)
 
 
 @pytest.mark.parametrize(

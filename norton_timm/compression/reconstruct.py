@@ -29,7 +29,7 @@ def least_squares(first: Moments, second: Moments, old: Tensor, centred: bool) -
     Args:
         first: moments of the first half of the images.
         second: of the second half.
-        old: the present weight (O, P).
+        old: the present weight (O, P), in the moments' type.
         centred: whether a bias takes up the means.
     """
     grams, crosses, counts = [], [], []
@@ -58,7 +58,13 @@ def _ridge(gram: Tensor, cross: Tensor, old: Tensor, ridge: float) -> Tensor:
 
 
 def cholesky(gram: Tensor, ridge: float) -> Tensor:
-    """Lower factor (P, P) of ``gram`` with ``ridge`` times its mean diagonal added; in float64 where float32 fails."""
+    """Lower factor (P, P) of ``gram`` with ``ridge`` times its mean diagonal added; in float64 where float32 fails.
+
+    Raises:
+        ValueError: moments with NaN or infinity.
+    """
+    if not gram.isfinite().all():
+        raise ValueError('calibration: got images on which a layer reads NaN or infinity, expected finite numbers')
     size = float(gram.diagonal().mean().clamp_min(1e-30))
     eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     factor, failed = torch.linalg.cholesky_ex(gram + ridge * size * eye)
@@ -150,7 +156,7 @@ def removals(readers: list[Reader], free: Tensor, keeps: Iterable[int]) -> dict[
             at = (alive & may_go).nonzero().flatten()
             goes = max(1, min(int(alive.sum()) - keep, len(at) // _STEPS))
             errors = torch.stack([_loss(w, v, r.columns[at]) for w, v, r in zip(weights, inverses, readers)]).sum(0)
-            chosen = at[errors.topk(min(goes, len(at)), largest=False).indices]
+            chosen = at[errors.topk(min(goes, len(at)), largest=False).indices.cpu()]
             for weight, inverse, reader in zip(weights, inverses, readers):
                 _remove(weight, inverse, reader.columns[chosen].flatten())
             alive[chosen] = False
@@ -159,17 +165,15 @@ def removals(readers: list[Reader], free: Tensor, keeps: Iterable[int]) -> dict[
 
 
 def _inverse(gram: Tensor) -> Tensor:
-    factor = torch.linalg.cholesky(
-        gram.double() + 1e-3 * gram.diagonal().mean().clamp_min(1e-30) * torch.eye(len(gram))
-    )
-    return torch.cholesky_inverse(factor).to(gram.dtype)
+    return torch.cholesky_inverse(cholesky(gram.double(), 1e-3)).to(gram.dtype)
 
 
 def _loss(weight: Tensor, inverse: Tensor, columns: Tensor) -> Tensor:
     """Error (C,) that the removal of each class causes, with the others making up for it; ``columns`` (C, Q)."""
     part = weight[:, columns].permute(1, 2, 0)  # (C, Q, O)
     block = inverse[columns[:, :, None], columns[:, None, :]]
-    block = block + 1e-9 * torch.eye(block.shape[1]) * block.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
+    eye = torch.eye(block.shape[1], dtype=block.dtype, device=block.device)
+    block = block + 1e-9 * eye * block.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
     return (part * torch.linalg.solve(block, part)).sum((1, 2))
 
 

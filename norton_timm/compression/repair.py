@@ -7,13 +7,14 @@ from functools import partial
 from typing import Any
 
 import torch
+from timm.layers import Conv2dSame
 from torch import Tensor, nn
 
 from norton_timm.compression.moments import MOST_INPUTS, Moments, add_samples, outputs_at, places_of, samples_of
 from norton_timm.compression.observe import Order, observe
 from norton_timm.compression.reconstruct import cpd_factors, least_squares, low_rank_factors
 from norton_timm.layers import LOW_RANK, CPDConv2d, has_computed_weight, present_at
-from norton_timm.utils import before_call, evaluating, removing
+from norton_timm.utils import at_least_float32, before_call, evaluating, removing
 
 Batches = Iterable[Any]
 
@@ -30,7 +31,8 @@ def images_of(batches: Batches, model: nn.Module) -> Iterator[Tensor]:
     """The images of each batch, labels left out, on the model's device and in its type.
 
     Raises:
-        ValueError: no batch, or something that is neither a tensor nor a tuple that starts with one.
+        ValueError: no batch, something that is neither a tensor nor a tuple that starts with one, images of several
+            sizes, or NaN in them.
     """
     parameter = next(model.parameters())
     empty, size = True, None
@@ -42,8 +44,11 @@ def images_of(batches: Batches, model: nn.Module) -> Iterator[Tensor]:
             raise ValueError(
                 f'calibration: got images of {tuple(images.shape[1:])} after {tuple(size)}, expected one size'
             )
+        images = images.to(parameter.device, parameter.dtype)
+        if not images.isfinite().all():
+            raise ValueError(f'calibration: got NaN or infinity as {parameter.dtype}, expected finite images')
         empty, size = False, images.shape[1:]
-        yield images.to(parameter.device, parameter.dtype)
+        yield images
     if empty:
         raise ValueError('calibration: got no batch, expected at least one')
 
@@ -232,9 +237,12 @@ def _changed(layer: Any, target: nn.Module) -> bool:
 def _can_fit(layer: Any) -> bool:
     if isinstance(layer, CPDConv2d):
         return layer.groups == 1
-    if not isinstance(layer, (*LOW_RANK, nn.Conv2d, nn.Linear)) or has_computed_weight(layer):
+    if isinstance(layer, LOW_RANK):
+        layer = layer[0]
+    # no subclasses, whose weight may be standardised or else changed in each pass
+    if type(layer) not in (nn.Conv2d, Conv2dSame, nn.Linear) or has_computed_weight(layer):
         return False
-    return _inputs(layer[0] if isinstance(layer, LOW_RANK) else layer) <= MOST_INPUTS
+    return _inputs(layer) <= MOST_INPUTS
 
 
 def _fit_layer(
@@ -264,11 +272,11 @@ def _fit_layer(
 
 
 def _weight_of(layer: Any) -> Tensor:
-    """The weight (O, P) of a layer of any kind."""
+    """The weight (O, P) of a layer of any kind, in float32 at least."""
     if isinstance(layer, LOW_RANK):
-        return layer.weight_product()
+        return at_least_float32(layer.weight_product())
     weight = layer.kernel() if isinstance(layer, CPDConv2d) else layer.weight
-    return weight.detach().flatten(1)
+    return at_least_float32(weight.detach().flatten(1))
 
 
 def _install(layer: Any, weight: Tensor, gram: Tensor, importance: Tensor | None) -> None:
@@ -289,13 +297,13 @@ def _fit_groups(layer: Any, x: Tensor, wanted: Tensor, places: Tensor, centred: 
     The ridge is fixed: few numbers are fitted to many samples.
     """
     groups, outputs = layer.groups, layer.out_channels
-    seen = samples_of(layer, x, places)
+    seen, wanted = at_least_float32(samples_of(layer, x, places)), at_least_float32(wanted)
     seen = seen.view(len(seen), groups, -1).transpose(0, 1)  # (groups, M, P)
     want = wanted.flatten(0, 1).view(-1, groups, outputs // groups).transpose(0, 1)
     mean_x, mean_y = seen.mean(1, keepdim=True), want.mean(1, keepdim=True)
     if centred:
         seen, want = seen - mean_x, want - mean_y
-    old = layer.weight.flatten(1).view(groups, outputs // groups, -1)
+    old = at_least_float32(layer.weight).flatten(1).view(groups, outputs // groups, -1)
     gram = seen.mT @ seen / seen.shape[1]
     size = gram.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-20)[:, None, None]
     eye = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)

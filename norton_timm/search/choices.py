@@ -27,10 +27,10 @@ from norton_timm.compression import (
     readers_of,
 )
 from norton_timm.graph import ChannelGraph
-from norton_timm.layers import full_rank
+from norton_timm.layers import full_rank, low_rank_parts
 from norton_timm.search.loss_weights import divergence
 from norton_timm.tensors import cp_reconstruct
-from norton_timm.utils import evaluating
+from norton_timm.utils import at_least_float32, evaluating
 
 KINDS = ('channels', 'low_rank', 'cpd', 'blocks')
 _SHARES = (
@@ -126,13 +126,14 @@ def _factorisations(
 ) -> list[_Change]:
     """Low-rank and CPD forms of every convolution but the stem that lower its MACs."""
     plan = make_plan(model, graph, CompressionSpec(rank={'*': 1}))
-    stem = next(iter(activations.order.layers))
+    stem, factored = next(iter(activations.order.layers)), low_rank_parts(model)
     found = []
     for name, layer in activations.layers.items():
-        if name == stem or isinstance(layer, nn.Linear) or name in graph.outside:
+        if name == stem or isinstance(layer, nn.Linear) or name in graph.outside or layer in factored:
             choices.reasons[name] = 'the stem' if name == stem else 'left alone by budgets'
             continue
-        weight = layer.weight.detach().flatten(1)
+        kernel = at_least_float32(layer.weight.detach())
+        weight = kernel.flatten(1)
         outputs, inputs = weight.shape
         gram, importance = activations.gram(name), activations.importance[name]
         if 'low_rank' in kinds:
@@ -146,7 +147,7 @@ def _factorisations(
             table = choices.cpd.setdefault(name, {})
             for rank in _CPD_RANKS:
                 if rank * (fan_in + kh + kw) < fan_in * kh * kw:
-                    factors = cpd_factors(layer.weight.detach(), gram, rank, torch.Generator().manual_seed(0))
+                    factors = cpd_factors(kernel, gram, rank, torch.Generator().manual_seed(0))
                     found.append(_Change(table, rank, {name: cp_reconstruct(factors).flatten(1) - weight}))
     return found
 
@@ -187,7 +188,8 @@ def _measure(model: nn.Module, activations: Activations, changes: list[_Change],
         dots = torch.zeros(len(changes))
         for name, (weight, bias) in gradients.items():
             index, changes_of, shifts = stacked[name]
-            dots[index] += (changes_of @ weight.flatten().bfloat16()).float() + shifts @ bias
+            error = (changes_of @ weight.flatten().bfloat16()).float() + shifts @ bias.to(shifts)
+            dots[index] += error.to(dots)
         total.add_(dots.square())
 
     each_gradient(model, {n: activations.layers[n] for n in stacked}, images, see)
