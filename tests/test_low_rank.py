@@ -12,6 +12,7 @@ from torch import nn
 import norton_timm
 from norton_timm import CompressionSpec, count, reshape
 from norton_timm.compression import compress
+from norton_timm.layers.dropped import DroppedBlock, drop_blocks
 from norton_timm.layers.low_rank import LowRankConv2d, LowRankLinear, factor_layers
 
 
@@ -101,6 +102,16 @@ def test_a_convolution_of_full_rank_is_the_dense_one_whatever_its_padding(conv: 
     x = torch.randn(2, 4, 9, 9)
     layer = LowRankConv2d.from_conv(conv, 8)
     torch.testing.assert_close(layer(x), conv(x), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize('names', [('layer1.1', 'layer1.1.conv2'), ('layer2.1.bn1', 'layer3.2', 'layer2.1')])
+def test_a_part_of_a_block_that_is_left_out_is_not_left_out_again(names: tuple[str, ...]) -> None:
+    model = timm.create_model('resnet20_cifar')
+    with pytest.raises(ValueError, match='to leave out, which is a part of'):
+        drop_blocks(model, names)
+    assert not any(isinstance(m, DroppedBlock) for m in model.modules())
+    drop_blocks(model, [names[0], names[0]])  # a name given twice is one block
+    assert isinstance(model.get_submodule(names[0]), DroppedBlock)
 
 
 @pytest.mark.parametrize('rates', [0.0, 0.3])
