@@ -157,6 +157,8 @@ def test_pictures_elsewhere_are_found_by_the_setting(tmp_path: Path, monkeypatch
         (['/x/cam1/1.jpg', '/x/cam2/1.jpg'], ['cam1/1.jpg', 'cam2/1.jpg'],
          {'/x/cam1/1.jpg': 'cam1/1.jpg', '/x/cam2/1.jpg': 'cam2/1.jpg'}),
         (['/x/1.jpg'], ['deep/er/1.jpg'], {'/x/1.jpg': 'deep/er/1.jpg'}),
+        (['\u00e9.jpg', 'o\u0308.jpg'], ['e\u0301.jpg', '\u00f6.jpg'],
+         {'\u00e9.jpg': 'e\u0301.jpg', 'o\u0308.jpg': '\u00f6.jpg'}),
         # what could be another picture is missing
         (['/x/1.jpg'], ['cam1/1.jpg', 'cam2/1.jpg'], {}),
         (['cam1/1.jpg', 'cam2/1.jpg'], ['cam2/1.jpg', '1.jpg', 'cam1/2.jpg'], {'cam2/1.jpg': 'cam2/1.jpg'}),

@@ -17,6 +17,7 @@ from __future__ import annotations
 import glob
 import os
 import re
+import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -174,8 +175,9 @@ def match_pictures(names: Iterable[str], folders: Sequence[Path], others: Iterab
     r"""Match the file names of annotations with files.
 
     A name that is a path below the folder is that file, and no other name's. Otherwise `\` is read as `/`, `%20` as a
-    space, and leading folders that are not there are left out: `images/a.jpg` in the folder `images`. Of absolute paths
-    and URLs, which are another machine's, the last part is enough if only one file has it.
+    space, a letter and its accent as one character, and leading folders that are not there are left out: `images/a.jpg`
+    in the folder `images`. Of absolute paths and URLs, which are another machine's, the last part is enough if only one
+    file has it.
 
     Args:
         names: `file_name` of all images.
@@ -221,7 +223,7 @@ def _by_their_ends(names: Sequence[str], folder: Path, others: set[str]) -> Pict
             if name.lower() not in others and name.lower().rstrip('0123456789_-') not in others
         ]  # fmt: skip
         for file in files:
-            below[file].append(Path(path, file).relative_to(folder).as_posix())
+            below[_composed(file)].append(Path(path, file).relative_to(folder).as_posix())
     owners: dict[str, list[str]] = defaultdict(list)
     for name in missing:
         meant = _by_its_end(name, folder, below)
@@ -236,16 +238,24 @@ def _by_its_end(name: str, folder: Path, below: dict[str, list[str]]) -> str | N
     bare = re.sub(r'^\w+://([^?#]*).*', r'\1', re.sub(r'^.*[?&]d=', '', name))  # Label Studio's local files; URLs
     for form in dict.fromkeys((bare.replace('\\', '/'), unquote(bare).replace('\\', '/'))):
         parts = [part for part in PurePosixPath(form).parts if part not in ('/', '.')]
+        parts = [_composed(part) for part in parts]
         files = below.get(parts[-1], []) if parts else []
         foreign = not _stays(form) or '://' in name
-        ends = [file for file in files if file.split('/') == parts[-file.count('/') - 1 :]]
+        ends = [file for file in files if _composed(file).split('/') == parts[-file.count('/') - 1 :]]
         if not foreign and len(parts) > 1 and (folder / parts[0]).is_dir():
-            ends = [file for file in ends if file.split('/') == parts]  # a picture is missing in a folder that is there
+            ends = [
+                file for file in ends if _composed(file).split('/') == parts
+            ]  # a picture is missing in a folder that is there
         if ends:
             return max(ends, key=len)
         if foreign and len(files) == 1:
             return files[0]
     return None
+
+
+def _composed(name: str) -> str:
+    """A name with one character for a letter and its accent, which some systems (macOS) write as two."""
+    return unicodedata.normalize('NFC', name)
 
 
 def _stays(name: str) -> bool:
