@@ -10,8 +10,9 @@ from timm.layers import Conv2dSame
 from torch import nn
 
 import norton_timm
-from norton_timm import CompressionSpec, count, reshape
+from norton_timm import CompressionSpec, CPDConv2d, count, reshape
 from norton_timm.compression import compress
+from norton_timm.layers import has_computed_weight
 from norton_timm.layers.dropped import DroppedBlock, drop_blocks
 from norton_timm.layers.low_rank import LowRankConv2d, LowRankLinear, factor_layers
 
@@ -102,6 +103,40 @@ def test_a_convolution_of_full_rank_is_the_dense_one_whatever_its_padding(conv: 
     x = torch.randn(2, 4, 9, 9)
     layer = LowRankConv2d.from_conv(conv, 8)
     torch.testing.assert_close(layer(x), conv(x), atol=1e-5, rtol=1e-4)
+
+
+class Reads(nn.Module):
+    """Code that looks at the weights of its layers, as timm's EdgeNeXt and users' networks do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, bias=False), nn.Linear(8, 4)
+
+    def forward(self, x):
+        x = self.b(self.a(x.to(self.a.weight.dtype)).relu() * torch.ones(1, device=self.b.weight.device))
+        return self.head(x.mean((2, 3)).to(self.head.weight.device)) + float(self.b.weight.dim())
+
+
+@pytest.mark.parametrize(
+    'spec',
+    [
+        CompressionSpec(rank={'*': 1}),
+        CompressionSpec(rank=0, rates=0.5, low_rank={'*': 3}, protect=()),
+        CompressionSpec(rank={'b': 2}, low_rank={'a': 4, 'head': 2}),
+    ],
+    ids=['decomposed', 'low rank', 'both'],
+)
+def test_code_that_reads_weights_of_its_layers_goes_on(spec: CompressionSpec) -> None:
+    model, x = Reads().eval(), torch.randn(2, 3, 9, 9)
+    small, _ = compress(model, spec, x)
+    layers = {n: m for n, m in small.named_modules() if isinstance(m, (CPDConv2d, LowRankConv2d, LowRankLinear))}
+    for name, layer in layers.items():
+        dense = model.get_submodule(name).weight
+        assert layer.weight.dtype == dense.dtype and layer.weight.dim() == dense.dim()
+        assert not has_computed_weight(layer)
+    assert layers and small(x).shape == (2, 4)
+    conv = small.get_submodule(next(iter(layers)))
+    torch.testing.assert_close(nn.functional.conv2d(x, conv.weight, conv.bias), conv(x)) if conv is small.a else None
 
 
 @pytest.mark.parametrize('names', [('layer1.1', 'layer1.1.conv2'), ('layer2.1.bn1', 'layer3.2', 'layer2.1')])

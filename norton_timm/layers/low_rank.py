@@ -15,10 +15,17 @@ from norton_timm.utils import replace_module
 class _LowRank(nn.Sequential):
     """Two layers whose weights multiply: (O, R) times (R, P), with P numbers read by each filter."""
 
+    holds_factors = True
+
     @property
     def rank(self) -> int:
         """Width between the two layers."""
         return self[1].weight.shape[1]
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight, for code that reads type, device or shape of a layer's weight."""
+        return self.weight_product().view(-1, *self[0].weight.shape[1:])
 
     @property
     def bias(self) -> nn.Parameter | None:
