@@ -139,6 +139,14 @@ def test_code_that_reads_weights_of_its_layers_goes_on(spec: CompressionSpec) ->
     torch.testing.assert_close(nn.functional.conv2d(x, conv.weight, conv.bias), conv(x)) if conv is small.a else None
 
 
+def test_torchscript_takes_a_layer_of_low_rank() -> None:
+    for layer, x in (
+        (LowRankConv2d.from_conv(nn.Conv2d(3, 4, 3), 2), torch.randn(1, 3, 8, 8)),
+        (LowRankLinear(6, 4, 2), torch.randn(2, 6)),
+    ):
+        torch.testing.assert_close(torch.jit.script(layer)(x), layer(x))
+
+
 @pytest.mark.parametrize('names', [('layer1.1', 'layer1.1.conv2'), ('layer2.1.bn1', 'layer3.2', 'layer2.1')])
 def test_a_part_of_a_block_that_is_left_out_is_not_left_out_again(names: tuple[str, ...]) -> None:
     model = timm.create_model('resnet20_cifar')

@@ -75,6 +75,7 @@ class CPDConv2d(nn.Module):
     """
 
     holds_factors = True
+    __jit_unused_properties__ = ('weight',)
 
     def __init__(
         self,

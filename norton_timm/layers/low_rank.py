@@ -16,6 +16,7 @@ class _LowRank(nn.Sequential):
     """Two layers whose weights multiply: (O, R) times (R, P), with P numbers read by each filter."""
 
     holds_factors = True
+    __jit_unused_properties__ = ('weight',)
 
     @property
     def rank(self) -> int:
