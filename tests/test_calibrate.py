@@ -170,6 +170,11 @@ def test_calibration_images_are_finite(number: float, criterion: str | None):
         compress(Chain(), CompressionSpec(rates=0.3, criterion=criterion), batch[:1], [batch])
 
 
+def test_output_error_needs_images():
+    with pytest.raises(ValueError, match=r'calibration=BATCHES\), or --calibration FOLDER'):
+        compress(Chain(), CompressionSpec(rates=0.5, criterion='output_error', protect=()), torch.randn(1, 3, 10, 10))
+
+
 def test_layers_that_read_infinity_are_told():
     class Logarithm(nn.Module):
         def forward(self, x):

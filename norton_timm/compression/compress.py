@@ -247,7 +247,8 @@ def _removed_by_error(
         return ~gone
     if activations is None:
         raise ValueError(
-            'criterion: got output_error without images, expected compress(..., calibration=BATCHES) or --calibration FOLDER'
+            'criterion: got output_error without images, expected compress(..., calibration=BATCHES), or --calibration '
+            'FOLDER in the tools'
         )
     found = activations.removals(graph, group, [keep])
     assert found is not None  # the plan keeps all channels of other groups
