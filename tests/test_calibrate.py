@@ -11,6 +11,7 @@ import time
 import pytest
 import torch
 from families import build, images, relative_error
+from timm.layers import ScaledStdConv2d, StdConv2d
 from torch import nn
 
 from norton_timm import CompressionSpec
@@ -104,6 +105,86 @@ def test_batch_norm_statistics_are_the_averages_over_the_batches():
     torch.testing.assert_close(model[0].running_mean, mean)
     torch.testing.assert_close(model[0].running_var, var)
     assert model[0].momentum == 0.3 and model[0].training and not model[2].training
+
+
+@pytest.mark.parametrize(
+    'options',
+    [
+        {'rates': 0.5},
+        {'rates': {'layer1.*.conv2': 0.25, 'conv1': 0.25}, 'rank': 0},  # as many on both sides of a sum, but others
+        {'rates': 0.5, 'drop': ('layer1.1', 'layer3.2')},
+        {'rates': 0.3, 'low_rank': {'layer2.*': 0.5}},
+    ],
+    ids=str,
+)
+def test_sums_with_a_shortcut_that_selects_channels(options: dict):
+    """The first shortcut of a ResNet for CIFAR passes its input on in the dense network only."""
+    torch.manual_seed(0)
+    model, x = build('resnet20_cifar'), images('resnet20_cifar')
+    batches = [nn.functional.avg_pool2d(torch.randn(32, 3, 36, 36), 5, 1) * 5]
+    spec = CompressionSpec(**{'rank': {'*': 2}, **options})
+    plain, _ = compress(model, spec, x)
+    repaired, _ = compress(model, spec, x, calibration=batches)
+    with torch.no_grad():
+        assert relative_error(repaired(batches[0]), model(batches[0])) < relative_error(
+            plain(batches[0]), model(batches[0])
+        )
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize('criterion', [None, 'output_error'])
+def test_networks_of_other_precision(dtype: torch.dtype, criterion: str | None):
+    """The sums are held in float32 at least."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1, groups=2), nn.ReLU(),
+        nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 6, 3, padding=1),
+    )  # fmt: skip
+    x = torch.randn(16, 3, 12, 12)
+    spec = CompressionSpec(rank=0, rates=0.25, criterion=criterion, low_rank={'6': 4}, protect=())
+    expected, _ = compress(model, spec, x[:1], [x])
+    made, _ = compress(model.to(dtype), spec, x[:1].to(dtype), [x.to(dtype)])
+    with torch.no_grad():
+        assert made(x.to(dtype)).dtype == dtype
+        assert relative_error(made(x.to(dtype)).float(), expected(x)) < 0.1
+
+
+@pytest.mark.parametrize('kind', [StdConv2d, ScaledStdConv2d])
+def test_layers_that_change_their_weight_in_each_pass_keep_it(kind: type[nn.Conv2d]):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), kind(8, 8, 3), nn.Conv2d(8, 4, 1)).double()
+    x = torch.randn(16, 3, 9, 9, dtype=torch.float64)
+    spec = CompressionSpec(rank={'0': 1}, protect=())
+    repaired, _ = compress(model, spec, x, [x])
+    plain, _ = compress(model, spec, x)
+    with torch.no_grad():
+        assert torch.equal(repaired[2].weight, model[2].weight)
+        assert relative_error(repaired(x), model(x)) < relative_error(plain(x), model(x))
+
+
+@pytest.mark.parametrize('number', [float('nan'), float('inf')])
+@pytest.mark.parametrize('criterion', [None, 'output_error'])
+def test_calibration_images_are_finite(number: float, criterion: str | None):
+    batch = torch.randn(4, 3, 10, 10)
+    batch[1, 0, 3, 3] = number
+    with pytest.raises(ValueError, match='calibration: got NaN or infinity as'):
+        compress(Chain(), CompressionSpec(rates=0.3, criterion=criterion), batch[:1], [batch])
+
+
+def test_output_error_needs_images():
+    with pytest.raises(ValueError, match=r'calibration=BATCHES\), or --calibration FOLDER'):
+        compress(Chain(), CompressionSpec(rates=0.5, criterion='output_error', protect=()), torch.randn(1, 3, 10, 10))
+
+
+def test_layers_that_read_infinity_are_told():
+    class Logarithm(nn.Module):
+        def forward(self, x):
+            return x.clamp(min=0).log()
+
+    batch = torch.randn(4, 3, 10, 10)
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), Logarithm(), nn.Conv2d(6, 4, 3))
+    with pytest.raises(ValueError, match='a layer reads NaN or infinity'):
+        compress(model, CompressionSpec(rates=0.5, protect=()), batch[:1], [batch])
 
 
 @pytest.mark.parametrize(('batches', 'told'), [([], 'no batch'), ([3], 'got int'), ([torch.zeros(3, 4)], 'expected')])

@@ -174,6 +174,10 @@ def test_round_to_protect_include_exclude():
         (dict(rates='[0.1]*30'), 'got 30 entries, expected 20'),
         (dict(rates={'layer9.*': 0.1}), "'layer9.*' matches no layer"),
         (dict(rank={'stage*': 1}), "'stage*' matches no layer"),
+        (dict(rates='[0.1]*20', drop=('layer1.1',)), 'got 20 entries for a network whose blocks were left out in part'),
+        (dict(rates=[0.1] * 19, drop=('layer3.2', 'layer2.1')), 'expected one rate, or rates by layer name'),
+        (dict(drop=('layer1.0',)), "drop: got 'layer1.0', expected blocks with an identity shortcut, such as layer1.1"),
+        (dict(drop=('layer1.1.conv1',)), 'expected blocks with an identity shortcut'),
         (dict(rates={'layer1.0.conv3': 0.1, 'layer1.1.conv3': 0.2}), 'share channels'),
     ],
 )

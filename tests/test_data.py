@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from pycocotools.coco import COCO
 from tool_runner import ROOT, run_python
 from torch.utils.data import DataLoader
@@ -18,6 +20,7 @@ from torchvision.models.detection import fasterrcnn_mobilenet_v3_large_320_fpn
 
 from detection.data.annotations import load_coco, match_classes, mirror_indices, unpaired
 from detection.data.coco import CocoDataset, collate, find_data
+from detection.data.decode import decode_rgb
 from detection.data.figures import KEYPOINT_NAMES
 from detection.data.layouts import find_annotations
 from detection.data.sample import write_sample
@@ -106,6 +109,30 @@ def test_grey_and_transparent_images_become_rgb(tmp_path: Path) -> None:
         image, _ = CocoDataset(tmp_path, 'train', 'box')[0]
         assert image.shape == (3, 48, 64)
         torch.testing.assert_close(image.unique(), torch.tensor([0.2]))
+
+
+@pytest.mark.parametrize('orientation', range(1, 9))
+def test_a_picture_is_turned_as_its_exif_data_say(orientation: int) -> None:
+    pixels = np.random.default_rng(0).integers(0, 255, (24, 32, 3), np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(pixels).save(stream := io.BytesIO(), 'PNG', exif=exif)
+    wanted = cv2.imdecode(np.frombuffer(stream.getvalue(), np.uint8), cv2.IMREAD_COLOR)[..., ::-1]
+    assert np.array_equal(decode_rgb(stream.getvalue(), 'x', oriented=True), wanted)
+    assert np.array_equal(decode_rgb(stream.getvalue(), 'x', oriented=False), pixels)
+
+
+@pytest.mark.parametrize('damage', [(b'MM\0*', b'MMw*'), (b'MM\0*\0\0\0\x08', b'MM\0*\xff\xff\xff\xff')])
+def test_a_picture_with_damaged_exif_data_is_taken_as_it_is_stored(damage: tuple[bytes, bytes]) -> None:
+    """Pillow raises SyntaxError and others; the pixels are whole."""
+    pixels = np.full((24, 32, 3), 90, np.uint8)
+    exif = Image.Exif()
+    exif.endian = '>'
+    exif[0x0112] = 6
+    Image.fromarray(pixels).save(stream := io.BytesIO(), 'JPEG', exif=exif)
+    data = stream.getvalue().replace(*damage)
+    assert data != stream.getvalue()
+    assert decode_rgb(data, 'x', oriented=True).shape == (24, 32, 3)
 
 
 def test_labels_of_coco_are_its_category_ids_with_gaps(tiny_coco: Path) -> None:

@@ -157,6 +157,8 @@ def test_pictures_elsewhere_are_found_by_the_setting(tmp_path: Path, monkeypatch
         (['/x/cam1/1.jpg', '/x/cam2/1.jpg'], ['cam1/1.jpg', 'cam2/1.jpg'],
          {'/x/cam1/1.jpg': 'cam1/1.jpg', '/x/cam2/1.jpg': 'cam2/1.jpg'}),
         (['/x/1.jpg'], ['deep/er/1.jpg'], {'/x/1.jpg': 'deep/er/1.jpg'}),
+        (['\u00e9.jpg', 'o\u0308.jpg'], ['e\u0301.jpg', '\u00f6.jpg'],
+         {'\u00e9.jpg': 'e\u0301.jpg', 'o\u0308.jpg': '\u00f6.jpg'}),
         # what could be another picture is missing
         (['/x/1.jpg'], ['cam1/1.jpg', 'cam2/1.jpg'], {}),
         (['cam1/1.jpg', 'cam2/1.jpg'], ['cam2/1.jpg', '1.jpg', 'cam1/2.jpg'], {'cam2/1.jpg': 'cam2/1.jpg'}),
@@ -188,6 +190,17 @@ def test_a_missing_picture_is_not_taken_from_another_split(tmp_path: Path) -> No
         CocoDataset(tmp_path, 'val', 'box')
     report = check_data(tmp_path, 'box')
     assert [p.kind for p in report.problems] == ['missing image'] and 'images/val/b.png' in report.text()
+
+
+@pytest.mark.parametrize(('other', 'folder'), [('default', 'images/default/cam1'), ('holdout', 'images/Holdout')])
+def test_a_picture_elsewhere_is_not_taken_from_a_split_of_any_name(other: str, folder: str, tmp_path: Path) -> None:
+    names = renamed(lambda name: f'../{name}')
+    write(tmp_path, 'annotations/instances_train.json', 'pictures/train', content(names))
+    write(tmp_path, f'annotations/instances_{other}.json', folder, content(), values=100)
+    with pytest.raises(ValueError, match=r'3 of 3 pictures are not in .*; data.images=FOLDER'):
+        CocoDataset(tmp_path, 'train', 'box')
+    assert not check_data(tmp_path, 'box', ('train',)).ok
+    assert (CocoDataset(tmp_path, 'train', 'box', images='pictures').load(0)[0] == 1).all()
 
 
 def test_a_category_that_only_holds_others_together_is_no_class(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Linear layers of low rank: numpy's SVD is the oracle."""
+"""Layers of low rank: numpy's SVD is the oracle."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import numpy as np
 import pytest
 import timm
 import torch
+from timm.layers import Conv2dSame
 from torch import nn
 
 import norton_timm
-from norton_timm import CompressionSpec, count, reshape
+from norton_timm import CompressionSpec, CPDConv2d, count, reshape
 from norton_timm.compression import compress
-from norton_timm.layers.low_rank import LowRankLinear, factor_layers
+from norton_timm.layers import has_computed_weight
+from norton_timm.layers.dropped import DroppedBlock, drop_blocks
+from norton_timm.layers.low_rank import LowRankConv2d, LowRankLinear, factor_layers
 
 
 @pytest.mark.parametrize('rank', [1, 5, 12])
@@ -83,6 +86,92 @@ def test_saved_and_loaded_bit_for_bit(tmp_path) -> None:
         assert torch.equal(model.eval()(x), loaded(x))
     again, _ = compress(loaded, CompressionSpec(rank=0, rates={'layer4.*.conv2': 0.5}))  # and pruned once more
     assert again.fc.in_features < loaded.fc.in_features
+
+
+@pytest.mark.parametrize(
+    'conv',
+    [
+        nn.Conv2d(4, 8, 3, padding=1, padding_mode='circular'),
+        nn.Conv2d(4, 8, (3, 5), padding=(1, 2), padding_mode='reflect'),
+        nn.Conv2d(4, 8, 3, padding=2, dilation=2, padding_mode='replicate'),
+        nn.Conv2d(4, 8, 4, padding='same'),
+        Conv2dSame(4, 8, 3, stride=2),
+    ],
+    ids=lambda conv: f'{type(conv).__name__}-{conv.padding_mode}',
+)
+def test_a_convolution_of_full_rank_is_the_dense_one_whatever_its_padding(conv: nn.Conv2d) -> None:
+    x = torch.randn(2, 4, 9, 9)
+    layer = LowRankConv2d.from_conv(conv, 8)
+    torch.testing.assert_close(layer(x), conv(x), atol=1e-5, rtol=1e-4)
+
+
+class Reads(nn.Module):
+    """Code that looks at the weights of its layers, as timm's EdgeNeXt and users' networks do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, bias=False), nn.Linear(8, 4)
+
+    def forward(self, x):
+        x = self.b(self.a(x.to(self.a.weight.dtype)).relu() * torch.ones(1, device=self.b.weight.device))
+        return self.head(x.mean((2, 3)).to(self.head.weight.device)) + float(self.b.weight.dim())
+
+
+@pytest.mark.parametrize(
+    'spec',
+    [
+        CompressionSpec(rank={'*': 1}),
+        CompressionSpec(rank=0, rates=0.5, low_rank={'*': 3}, protect=()),
+        CompressionSpec(rank={'b': 2}, low_rank={'a': 4, 'head': 2}),
+    ],
+    ids=['decomposed', 'low rank', 'both'],
+)
+def test_code_that_reads_weights_of_its_layers_goes_on(spec: CompressionSpec) -> None:
+    model, x = Reads().eval(), torch.randn(2, 3, 9, 9)
+    small, _ = compress(model, spec, x)
+    layers = {n: m for n, m in small.named_modules() if isinstance(m, (CPDConv2d, LowRankConv2d, LowRankLinear))}
+    for name, layer in layers.items():
+        dense = model.get_submodule(name).weight
+        assert layer.weight.dtype == dense.dtype and layer.weight.dim() == dense.dim()
+        assert not has_computed_weight(layer)
+    assert layers and small(x).shape == (2, 4)
+    conv = small.get_submodule(next(iter(layers)))
+    torch.testing.assert_close(nn.functional.conv2d(x, conv.weight, conv.bias), conv(x)) if conv is small.a else None
+
+
+def test_torchscript_takes_a_layer_of_low_rank() -> None:
+    for layer, x in (
+        (LowRankConv2d.from_conv(nn.Conv2d(3, 4, 3), 2), torch.randn(1, 3, 8, 8)),
+        (LowRankLinear(6, 4, 2), torch.randn(2, 6)),
+    ):
+        torch.testing.assert_close(torch.jit.script(layer)(x), layer(x))
+
+
+@pytest.mark.parametrize('names', [('layer1.1', 'layer1.1.conv2'), ('layer2.1.bn1', 'layer3.2', 'layer2.1')])
+def test_a_part_of_a_block_that_is_left_out_is_not_left_out_again(names: tuple[str, ...]) -> None:
+    model = timm.create_model('resnet20_cifar')
+    with pytest.raises(ValueError, match='to leave out, which is a part of'):
+        drop_blocks(model, names)
+    assert not any(isinstance(m, DroppedBlock) for m in model.modules())
+    drop_blocks(model, [names[0], names[0]])  # a name given twice is one block
+    assert isinstance(model.get_submodule(names[0]), DroppedBlock)
+
+
+@pytest.mark.parametrize('rates', [0.0, 0.3])
+def test_what_is_of_low_rank_is_not_factored_again(rates: float, tmp_path) -> None:
+    """A compressed network is compressed once more, saved and loaded."""
+    x = torch.randn(1, 3, 32, 32)
+    first = CompressionSpec(rank=0, rates=rates, low_rank={'layer2.1.*': 0.5, 'fc': 0.5})
+    once, _ = compress(timm.create_model('resnet20_cifar').eval(), first)
+    twice, report = compress(once, CompressionSpec(rank=1, rates=0.25), x)
+    row = next(r for r in report.layers if r.name == 'layer2.1.conv1.0')
+    assert type(twice.layer2[1].conv1[0]) is nn.Conv2d and 'of low rank already' in row.dense_because
+    loaded = norton_timm.load(norton_timm.save(twice, tmp_path / 'net.safetensors'))
+    with torch.no_grad():
+        assert torch.equal(twice(x), loaded(x))
+    for low_rank in ({'layer2.1.conv1.0': 2}, {'fc.1': 1}):
+        with pytest.raises(ValueError, match=r'low_rank: pattern .* matches no layer'):
+            compress(once, CompressionSpec(rank=0, low_rank=low_rank), x)
 
 
 @pytest.mark.parametrize(

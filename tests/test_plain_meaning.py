@@ -246,6 +246,9 @@ MALFORMED = {
     'infinite': ([[1, 2, 3, 4, 5, float('inf')]], 'malformed segmentation'),
     'flat': ([1, 2, 3, 4, 5, 6], 'malformed segmentation'),
     'no list': ('1 2 3 4 5 6', 'malformed segmentation'),
+    'pairs of numbers': ([[[10, 5], [30, 5], [30, 15]]], 'malformed segmentation'),
+    'a pair of texts': ([['1', '2'], [10, 5, 30, 5, 30, 15]], 'malformed segmentation'),
+    'null in a short one': ([[None], [10, 5, 30, 5, 30, 15]], 'malformed segmentation'),
     'null inside': ([None, [10, 5, 30, 5, 30, 15]], 'malformed segmentation'),
     'code of another size': ({'size': [64, 48], 'counts': [48 * 64]}, r'a mask of \(64, 48\)'),
 }
@@ -266,6 +269,56 @@ def test_a_malformed_mask_is_found_before_training(name: str, split: str, tmp_pa
     # boxes do not need it
     assert check_data(root, 'box').ok
     training_sets(load_config(None, ['task=box']), root)
+
+
+def corners(tree: Content) -> None:
+    for record in tree['annotations']:
+        x, y, w, h = record['bbox']
+        record['bbox'] = [x, y, x + w, y + h]
+
+
+def shares(tree: Content) -> None:
+    for record in tree['annotations']:
+        x, y, w, h = record['bbox']
+        record['bbox'] = [x / 64, y / 48, w / 64, h / 48]
+
+
+def polygon_shares(tree: Content) -> None:
+    for record in tree['annotations']:
+        polygons = record['segmentation']
+        record['segmentation'] = [[v / (64, 48)[k % 2] for k, v in enumerate(p)] for p in polygons]
+
+
+@pytest.mark.parametrize('boxes', [((2, 3, 9, 5), (40, 20, 20, 25)), ((30, 22, 30, 20), (0, 0, 10, 10), (33, 1, 9, 9))])
+@pytest.mark.parametrize(
+    ('change', 'task', 'told'),
+    [
+        (corners, 'box', 'all would fit as x1, y1, x2, y2, such as .*; expected x, y, width, height'),
+        (shares, 'keypoint', 'lie between 0 and 1, such as .*; expected pixels'),
+        (polygon_shares, 'mask', 'polygons lie between 0 and 1, such as .*; expected pixels'),
+    ],
+    ids=['corners', 'shares', 'polygons'],
+)
+def test_numbers_in_other_terms_are_told(
+    change: Callable, task: str, told: str, boxes: tuple[tuple[int, ...], ...], tmp_path: Path
+) -> None:
+    """All boxes of a file show what they are; nobody sees it in the figures."""
+    tree = content()
+    first = dict(tree['annotations'][0])
+    tree['annotations'] = []
+    for k in range(4):
+        x, y, w, h = boxes[k % len(boxes)]
+        outline = [[x, y, x + w, y, x + w, y + h]]
+        record = {'id': k + 1, 'image_id': 1 + k % 2, 'bbox': [x, y, w, h], 'segmentation': outline, 'iscrowd': 0}
+        tree['annotations'].append({**first, **record, 'area': w * h})
+    sound = write(tmp_path / 'sound', tree)
+    assert check_data(sound, task).ok
+    training_sets(load_config(None, [f'task={task}']), sound)
+    change(tree)
+    root = write(tmp_path / 'data', tree)
+    with pytest.raises(ValueError, match=rf'instances_train.json: .*{told}'.replace('instances', r'\w+')):
+        training_sets(load_config(None, [f'task={task}']), root)
+    assert sum(p.fatal and p.kind.startswith('malformed') for p in check_data(root, task).problems) == 2
 
 
 @pytest.mark.parametrize('split', ['train', 'val'])

@@ -40,6 +40,9 @@ def mixed(samples: int, inputs: int, seed: int = 0) -> Tensor:
     [
         nn.Conv2d(4, 6, 3, padding=1),
         nn.Conv2d(4, 6, (3, 5), stride=(2, 1), padding=(0, 2), dilation=(1, 2)),
+        nn.Conv2d(4, 6, 3, padding=1, padding_mode='circular'),
+        nn.Conv2d(4, 6, (3, 5), padding=(1, 2), padding_mode='reflect'),
+        nn.Conv2d(4, 6, 4, padding='same'),
         Conv2dSame(4, 6, 3, stride=2),
         Conv2dSame(4, 6, 5, stride=2, dilation=2),
         nn.Linear(9, 6),

@@ -27,7 +27,13 @@ _TOOLS = str(Path(__file__).resolve().parent)
 
 
 class Terminated(KeyboardInterrupt):
-    """The process was asked to end; code that handles Ctrl-C handles this too."""
+    """The process was asked to end; code that handles Ctrl-C handles this too.
+
+    Its text is never empty, so that such code can tell the two apart. Arguments are advice on how to go on.
+    """
+
+    def __str__(self) -> str:
+        return 'terminated'
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

@@ -14,8 +14,9 @@ import torch
 from torch.utils.data import Dataset
 
 from detection.data.annotations import box_to_train_on, labels_of, load_coco, mirror_indices
+from detection.data.content import polygon_problem
 from detection.data.decode import read_picture
-from detection.data.layouts import find_annotations, find_images, has_annotations, match_pictures
+from detection.data.layouts import find_annotations, find_images, has_annotations, match_pictures, other_splits
 from detection.data.masks import check_outline, decode_mask, mask_area
 from detection.data.sample import ensure_sample
 from detection.data.transforms import Transform
@@ -153,7 +154,8 @@ class CocoDataset(Dataset):
         self.min_keypoints = min_keypoints
         if limit is not None:
             self.image_ids = self._first_with_objects(limit)
-        self.pictures = match_pictures((self.coco.imgs[i]['file_name'] for i in self.image_ids), folders, split)
+        others = other_splits(self.root, split, self.annotation_file)
+        self.pictures = match_pictures((self.coco.imgs[i]['file_name'] for i in self.image_ids), folders, others)
         self._check_files()
         # shared, so that persistent workers see it change
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
@@ -232,6 +234,8 @@ class CocoDataset(Dataset):
             _log.info('%s: %d pictures have another path, %s is %s', self.annotation_file, len(pictures.files), name,
                       pictures.folder / file)  # fmt: skip
         if self.task == 'mask':
+            if told := polygon_problem(self.coco.anns.values()):
+                raise ValueError(f'{self.annotation_file}: {told}')
             for image_id in self.image_ids:
                 image = self.coco.imgs[image_id]
                 for record in self.coco.imgToAnns.get(image_id, ()):

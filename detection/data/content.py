@@ -6,7 +6,7 @@ The data set and the data doctor both read files by this module, so that they ta
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -24,6 +24,7 @@ _WHOLE = {
     'annotations': ('id', 'image_id', 'category_id', 'iscrowd', 'num_keypoints'),
 }
 _EXACT = 2**53  # floats hold whole numbers below it exactly
+_FEW_BOXES = 4  # too few to tell what all of them mean
 # fields of annotations that may be left out, so that null means the same
 _OPTIONAL = ('area', 'iscrowd', 'num_keypoints')
 
@@ -54,12 +55,21 @@ def read_annotations(path: Path) -> tuple[Any, list[tuple[str, str]]]:
         outline = record.get('segmentation')
         if isinstance(outline, dict) and isinstance(outline.get('size'), list):
             outline['size'] = [_whole(side) for side in outline['size']]
-        if isinstance(outline, list) and any(isinstance(p, list) and len(p) < 6 for p in outline):
+        if isinstance(outline, list) and any(_is_short(p) for p in outline):
             # a point or a line has no area, and breaks the evaluation
-            record['segmentation'] = [p for p in outline if not isinstance(p, list) or len(p) >= 6]
+            record['segmentation'] = [p for p in outline if not _is_short(p)]
             where = f'annotation {brief(record.get("id"))}'
             notes.append(('short polygon', f'{where} has a polygon of less than three points; it is left out'))
     return content, notes
+
+
+def polygon_problem(records: Iterable[dict[str, Any]]) -> str | None:
+    """What is wrong where all polygons of a split are in shares of the picture; None where they are in pixels."""
+    polygons = [p for record in records for p in _polygons(record.get('segmentation'))]
+    if polygons and all(min(p) >= 0 and max(p) <= 1 for p in polygons) and any(0 < v < 1 for p in polygons for v in p):
+        told = f'all {len(polygons)} polygons lie between 0 and 1, such as {brief(polygons[0])}'
+        return f'{told}; expected pixels, not shares of the picture'
+    return None
 
 
 def complete(content: dict[str, Any]) -> list[tuple[str, str]]:
@@ -162,6 +172,7 @@ def content_problems(content: Any) -> Iterator[tuple[str, str]]:
     for record in content['annotations']:
         if _valid(record, 'annotations'):
             yield from _annotation_problems(record, ids, counts)
+    yield from _box_problems(content)
 
 
 def _valid(record: Any, key: str) -> bool:
@@ -222,6 +233,35 @@ def _annotation_problems(
         yield 'keypoint count', f'{where} has {len(points)} keypoint numbers; expected {3 * count}, for {count} names'
     if not _is(record.get('num_keypoints', 0), int):
         yield 'malformed number', f'{where} has num_keypoints {brief(record["num_keypoints"])}; expected a whole number'
+
+
+def _box_problems(content: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Boxes in other terms than x, y, width and height in pixels, where all of a file show it."""
+    sizes = {image['id']: (image['width'], image['height']) for image in content['images'] if _valid(image, 'images')}
+    known = [
+        (record['bbox'], *sizes[record['image_id']]) for record in content['annotations']
+        if _valid(record, 'annotations') and record['image_id'] in sizes
+        and len(record['bbox']) == 4 and finite_numbers(record['bbox'])
+    ]  # fmt: skip
+    if not known:
+        return
+    within_one = all(min(box) >= 0 and box[0] + box[2] <= 1 and box[1] + box[3] <= 1 for box, _, _ in known)
+    if within_one and any(0 < value < 1 for box, _, _ in known for value in box):
+        told = f'the boxes of all {len(known)} annotations lie between 0 and 1, such as {brief(known[0][0])}'
+        yield 'malformed boxes', f'{told}; expected pixels, not shares of the picture'
+    beyond = sum(x + w > 1.1 * width or y + h > 1.1 * height for (x, y, w, h), width, height in known)
+    inside = all(x <= w <= width + 1 and y <= h <= height + 1 for (x, y, w, h), width, height in known)
+    if len(known) >= _FEW_BOXES and inside and 3 * beyond >= len(known):
+        told = f'{beyond} of {len(known)} boxes reach out of their pictures, and all would fit as x1, y1, x2, y2'
+        yield 'malformed boxes', f'{told}, such as {brief(known[0][0])}; expected x, y, width, height'
+
+
+def _polygons(outline: Any) -> list[list[float]]:
+    return [p for p in outline if finite_numbers(p) and p] if isinstance(outline, list) else []
+
+
+def _is_short(polygon: Any) -> bool:
+    return finite_numbers(polygon) and len(polygon) < 6
 
 
 def _records(content: Any, key: str) -> Iterator[dict[str, Any]]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import numpy as np
-from PIL import ImageOps
+from PIL import ExifTags, Image
 
-from norton_timm.utils import MOST_PIXELS, picture_size, read_rgb
+from norton_timm.utils import DAMAGE, MOST_PIXELS, picture_size, read_rgb
+
+_log = logging.getLogger(__name__)
 
 
 def decode_rgb(data: bytes, name: object, *, oriented: bool, most_pixels: int = MOST_PIXELS) -> np.ndarray:
@@ -16,7 +19,7 @@ def decode_rgb(data: bytes, name: object, *, oriented: bool, most_pixels: int = 
     Args:
         data: the encoded picture.
         name: for messages.
-        oriented: rotate it as its EXIF data say.
+        oriented: rotate it as its EXIF data say; where they cannot be read, it stays as it is stored.
         most_pixels: larger ones are not decoded.
 
     Raises:
@@ -33,8 +36,25 @@ def decode_rgb(data: bytes, name: object, *, oriented: bool, most_pixels: int = 
     if data[:2] == b'\xff\xd8' and not _jpeg_ends(data):
         raise ValueError(f'{name}: not an image that can be read: a JPEG without its end')
     if oriented:
-        picture = ImageOps.exif_transpose(picture)
+        picture = _turned(picture, name)
     return np.array(picture)  # a copy: arrays that share a picture's memory cannot be written
+
+
+# by the EXIF tag's value; ImageOps.exif_transpose also writes the EXIF data anew, which fails for data with damage
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
+
+
+def _turned(picture: Image.Image, name: object) -> Image.Image:
+    try:
+        turn = _TURNS.get(picture.getexif().get(ExifTags.Base.Orientation, 1))
+    except DAMAGE:
+        _log.warning('%s: its EXIF data cannot be read, it is taken as it is stored', name)
+        return picture
+    return picture if turn is None else picture.transpose(turn)
 
 
 def _jpeg_ends(data: bytes) -> bool:

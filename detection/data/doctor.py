@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from detection.data.annotations import Labels, box_to_train_on, indexed, labels_of
-from detection.data.content import complete, content_problems, read_annotations
+from detection.data.content import complete, content_problems, polygon_problem, read_annotations
 from detection.data.decode import read_picture
-from detection.data.layouts import Pictures, find_annotations, find_images, match_pictures
+from detection.data.layouts import Pictures, find_annotations, find_images, match_pictures, other_splits
 from detection.data.masks import mask_area
 from detection.tasks import check_task
 
@@ -138,7 +138,8 @@ def check_data(
         except ValueError as error:
             report.problems.append(Problem('image folder', str(error)))
             continue
-        pictures = match_pictures((image['file_name'] for image in content['images']), folders, split)
+        others = other_splits(Path(root), split, path)
+        pictures = match_pictures((image['file_name'] for image in content['images']), folders, others)
         if pictures.files:
             name, file = next(iter(pictures.files.items()))
             message = (
@@ -189,6 +190,8 @@ def _content(content: dict[str, Any], task: str, split: str, trained: bool) -> I
     yield from (Problem('image listed twice', f'{n} is listed {k} times') for n, k in names.items() if k > 1)
     classes = Counter(category['name'] for category in content['categories'])
     yield from (Problem('category twice', f'the name {n!r} has {k} categories') for n, k in classes.items() if k > 1)
+    if task == 'mask' and (told := polygon_problem(content['annotations'])):
+        yield Problem('malformed polygon', told)
     if task == 'keypoint':
         if not any(layouts.values()):
             yield Problem('no keypoints', 'no category has a list of keypoints; the keypoint task needs one')

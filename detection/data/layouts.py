@@ -17,6 +17,7 @@ from __future__ import annotations
 import glob
 import os
 import re
+import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -140,6 +141,17 @@ def find_images(
     )
 
 
+def other_splits(root: Path, split: str, annotation_file: Path) -> set[str]:
+    """Names, in lower case, of folders that hold pictures of other splits than this one.
+
+    They are the usual names of splits, and the names of all annotation files of the data set.
+    """
+    found = {file.stem.rpartition('_')[2] for file in (root / 'annotations').glob('*.json')}
+    found |= {name for task in ('box', 'keypoint') for name in splits_of_exports(root, task)}
+    own = {split, annotation_file.stem.rpartition('_')[2], *_ALIASES.get(split, ()), *_BESIDE}
+    return ({*_SPLITS} - {split.lower()}) | ({name.lower() for name in found} - {name.lower() for name in own})
+
+
 @dataclass(frozen=True)
 class Pictures:
     """The pictures that an annotation file names.
@@ -159,18 +171,19 @@ class Pictures:
         return self.folder / self.files.get(name, name)
 
 
-def match_pictures(names: Iterable[str], folders: Sequence[Path], split: str = '') -> Pictures:
+def match_pictures(names: Iterable[str], folders: Sequence[Path], others: Iterable[str] = _SPLITS) -> Pictures:
     r"""Match the file names of annotations with files.
 
     A name that is a path below the folder is that file, and no other name's. Otherwise `\` is read as `/`, `%20` as a
-    space, and leading folders that are not there are left out: `images/a.jpg` in the folder `images`. Of absolute paths
-    and URLs, which are another machine's, the last part is enough if only one file has it.
+    space, a letter and its accent as one character, and leading folders that are not there are left out: `images/a.jpg`
+    in the folder `images`. Of absolute paths and URLs, which are another machine's, the last part is enough if only one
+    file has it.
 
     Args:
         names: `file_name` of all images.
         folders: The one that holds most of the names as they stand is taken, of equal ones the first; if there is none,
             the first where any is found.
-        split: Folders that are named like others are not searched.
+        others: Names of folders that are not searched, with or without digits behind them, see ``other_splits``.
     """
     names = list(dict.fromkeys(names))
     plain = min((_as_they_stand(names, folder) for folder in folders), key=lambda found: len(found.missing))
@@ -178,7 +191,7 @@ def match_pictures(names: Iterable[str], folders: Sequence[Path], split: str = '
         return plain
     # where some are found, the others are not searched elsewhere: another split's may have the same names
     places = folders if len(plain.missing) == len(names) else [plain.folder]
-    others = set(_SPLITS) - {split.lower()}
+    others = set(others)
     for folder in places:
         found = _by_their_ends(names, folder, others)
         if len(found.missing) < len(names):
@@ -205,9 +218,12 @@ def _by_their_ends(names: Sequence[str], folder: Path, others: set[str]) -> Pict
     taken = set(names) - set(missing)
     below: dict[str, list[str]] = defaultdict(list)
     for path, inside, files in os.walk(folder):
-        inside[:] = [name for name in inside if name.lower().rstrip('0123456789_-') not in others]
+        inside[:] = [
+            name for name in inside
+            if name.lower() not in others and name.lower().rstrip('0123456789_-') not in others
+        ]  # fmt: skip
         for file in files:
-            below[file].append(Path(path, file).relative_to(folder).as_posix())
+            below[_composed(file)].append(Path(path, file).relative_to(folder).as_posix())
     owners: dict[str, list[str]] = defaultdict(list)
     for name in missing:
         meant = _by_its_end(name, folder, below)
@@ -222,16 +238,24 @@ def _by_its_end(name: str, folder: Path, below: dict[str, list[str]]) -> str | N
     bare = re.sub(r'^\w+://([^?#]*).*', r'\1', re.sub(r'^.*[?&]d=', '', name))  # Label Studio's local files; URLs
     for form in dict.fromkeys((bare.replace('\\', '/'), unquote(bare).replace('\\', '/'))):
         parts = [part for part in PurePosixPath(form).parts if part not in ('/', '.')]
+        parts = [_composed(part) for part in parts]
         files = below.get(parts[-1], []) if parts else []
         foreign = not _stays(form) or '://' in name
-        ends = [file for file in files if file.split('/') == parts[-file.count('/') - 1 :]]
+        ends = [file for file in files if _composed(file).split('/') == parts[-file.count('/') - 1 :]]
         if not foreign and len(parts) > 1 and (folder / parts[0]).is_dir():
-            ends = [file for file in ends if file.split('/') == parts]  # a picture is missing in a folder that is there
+            ends = [
+                file for file in ends if _composed(file).split('/') == parts
+            ]  # a picture is missing in a folder that is there
         if ends:
             return max(ends, key=len)
         if foreign and len(files) == 1:
             return files[0]
     return None
+
+
+def _composed(name: str) -> str:
+    """A name with one character for a letter and its accent, which some systems (macOS) write as two."""
+    return unicodedata.normalize('NFC', name)
 
 
 def _stays(name: str) -> bool:

@@ -18,7 +18,7 @@ from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights, Keypoi
 from detection.demo.output import check_outputs
 from detection.demo.predictor import ModelFacts, Predictor
 from detection.demo.studio import ModelChoice, Studio
-from detection.demo.video import open_source
+from detection.demo.video import check_input, open_source
 from detection.rcnn import build_detector, take_thin_pictures
 from detection.tasks import TASKS, check_same_task
 from detection.training import load_detector
@@ -115,6 +115,8 @@ def check_options(args: argparse.Namespace) -> None:
     elif args.weights and len(args.weights) != 1 + args.compare:
         want = 'two with --compare: dense, then compressed' if args.compare else 'one (more need --compare or --serve)'
         raise ValueError(f'--weights got {len(args.weights)}, expected {want}')
+    if args.input is not None:
+        check_input(args.input)
     check_outputs(args)
     if wants_window(args) and (problem := window_problem()):
         raise ValueError(f'no window: {problem}; use --output FILE.mp4, --headless or --serve PORT')

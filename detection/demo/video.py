@@ -295,6 +295,7 @@ def open_source(name: str | None, *, frames: int = 150) -> FrameSource:
     """
     if name is None:
         return DrawnSource(frames)
+    check_input(name)
     path = local_path(name)
     if path is None:
         return _open_address(name)
@@ -304,9 +305,22 @@ def open_source(name: str | None, *, frames: int = 150) -> FrameSource:
         return LiveSource(lambda: cv2.VideoCapture(int(name)), f'webcam {name}')
     if path.is_dir():
         return ImageSource(pictures_in(path), name)
-    if not path.exists():
-        raise FileNotFoundError(f'no input {name}: expected a video, a picture, a folder, a webcam index or a URL')
     return ImageSource([path], name) if path.suffix.lower() in IMAGE_SUFFIXES else FileSource(path)
+
+
+def check_input(name: str) -> None:
+    """Check that an input is there, where that can be told without opening it.
+
+    Raises:
+        FileNotFoundError: it is a path where nothing is.
+        ValueError: an empty name, which would be the working folder.
+    """
+    expected = 'expected a video, a picture, a folder, a webcam index or a URL'
+    if not name.strip():
+        raise ValueError(f'no input: got an empty name, {expected}')
+    path = local_path(name)
+    if path is not None and not path.exists() and not name.isdecimal():
+        raise FileNotFoundError(f'no input {name}: {expected}')
 
 
 def local_path(name: str) -> Path | None:

@@ -247,7 +247,10 @@ def _removed_by_error(
     if keep >= len(gone):
         return ~gone
     if activations is None:
-        raise ValueError('criterion: got output_error without calibration images, expected compress(..., calibration=)')
+        raise ValueError(
+            'criterion: got output_error without images, expected compress(..., calibration=BATCHES), or --calibration '
+            'FOLDER in the tools'
+        )
     found = activations.removals(graph, group, [keep])
     assert found is not None  # the plan keeps all channels of other groups
     alive, changes = found[keep]

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from timm.layers import Conv2dSame
 from torch import Tensor, nn
 
 from norton_timm.compression.lockstep import Walk, stopping
@@ -15,7 +16,7 @@ from norton_timm.compression.observe import Order, observe
 from norton_timm.compression.reconstruct import OutputAxes, WhiteFilters, least_squares
 from norton_timm.compression.repair import Batches, images_of
 from norton_timm.layers import LOW_RANK, CPDConv2d, has_computed_weight, present_at
-from norton_timm.utils import after_call, evaluating, removing
+from norton_timm.utils import after_call, at_least_float32, evaluating, removing
 
 _CHUNK = 32  # images of one forward pass
 _MEMORY = 1.5e9  # bytes of maps that the passes may hold together
@@ -207,9 +208,12 @@ def _changed(layer: Any, target: nn.Module) -> bool:
 def _can_fit(layer: Any) -> bool:
     if isinstance(layer, CPDConv2d):
         return layer.groups == 1
-    if not isinstance(layer, (*LOW_RANK, nn.Conv2d, nn.Linear)) or has_computed_weight(layer):
+    if isinstance(layer, LOW_RANK):
+        layer = layer[0]
+    # no subclasses, whose weight may be standardised or else changed in each pass
+    if type(layer) not in (nn.Conv2d, Conv2dSame, nn.Linear) or has_computed_weight(layer):
         return False
-    return _inputs(layer[0] if isinstance(layer, LOW_RANK) else layer) <= MOST_INPUTS
+    return _inputs(layer) <= MOST_INPUTS
 
 
 def _fit_layer(
@@ -239,11 +243,11 @@ def _fit_layer(
 
 
 def _weight_of(layer: Any) -> Tensor:
-    """The weight (O, P) of a layer of any kind."""
+    """The weight (O, P) of a layer of any kind, in float32 at least."""
     if isinstance(layer, LOW_RANK):
-        return layer.weight_product()
+        return at_least_float32(layer.weight_product())
     weight = layer.kernel() if isinstance(layer, CPDConv2d) else layer.weight
-    return weight.detach().flatten(1)
+    return at_least_float32(weight.detach().flatten(1))
 
 
 def _install(layer: Any, weight: Tensor, gram: Tensor, importance: Tensor | None) -> None:
@@ -264,11 +268,11 @@ def _fit_groups(layer: Any, parts: list[tuple[Tensor, Tensor, Tensor]], centred:
     The ridge is fixed: few numbers are fitted to many samples.
     """
     groups, outputs = layer.groups, layer.out_channels
-    old = layer.weight.flatten(1).view(groups, outputs // groups, -1)
+    old = at_least_float32(layer.weight).flatten(1).view(groups, outputs // groups, -1)
     xx = xy = x_sum = y_sum = old.new_zeros(())
     count = 0
     for x, wanted, places in parts:
-        seen = samples_of(layer, x, places)
+        seen, wanted = at_least_float32(samples_of(layer, x, places)), at_least_float32(wanted)
         seen = seen.view(len(seen), groups, -1).transpose(0, 1)  # (groups, M, P)
         want = wanted.flatten(0, 1).view(-1, groups, outputs // groups).transpose(0, 1)
         xx, xy = xx + seen.mT @ seen, xy + seen.mT @ want

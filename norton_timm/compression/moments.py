@@ -9,7 +9,7 @@ from timm.layers import Conv2dSame, pad_same
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from norton_timm.layers import conv_padding
+from norton_timm.utils import at_least_float32
 
 _CHUNK = 32  # images whose patches are held at a time
 _SAMPLES = 3  # samples wanted for each number that a filter reads
@@ -49,8 +49,11 @@ def samples_of(layer: Any, x: Tensor, places: Tensor) -> Tensor:
     (kh, kw), (sh, sw), (dh, dw) = (tuple(map(int, t)) for t in (layer.kernel_size, layer.stride, layer.dilation))
     if isinstance(layer, Conv2dSame):
         x = pad_same(x, [kh, kw], [sh, sw], [dh, dw])
+    elif isinstance(layer, nn.Conv2d):
+        mode = 'constant' if layer.padding_mode == 'zeros' else layer.padding_mode
+        x = F.pad(x, layer._reversed_padding_repeated_twice, mode)
     else:
-        ph, pw = conv_padding(layer) if isinstance(layer, nn.Conv2d) else layer.padding
+        ph, pw = layer.padding
         x = F.pad(x, (pw, pw, ph, ph))
     width = (x.shape[3] - dw * (kw - 1) - 1) // sw + 1
     rows = (places // width * sh)[:, None, None] + dh * torch.arange(kh, device=x.device)[:, None]
@@ -70,7 +73,7 @@ def outputs_at(y: Tensor, places: Tensor, linear: bool = False) -> Tensor:
 class Moments:
     """Sums over samples (M, P) of what a layer reads and (M, O) of what it should give.
 
-    Products are summed about the first samples' mean, so that float32 holds them.
+    Products are summed in float32 at least, about the first samples' mean, so that float32 holds them.
 
     Example:
         >>> moments = Moments()
@@ -86,6 +89,7 @@ class Moments:
 
     def add(self, x: Tensor, y: Tensor | None = None) -> None:
         """Add samples (M, P), and outputs (M, O) that belong to them."""
+        x, y = at_least_float32(x), None if y is None else at_least_float32(y)
         if not self.count:
             self._shift_x = x.mean(0)
             self._shift_y = torch.zeros(()) if y is None else y.mean(0)

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torchvision.ops.misc import FrozenBatchNorm2d
 
-from norton_timm.layers import CPDConv2d
-from norton_timm.utils import after_call, before_call, evaluating, removing
+from norton_timm.layers import ChannelMap, CPDConv2d
+from norton_timm.utils import after_call, evaluating, removing
 
 _BATCH_NORMS = (nn.modules.batchnorm._BatchNorm, FrozenBatchNorm2d)
 _KINDS = (nn.Conv2d, CPDConv2d, nn.Linear)
@@ -64,13 +64,14 @@ class Order:
 
 
 class _Sums(TorchFunctionMode):
-    """Records the pairs of modules whose outputs are added."""
+    """Records the pairs of modules whose outputs are added, and whether one of them went through a ChannelMap."""
 
     def __init__(self) -> None:
         super().__init__()
         self.made: dict[int, str] = {}  # by id: tensors are kept, or another could get the same
         self.keep: list[Tensor] = []
-        self.sums: list[tuple[str, str]] = []
+        self.sums: list[tuple[str, str, bool]] = []
+        self.mapped: set[int] = set()  # outputs of a ChannelMap that changes nothing as yet
 
     def note(self, name: str, output: Tensor) -> None:
         self.keep.append(output)
@@ -83,7 +84,7 @@ class _Sums(TorchFunctionMode):
         out = func(*args, **(kwargs or {}))
         if len(terms) == 2:
             if all(makers) and terms[0].shape == terms[1].shape:
-                self.sums.append((makers[0], makers[1]))  # type: ignore[arg-type]
+                self.sums.append((makers[0], makers[1], any(id(t) in self.mapped for t in terms)))  # type: ignore[arg-type]
             self.made.pop(id(out), None)  # of an addition in place
         return out
 
@@ -124,23 +125,28 @@ def observe(model: nn.Module, example_input: Any) -> Order:
             passes[name] = sources.pop(module, None)
         if out is not x:  # the identity makes nothing
             sums.note(name, out)
+        elif isinstance(module, ChannelMap):
+            sums.mapped.add(id(out))
 
     sources: dict[Any, str | None] = {}
 
-    def enter(module: nn.Module, x: Any) -> None:
+    def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+        # a block takes one argument, by position: so does what would stand in its place
+        x = args[0] if len(args) == 1 and not kwargs else None
         sources[module] = sums.made.get(id(x)) if isinstance(x, Tensor) else None
 
     hooks = [after_call(module, note) for module in model.modules()]
-    hooks += [before_call(module, enter) for module in model.modules()]
+    hooks += [module.register_forward_pre_hook(enter, with_kwargs=True) for module in model.modules()]
     with removing(hooks), evaluating(model), sums:
         model(example_input)
     order.norms = {n: norm for n, norm in pairs.items() if norm_calls[norm] == 1 and order.calls[n] == 1}
     behind = {names[norm]: n for n, norm in order.norms.items() if type(getattr(norm, 'act', None)) in _NO_ACT}
-    for one, other in sums.sums:
+    for one, other, mapped in sums.sums:
         first, last = sorted((one, other), key=finished.__getitem__)
         layer = behind.get(last, last)
         if layer in order.layers and order.calls[layer] == 1 and first != last:
-            order.joins[layer] = first
+            if not mapped:  # after pruning, the map gives other channels than what it reads
+                order.joins[layer] = first
             inside = [b for b, source in passes.items() if layer.startswith(f'{b}.') and source == first and b]
             if inside:
                 order.blocks.append(max(inside, key=len))

@@ -16,7 +16,7 @@ from norton_timm.compression.observe import Order, observe
 from norton_timm.compression.reconstruct import Reader, removals
 from norton_timm.graph import ChannelGraph, ChannelGroup, Slot
 from norton_timm.layers import can_factor, has_computed_weight
-from norton_timm.utils import after_call, evaluating, removing
+from norton_timm.utils import after_call, at_least_float32, evaluating, removing
 
 _GRADIENT_IMAGES = 32
 
@@ -98,7 +98,7 @@ class Activations:
             return None
         parts, present = [], []
         for name, (slot, columns) in readers.items():
-            weight = slot.module.weight.detach().flatten(1)  # type: ignore[union-attr, operator]
+            weight = at_least_float32(slot.module.weight.detach().flatten(1))  # type: ignore[union-attr, operator]
             taps = weight.shape[1] // len(slot.labels)
             index = (torch.from_numpy(columns)[:, :, None] * taps + torch.arange(taps)).flatten(1)
             parts.append(Reader(self.importance[name][:, None] * weight, self.gram(name), index))

@@ -18,7 +18,15 @@ from norton_timm.compression.output_error import readers_of
 from norton_timm.compression.rates import layout_of, widths_of
 from norton_timm.compression.spec import OUTPUT_ERROR, CompressionSpec
 from norton_timm.graph import ChannelGraph, ChannelGroup
-from norton_timm.layers import CPDConv2d, can_factor, conv_padding, full_rank, has_computed_weight
+from norton_timm.layers import (
+    CPDConv2d,
+    DroppedBlock,
+    can_factor,
+    conv_padding,
+    full_rank,
+    has_computed_weight,
+    low_rank_parts,
+)
 from norton_timm.utils import tied_modules
 
 
@@ -82,7 +90,7 @@ def _ranks(model: nn.Module, graph: ChannelGraph, spec: CompressionSpec) -> tupl
     net, prefix = _scoped(model, spec)
     reasons = {n: 'outside the backbone' for n, m in model.named_modules() if isinstance(m, kinds)} if prefix else {}
     convs = {name: m for name, m in net.named_modules() if isinstance(m, kinds)}
-    tied = tied_modules(model)
+    tied, factored = tied_modules(model), low_rank_parts(model)
     if spec.method == 'coring':
         return {}, {**reasons, **{prefix + name: 'coring keeps convolutions dense' for name in convs}}
     if isinstance(spec.rank, Mapping):
@@ -92,6 +100,8 @@ def _ranks(model: nn.Module, graph: ChannelGraph, spec: CompressionSpec) -> tupl
         why: str | None = 'shares parameters with another layer' if conv in tied else None
         if prefix + name in graph.outside and not has_computed_weight(conv):
             why = 'its weight is used outside of the layer as well'
+        if conv in factored:
+            why = 'of low rank already'
         if why is None and _is_low_rank(spec, name, conv):
             why = 'of low rank instead'
         why = why or _why_dense(conv, rank, uniform=not isinstance(spec.rank, Mapping))
@@ -116,10 +126,10 @@ def low_rank_layers(model: nn.Module, graph: ChannelGraph, spec: CompressionSpec
     if not spec.low_rank:
         return {}
     net, prefix = _scoped(model, spec)
-    tied = tied_modules(model)
+    apart = tied_modules(model) | low_rank_parts(model)
     layers = {
         name: m for name, m in net.named_modules()
-        if can_factor(m) and spec.touches(name) and m not in tied and not has_computed_weight(m)
+        if can_factor(m) and spec.touches(name) and m not in apart and not has_computed_weight(m)
         and prefix + name not in graph.outside
     }  # fmt: skip
     _check_patterns('low_rank', spec.low_rank, list(layers))
@@ -229,6 +239,11 @@ def _wanted(net: nn.Module, graph: ChannelGraph, spec: CompressionSpec, prefix: 
 
 
 def _listed(net: nn.Module, graph: ChannelGraph, rates: list[float], prefix: str) -> dict[str, _Wanted]:
+    if any(isinstance(module, DroppedBlock) for module in net.modules()):
+        raise ValueError(
+            f'rates: got {len(rates)} entries for a network whose blocks were left out in part, expected one rate, or '
+            'rates by layer name'
+        )
     layout = layout_of(net)
     known = layout is not None
     if layout is None:  # an architecture without a published order: one entry for each group that can be pruned

@@ -29,7 +29,7 @@ def least_squares(first: Moments, second: Moments, old: Tensor, centred: bool) -
     Args:
         first: moments of the first half of the images.
         second: of the second half.
-        old: the present weight (O, P).
+        old: the present weight (O, P), in the moments' type.
         centred: whether a bias takes up the means.
     """
     grams, crosses, counts = [], [], []
@@ -58,7 +58,13 @@ def _ridge(gram: Tensor, cross: Tensor, old: Tensor, ridge: float) -> Tensor:
 
 
 def cholesky(gram: Tensor, ridge: float) -> Tensor:
-    """Lower factor (P, P) of ``gram`` with ``ridge`` times its mean diagonal added; in float64 where float32 fails."""
+    """Lower factor (P, P) of ``gram`` with ``ridge`` times its mean diagonal added; in float64 where float32 fails.
+
+    Raises:
+        ValueError: moments with NaN or infinity.
+    """
+    if not gram.isfinite().all():
+        raise ValueError('calibration: got images on which a layer reads NaN or infinity, expected finite numbers')
     size = float(gram.diagonal().mean().clamp_min(1e-30))
     eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     factor, failed = torch.linalg.cholesky_ex(gram + ridge * size * eye)
@@ -164,7 +170,7 @@ def removals(readers: list[Reader], free: Tensor, keeps: Iterable[int]) -> dict[
             at = (alive & may_go).nonzero().flatten()
             goes = max(1, min(int(alive.sum()) - keep, len(at) // _STEPS))
             errors = torch.stack([part.losses(at) for part in left]).sum(0)
-            chosen = at[errors.topk(min(goes, len(at)), largest=False).indices]
+            chosen = at[errors.topk(min(goes, len(at)), largest=False).indices.cpu()]
             for part in left:
                 part.remove(chosen)
             alive[chosen] = False
@@ -176,23 +182,26 @@ class _Left:
     """What is left of a reader while classes leave: its weight, and the inverse of its moments, without the gone."""
 
     def __init__(self, reader: Reader) -> None:
-        self._shape, self._columns = reader.weight.shape, reader.columns
-        self._at = torch.arange(reader.weight.shape[1])  # of a column of the whole weight among those left
+        self._shape, self._columns = reader.weight.shape, reader.columns.to(reader.weight.device)
+        # of a column of the whole weight among those left
+        self._at = torch.arange(reader.weight.shape[1], device=reader.weight.device)
+            reader.weight.shape[1], device=reader.weight.device
+        )  # of a column of the whole weight among those left
         self._weight, self._inverse = reader.weight.clone(), _inverse(reader.gram)
 
     def losses(self, classes: Tensor) -> Tensor:
         """Error (C,) that the removal of each class causes, with the others making up for it."""
-        columns = self._at[self._columns[classes]]  # (C, Q)
+        columns = self._at[self._columns[classes.to(self._columns.device)]]  # (C, Q)
         part = self._weight[:, columns].permute(1, 2, 0)  # (C, Q, O)
         block = self._inverse[columns[:, :, None], columns[:, None, :]]
         size = block.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
-        block = block + 1e-9 * size * torch.eye(block.shape[1], dtype=block.dtype)
+        block = block + 1e-9 * size * torch.eye(block.shape[1], dtype=block.dtype, device=block.device)
         return (part * torch.linalg.solve(block, part)).sum((1, 2))
 
     def remove(self, classes: Tensor) -> None:
         """Remove classes: the others take over, and the inverse becomes that of their moments."""
-        gone = self._at[self._columns[classes].flatten()]
-        rest = torch.ones(self._weight.shape[1], dtype=torch.bool)
+        gone = self._at[self._columns[classes.to(self._columns.device)].flatten()]
+        rest = torch.ones(self._weight.shape[1], dtype=torch.bool, device=gone.device)
         rest[gone] = False
         cross = self._inverse[rest][:, gone]
         gain = torch.linalg.solve(self._inverse[gone][:, gone], cross.mT)  # (gone, rest)
@@ -211,7 +220,4 @@ class _Left:
 
 
 def _inverse(gram: Tensor) -> Tensor:
-    factor = torch.linalg.cholesky(
-        gram.double() + 1e-3 * gram.diagonal().mean().clamp_min(1e-30) * torch.eye(len(gram))
-    )
-    return torch.cholesky_inverse(factor).to(gram.dtype)
+    return torch.cholesky_inverse(cholesky(gram.double(), 1e-3)).to(gram.dtype)

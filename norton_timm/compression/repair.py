@@ -23,7 +23,8 @@ def images_of(batches: Batches, model: nn.Module) -> Iterator[Tensor]:
     """The images of each batch, labels left out, on the model's device and in its type.
 
     Raises:
-        ValueError: no batch, or something that is neither a tensor nor a tuple that starts with one.
+        ValueError: no batch, something that is neither a tensor nor a tuple that starts with one, images of several
+            sizes, or NaN in them.
     """
     parameter = next(model.parameters())
     empty, size = True, None
@@ -35,8 +36,11 @@ def images_of(batches: Batches, model: nn.Module) -> Iterator[Tensor]:
             raise ValueError(
                 f'calibration: got images of {tuple(images.shape[1:])} after {tuple(size)}, expected one size'
             )
+        images = images.to(parameter.device, parameter.dtype)
+        if not images.isfinite().all():
+            raise ValueError(f'calibration: got NaN or infinity as {parameter.dtype}, expected finite images')
         empty, size = False, images.shape[1:]
-        yield images.to(parameter.device, parameter.dtype)
+        yield images
     if empty:
         raise ValueError('calibration: got no batch, expected at least one')
 

@@ -154,7 +154,8 @@ class CompressionSpec:
             full rank, the smaller side of the weight (O, I * Kh * Kw). They are factored last, from the weights that
             pruning left, and are not decomposed otherwise. With calibration images the outputs' principal axes are
             kept, without them those of the weight.
-        drop: names of residual blocks that are left out; each must pass its input through a shortcut as it is.
+        drop: names of residual blocks that are left out; each must pass its input through a shortcut as it is. Rates
+            are then one float, or by layer name.
         scope: which part of a detector is compressed: ``backbone`` (patterns and rates then refer to the backbone
             alone) or ``detector`` (all of it). None means the whole network, whatever it is.
         round_to: kept channels are rounded up to a multiple of this number.

@@ -30,12 +30,13 @@ from norton_timm.layers.low_rank import (
     factor_layers,
     factor_shapes,
     full_rank,
+    low_rank_parts,
 )
 
 __all__ = [
     'FORMS', 'LOW_RANK', 'MAKES', 'MIXES', 'PASSES', 'CPDConv2d', 'ChannelMap', 'ConvHandler', 'DroppedBlock',
     'LayerHandler', 'LowRankConv2d', 'LowRankLinear', 'Positions', 'can_factor', 'conv_padding', 'drop_blocks',
     'factor_layers', 'factor_shapes', 'filters_of', 'first_conv', 'full_rank', 'handler_of', 'has_computed_weight',
-    'is_counted', 'nearest_handler', 'padding_index', 'prefers_merged', 'present_at', 'register', 'set_form', 'take',
-    'use_form',
+    'is_counted', 'low_rank_parts', 'nearest_handler', 'padding_index', 'prefers_merged', 'present_at', 'register',
+    'set_form', 'take', 'use_form',
 ]  # fmt: skip

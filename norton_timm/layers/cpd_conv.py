@@ -74,6 +74,9 @@ class CPDConv2d(nn.Module):
         torch.Size([1, 128, 32, 32])
     """
 
+    holds_factors = True
+    __jit_unused_properties__ = ('weight',)
+
     def __init__(
         self,
         in_channels: int,
@@ -220,6 +223,11 @@ class CPDConv2d(nn.Module):
             terms = self.pointwise.view(o, r, fan_in, 1, 1) * spatial[:, :, None]
             return terms.sum(1)
         return (self.pointwise.view(o, r, -1).transpose(1, 2) @ spatial.view(o, r, kh * kw)).view(o, -1, kh, kw)
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense kernel, for code that reads type, device or shape of a convolution's weight."""
+        return self.kernel()
 
     def to_conv(self) -> nn.Conv2d:
         """An ordinary convolution with the dense kernel."""

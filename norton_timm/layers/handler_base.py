@@ -146,6 +146,8 @@ def nearest_handler(module: nn.Module) -> LayerHandler | None:
 
 def has_computed_weight(module: nn.Module) -> bool:
     """Whether a hook computes the weight from other tensors before each call (weight norm, pruning masks)."""
+    if getattr(module, 'holds_factors', False):  # our layers, whose weight is made for others to look at
+        return False
     return isinstance(getattr(module, 'weight', None), Tensor) and 'weight' not in module._parameters
 
 

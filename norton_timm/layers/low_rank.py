@@ -15,10 +15,18 @@ from norton_timm.utils import replace_module
 class _LowRank(nn.Sequential):
     """Two layers whose weights multiply: (O, R) times (R, P), with P numbers read by each filter."""
 
+    holds_factors = True
+    __jit_unused_properties__ = ('weight',)
+
     @property
     def rank(self) -> int:
         """Width between the two layers."""
         return self[1].weight.shape[1]
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight, for code that reads type, device or shape of a layer's weight."""
+        return self.weight_product().view(-1, *self[0].weight.shape[1:])
 
     @property
     def bias(self) -> nn.Parameter | None:
@@ -119,8 +127,8 @@ class LowRankLinear(_LowRank):
 class LowRankConv2d(_LowRank):
     """A Kh x Kw convolution of rank R: one with R filters, without bias, then a 1x1 convolution (Zhang et al., 2015).
 
-    Unlike CPD, which treats each filter alone, the R filters serve all outputs. Stride, padding and dilation are the
-    first layer's. Both layers are ordinary convolutions.
+    Unlike CPD, which treats each filter alone, the R filters serve all outputs. Stride, padding (and its mode)
+    and dilation are the first layer's. Both layers are ordinary convolutions.
 
     Args:
         conv: the dense convolution whose place it takes; not grouped.
@@ -139,9 +147,10 @@ class LowRankConv2d(_LowRank):
     def __init__(self, conv: nn.Conv2d, rank: int, device: torch.device | str | None = None) -> None:
         _check_rank(rank, conv.weight[0].numel(), conv.out_channels)
         at: dict[str, Any] = {'device': device or conv.weight.device, 'dtype': conv.weight.dtype}
-        with torch.device(at['device']):  # timm's convolutions take neither device nor type
+        with torch.device(at['device']):  # timm's convolutions take neither device nor type nor padding mode
             make: Any = type(conv)
             first = make(conv.in_channels, rank, conv.kernel_size, conv.stride, conv.padding, conv.dilation, bias=False)
+        first.padding_mode = conv.padding_mode
         second = nn.Conv2d(rank, conv.out_channels, 1, bias=conv.bias is not None, **at)
         super().__init__(first.to(conv.weight.dtype), second)
 
@@ -174,6 +183,11 @@ LOW_RANK = (LowRankLinear, LowRankConv2d)
 def can_factor(module: nn.Module) -> bool:
     """Whether a layer can become two of low rank: plain linear layers and convolutions that are not grouped."""
     return type(module) is nn.Linear or (type(module) in (nn.Conv2d, Conv2dSame) and module.groups == 1)
+
+
+def low_rank_parts(model: nn.Module) -> set[nn.Module]:
+    """The layers that low-rank layers consist of; they are not factored or decomposed again."""
+    return {part for module in model.modules() if isinstance(module, LOW_RANK) for part in module}
 
 
 def full_rank(module: Any) -> int:

@@ -27,10 +27,10 @@ from norton_timm.compression import (
     readers_of,
 )
 from norton_timm.graph import ChannelGraph
-from norton_timm.layers import full_rank
+from norton_timm.layers import full_rank, low_rank_parts
 from norton_timm.search.loss_weights import divergence
 from norton_timm.tensors import cp_reconstruct
-from norton_timm.utils import evaluating
+from norton_timm.utils import at_least_float32, evaluating
 
 KINDS = ('channels', 'low_rank', 'cpd', 'blocks')
 _SHARES = (
@@ -127,13 +127,14 @@ def _factorisations(
 ) -> list[_Change]:
     """Low-rank and CPD forms of every convolution but the stem that lower its MACs."""
     plan = make_plan(model, graph, CompressionSpec(rank={'*': 1}))
-    stem = next(iter(activations.order.layers))
+    stem, factored = next(iter(activations.order.layers)), low_rank_parts(model)
     found = []
     for name, layer in activations.layers.items():
-        if name == stem or isinstance(layer, nn.Linear) or name in graph.outside:
+        if name == stem or isinstance(layer, nn.Linear) or name in graph.outside or layer in factored:
             choices.reasons[name] = 'the stem' if name == stem else 'left alone by budgets'
             continue
-        weight = layer.weight.detach().flatten(1)
+        kernel = at_least_float32(layer.weight.detach())
+        weight = kernel.flatten(1)
         outputs, inputs = weight.shape
         gram, importance = activations.gram(name), activations.importance[name]
         if 'low_rank' in kinds:
@@ -146,7 +147,7 @@ def _factorisations(
         if 'cpd' in kinds and name in plan.ranks:
             (kh, kw), fan_in = layer.kernel_size, layer.in_channels
             table = choices.cpd.setdefault(name, {})
-            white = WhiteFilters(layer.weight.detach(), gram)
+            white = WhiteFilters(kernel, gram)
             for rank in _CPD_RANKS:
                 if rank * (fan_in + kh + kw) < fan_in * kh * kw:
                     rebuilt = cp_reconstruct(white.factors(rank, n_iter=30, restarts=1)).flatten(1)
@@ -195,7 +196,7 @@ def _measure(model: nn.Module, activations: Activations, changes: list[_Change],
             if gradients:
                 index, changes_of, shifts = stacked[name]
                 weight, bias = (torch.stack(g, 1) for g in zip(*gradients))
-                dots[index] += (changes_of @ weight).float() + shifts @ bias
+                dots[index] += ((changes_of @ weight).float() + shifts @ bias.to(shifts)).to(dots)
                 gradients.clear()
         total.add_(dots.square().sum(1))
 

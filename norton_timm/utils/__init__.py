@@ -18,6 +18,7 @@ from norton_timm.utils.files import check_output, load_plain, remove_partial, re
 from norton_timm.utils.images import DAMAGE, MOST_PIXELS, picture_size, read_rgb, refuse_postscript
 from norton_timm.utils.modules import (
     after_call,
+    at_least_float32,
     before_call,
     check_weights,
     copy_of,
@@ -50,9 +51,10 @@ from norton_timm.utils.processes import (
 
 __all__ = [
     'AMP', 'DAMAGE', 'MOST_PIXELS', 'HeldSignals', 'Settings', 'after_call', 'as_number', 'as_whole',
-    'autocast', 'before_call', 'brief', 'check_output', 'check_weights', 'checked', 'choose_device', 'copy_of',
-    'evaluating', 'first_input', 'is_main', 'load_plain', 'make_deterministic', 'new_figure', 'not_finite', 'outside',
-    'picture_size', 'plain_layer', 'process_group', 'rank', 'read_plain', 'read_plain_file', 'read_rgb', 'read_tree',
+    'at_least_float32', 'autocast', 'before_call', 'brief', 'check_output', 'check_weights', 'checked',
+    'choose_device', 'copy_of', 'evaluating', 'first_input', 'is_main', 'load_plain', 'make_deterministic',
+    'new_figure', 'not_finite', 'outside', 'picture_size', 'plain_layer', 'process_group', 'rank', 'read_plain',
+    'read_plain_file', 'read_rgb', 'read_tree',
     'refuse_postscript', 'remove_partial', 'removing', 'replace_module', 'replacing', 'settings_from', 'tensors_in',
     'tied_modules', 'to_layout', 'uncompiled', 'undisturbed', 'wait_for_all', 'watched', 'world_size', 'write_plain',
     'write_png', 'write_text',

@@ -19,6 +19,11 @@ def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
     return next(found, None)
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    """Numbers of half precision as float32: neither sums nor decompositions hold in less."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def check_weights(model: nn.Module, what: object) -> None:
     """Check that all weights and statistics of a network are finite.
 

@@ -15,9 +15,20 @@ from hypothesis import strategies as st
 from .gadgets import opcodes, pickles, zipped
 from .surface import NUMBERS, VALUES, Surface, edits_of, first_of, mutations, swapped
 
+# of two networks: decomposed and pruned, with layers of low rank and a block left out; the second has grouped layers
+_NETWORKS: dict[str, dict[str, Any]] = {
+    'resnet20_cifar': {
+        'rank': {'layer1.*': 1, 'layer2.*': 1},
+        'rates': {'layer2.*.conv1': 0.8, 'layer3.*.conv1': 0.8},
+        'low_rank': {'layer3.?.conv1': 0.3, 'fc': 2},
+        'drop': ('layer1.1',),
+    },
+    'lcnet_035': {'rank': 0, 'rates': 0.8, 'low_rank': {'blocks.2.*.conv_pw': 2, 'conv_head': 4}},
+}
+
 
 @lru_cache
-def saved() -> bytes:
+def saved(network: str = 'resnet20_cifar') -> bytes:
     """A small compressed network as `norton_timm.save` writes it."""
     import timm
     import torch
@@ -27,9 +38,8 @@ def saved() -> bytes:
 
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
-        model, _ = compress(
-            timm.create_model('resnet20_cifar', num_classes=3).eval(), CompressionSpec(rank=1, rates=0.8)
-        )
+        dense = timm.create_model(network, num_classes=3).eval()
+        model, _ = compress(dense, CompressionSpec(**_NETWORKS[network]), torch.zeros(1, 3, 32, 32))
         return save(model, Path(folder) / 'a.safetensors').read_bytes()
 
 
@@ -45,27 +55,109 @@ def with_header(header: Any, rest: bytes) -> bytes:
     return struct.pack('<Q', len(text)) + text + rest
 
 
-def with_recipe(change: Any) -> bytes:
-    """The small network with another recipe, whose checksum holds: its author can compute it as well."""
+def with_recipe(change: Any, network: str = 'resnet20_cifar', tensors_of: Any = None) -> bytes:
+    """The small network with another recipe, whose checksum holds: its author can compute it as well.
+
+    Args:
+        change: takes the recipe, gives another.
+        network: which.
+        tensors_of: takes that recipe, and gives the tensors; None: those of the network as it is.
+    """
     from safetensors.torch import save
 
     from norton_timm.checkpoints.file import _digest
 
-    tensors = _tensors()
-    recipe = json.loads(header_of(saved())[0]['__metadata__']['norton_timm'])
-    recipe.pop('sha256')
-    values = change(recipe)
+    values = change(_recipe(network))
+    tensors = _tensors(network) if tensors_of is None else tensors_of(values)
     if isinstance(values, dict):
         values.pop('sha256', None)
         values = {'sha256': _digest(values, tensors), **values}
     return save(tensors, {'norton_timm': json.dumps(values)})
 
 
+def _recipe(network: str) -> dict[str, Any]:
+    recipe = json.loads(header_of(saved(network))[0]['__metadata__']['norton_timm'])
+    recipe.pop('sha256')
+    return recipe
+
+
 @lru_cache
-def _tensors() -> dict[str, Any]:
+def _tensors(network: str) -> dict[str, Any]:
     from safetensors.torch import load
 
-    return load(saved())
+    return load(saved(network))
+
+
+def _built_tensors(network: str, recipe: dict[str, Any]) -> dict[str, Any]:
+    """Tensors of the network that a recipe builds, at its full widths; those of the file where it builds none."""
+    import torch
+
+    from norton_timm.checkpoints.rebuild import _decomposed_base
+    from norton_timm.checkpoints.recipe import Recipe
+    from norton_timm.checkpoints.shapes import owned_tensors
+
+    try:
+        model = _decomposed_base(Recipe.from_dict(dict(recipe)))
+    except Exception:  # what `load` makes of it is what is judged
+        return _tensors(network)
+    owned = {name: owned.tensor for name, owned in owned_tensors(model).items() if owned.persistent}
+    return {n: torch.zeros(t.shape, dtype=t.dtype) if t.is_meta else t.detach().clone() for n, t in owned.items()}
+
+
+_PARTS = {
+    'resnet20_cifar': (
+        'layer1.0', 'layer1.1', 'layer1.2', 'layer2.0', 'layer2.1', 'layer3.2', 'layer1', 'layer1.1.conv1', 'fc', '',
+        'layer1.1.conv2', 'layer2.1.conv1', 'layer2.1.conv2', 'layer3.1.conv1', 'layer3.1.conv1.0', 'layer3.0.shortcut',
+        'layer1.1.bn1', 'layer1.1.', '.', 'layer9.0', 'conv1', 'fc.0', 'global_pool', 'training', 'layer2.1.conv1.1',
+    ),
+    'lcnet_035': (
+        'blocks.2.0', 'blocks.2.0.conv_dw', 'blocks.2.0.conv_pw', 'blocks.2.1.conv_pw', 'blocks.2.1', 'blocks', 'bn1',
+        'conv_stem', 'conv_head', 'classifier', '', 'blocks.5.0.se', 'blocks.5.0.se.conv_reduce', 'blocks.5.1.conv_dw',
+        'blocks.2.0.conv_pw.0', 'blocks.2.0.conv_pw.1', 'blocks.2.0.conv_pw.2',
+    ),
+}  # fmt: skip
+
+
+@st.composite
+def _surgeries(draw: st.DrawFn) -> bytes:
+    """Other layers of low rank, blocks left out and decomposed layers, where tensors fit them and where not."""
+    network = draw(st.sampled_from(sorted(_PARTS)))
+    names = st.sampled_from(_PARTS[network])
+    ranks = st.sampled_from([1, 1, 2, 3, 8, 16, 64, 4096, 65536, 10**6, 10**7, 0, -1, True, 1.5, '2'])
+    changes = draw(
+        st.fixed_dictionaries(
+            {},
+            optional={
+                'dropped': st.lists(names | st.sampled_from([0, None, 'layer1.1\0', '*']), max_size=4),
+                'low_rank': st.dictionaries(names, ranks, max_size=4),
+                'layers': st.dictionaries(names, st.builds(lambda rank: {'rank': rank}, ranks), max_size=3),
+                'maps': st.dictionaries(names, ranks, max_size=2),
+                'numbers': st.just({}),
+                'buffers': st.just({}),
+                'features': st.just([]) | st.lists(st.integers(1, 64), max_size=5),
+            },
+        )
+    )
+    fits = draw(st.sampled_from([None, lambda values: _built_tensors(network, values)]))
+    whole = {} if fits is None else {'frozen': [], 'channels_last': [], 'numbers': {}, 'buffers': {}}
+    added = draw(st.booleans())
+
+    def change(recipe: dict[str, Any]) -> dict[str, Any]:
+        for key, value in changes.items():
+            more = added and isinstance(value, dict)
+            recipe[key] = {**recipe.get(key, {}), **value} if more else value
+        if fits is not None and 'features' not in changes:
+            recipe['features'] = _full_features(network)
+        return {**recipe, **whole}
+
+    return with_recipe(change, network, fits)
+
+
+@lru_cache
+def _full_features(network: str) -> list[int]:
+    import timm
+
+    return [entry['num_chs'] for entry in timm.create_model(network).feature_info]
 
 
 def _recipes() -> st.SearchStrategy[bytes]:
@@ -82,7 +174,12 @@ def _recipes() -> st.SearchStrategy[bytes]:
         ]
     )
     values = st.one_of(VALUES, NUMBERS, names, st.integers(0, 2**20))
-    return st.builds(lambda edits: with_recipe(lambda recipe: swapped(recipe, edits)), edits_of(values, 3))
+    edited = st.builds(
+        lambda edits, network: with_recipe(lambda recipe: swapped(recipe, edits), network),
+        edits_of(values, 3),
+        st.sampled_from(sorted(_NETWORKS)),
+    )
+    return st.one_of(edited, edited, _surgeries())
 
 
 def _headers() -> st.SearchStrategy[bytes]:
@@ -112,6 +209,26 @@ def _safetensors(data: bytes, folder: Path) -> None:
     path.write_bytes(data)
     is_saved(path)
     first_of(load, read_metadata, preprocessing_in, path=path)
+
+
+def _recipes_in(data: bytes, folder: Path) -> None:
+    """What is read is a network that runs, and that is saved and read again as the same."""
+    import torch
+
+    from norton_timm.checkpoints.file import load, save
+
+    _safetensors(data, folder)
+    try:
+        model = load(folder / 'a.safetensors')
+    except ValueError:  # one of the other readers took it
+        return
+    with torch.no_grad():
+        out = model(torch.zeros(1, model.norton_base['model_kwargs'].get('in_chans') or 3, 32, 32))
+    again = load(save(model, folder / 'b.safetensors'))
+    ours, theirs = model.state_dict(), again.state_dict()
+    assert list(ours) == list(theirs) and all(torch.equal(ours[name], theirs[name]) for name in ours), 'another network'
+    with torch.no_grad():
+        assert torch.equal(again(torch.zeros(1, model.norton_base['model_kwargs'].get('in_chans') or 3, 32, 32)), out)
 
 
 def _pickle(data: bytes, folder: Path) -> None:
@@ -187,7 +304,7 @@ def _detector(edits: list[tuple[int, str, Any]], folder: Path) -> None:
 def _import() -> None:
     import norton_timm.models.authors  # noqa: F401
 
-    saved(), pickles(), detector()
+    saved(), saved('lcnet_035'), pickles(), detector()
 
 
 SURFACES = [
@@ -198,7 +315,7 @@ SURFACES = [
         2000,
         _import,
     ),
-    Surface('recipes in safetensors', st.deferred(_recipes), _safetensors, 1500, _import),
+    Surface('recipes in safetensors', st.deferred(_recipes), _recipes_in, 1500, _import),
     Surface(
         'pickled checkpoints',
         st.one_of(

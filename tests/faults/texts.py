@@ -95,6 +95,23 @@ def _rates(text: str, folder: Path) -> None:
 
 
 _PATTERN = st.sampled_from(['*', 'conv1', 'layer*', '', '[', '**', '[!a]', 'a' * 300, '(', '*[' * 50, '\\'])
+# of the small network that specs are tried on
+_LAYER = st.sampled_from(
+    [
+        'stem',
+        'first',
+        'first.conv',
+        'second',
+        'second.grouped',
+        'head',
+        '',
+        'first',
+        'second',
+        'inner',
+        'fir*',
+        'first.',
+    ]
+)
 _SPEC = st.fixed_dictionaries(
     {},
     optional={
@@ -105,18 +122,44 @@ _SPEC = st.fixed_dictionaries(
         | st.lists(NUMBERS, max_size=4)
         | st.dictionaries(_PATTERN, NUMBERS, max_size=3)
         | VALUES,
-        'criterion': st.sampled_from([None, 'pabs', 'vbd', 'cosine', 'l1']) | VALUES,
+        'criterion': st.sampled_from([None, 'pabs', 'vbd', 'cosine', 'l1', 'output_error', 'output_error']) | VALUES,
         'strategy': st.sampled_from(['min_sum', 'x']) | VALUES,
         'include': st.lists(_PATTERN, max_size=3) | VALUES,
         'exclude': st.lists(_PATTERN, max_size=3) | VALUES,
         'protect': st.lists(st.sampled_from(['first', 'last', 'x']), max_size=3) | VALUES,
-        'low_rank': st.dictionaries(_PATTERN, NUMBERS, max_size=3) | VALUES,
+        'low_rank': st.dictionaries(_PATTERN | _LAYER, NUMBERS | st.sampled_from([1, 2, 0.5]), max_size=3) | VALUES,
+        'drop': st.lists(_LAYER, max_size=3) | st.lists(_PATTERN, max_size=3) | VALUES,
         'scope': st.sampled_from([None, 'backbone']) | VALUES,
         'round_to': NUMBERS | VALUES,
         'order': VALUES,
         'shots': NUMBERS | VALUES,
         'seed': NUMBERS | VALUES,
         'rnk': VALUES,
+    },
+)
+
+# what a user could mean
+_PLAIN_SPEC = st.fixed_dictionaries(
+    {},
+    optional={
+        'method': st.sampled_from(['norton', 'coring']),
+        'rank': st.integers(0, 4) | st.dictionaries(_LAYER, st.integers(0, 4), max_size=2),
+        'rates': st.sampled_from([0, 0.3, 0.5, 0.9, '[0.5]*3', [0.5], [0.0, 0.5]])
+        | st.dictionaries(_LAYER, st.sampled_from([0, 0.5, 0.9]), max_size=2),
+        'criterion': st.sampled_from([None, 'pabs', 'vbd', 'cosine', 'l1', 'random', 'output_error']),
+        'strategy': st.sampled_from(['min_sum', 'min_min', 'sum']),
+        'exclude': st.lists(_LAYER, max_size=2),
+        'protect': st.lists(st.sampled_from(['first', 'last']), max_size=2),
+        'low_rank': st.dictionaries(
+            st.sampled_from(['stem', 'first.conv', 'second.same', 'head', '*', 'second.grouped']),
+            st.sampled_from([1, 2, 4, 8, 9, 0.01, 0.5, 0.99]),
+            max_size=2,
+        ),
+        'drop': st.lists(st.sampled_from(['first', 'second', 'second', 'stem']), max_size=2),
+        'round_to': st.integers(1, 9),
+        'order': st.sampled_from(['decompose-prune', 'prune-decompose']),
+        'shots': st.integers(1, 3),
+        'seed': st.integers(0, 3),
     },
 )
 
@@ -137,27 +180,48 @@ _YAML_TEXT = st.one_of(
 )
 
 
-def _tiny():
+def _tiny() -> Any:
+    """Two residual blocks, one with a grouped convolution, another padding and a sum inside."""
     import torch
     from torch import nn
 
+    class Block(nn.Module):
+        def __init__(self, **layers: nn.Module) -> None:
+            super().__init__()
+            self.inner = nn.Sequential()
+            for name, layer in layers.items():
+                self.add_module(name, layer)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = x
+            for name, layer in self.named_children():
+                y = layer(y) + y if name == 'inner' else layer(y)
+            return (x + y).relu()
+
     torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(3, 8, 3, padding=1),
-        nn.BatchNorm2d(8),
-        nn.ReLU(),
-        nn.Conv2d(8, 8, 3, padding=1),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(8, 4),
-    )
+    modules = {
+        'stem': nn.Conv2d(3, 8, 3, padding=1),
+        'norm': nn.BatchNorm2d(8),
+        'first': Block(conv=nn.Conv2d(8, 8, 3, padding=1), norm=nn.BatchNorm2d(8)),
+        'second': Block(
+            grouped=nn.Conv2d(8, 8, 3, padding=1, groups=2),
+            same=nn.Conv2d(8, 8, (2, 3), padding='same', padding_mode='circular', bias=False),
+        ),
+        'pool': nn.AdaptiveAvgPool2d(1),
+        'flat': nn.Flatten(),
+        'head': nn.Linear(8, 4),
+    }
+    model = nn.Sequential()
+    for name, module in modules.items():
+        model.add_module(name, module)
+    return model.eval()
 
 
 def _spec(text: str, folder: Path) -> None:
     import torch
 
     from norton_timm import CompressionSpec
-    from norton_timm.compression import compress
+    from norton_timm.compression import OUTPUT_ERROR, compress
 
     path = folder / 'spec.yaml'
     path.write_bytes(text.encode('utf-8', 'surrogatepass'))
@@ -165,7 +229,13 @@ def _spec(text: str, folder: Path) -> None:
     assert CompressionSpec.from_yaml(spec.to_yaml()) == spec
     hash(spec)
     if spec.shots <= 3:
-        compress(_tiny(), spec, torch.zeros(1, 3, 8, 8))
+        images = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+        repaired = spec.distance == OUTPUT_ERROR or spec.seed % 2
+        small, report = compress(_tiny(), spec, images[:1], [images] if repaired else None)
+        with torch.no_grad():
+            assert small(images).isfinite().all(), 'outputs are not finite'
+        json.loads(report.to_json())
+        assert report.after.params == sum(p.numel() for p in small.parameters()), 'another number of parameters'
 
 
 def _config(kind: str):
@@ -250,7 +320,7 @@ def _import() -> None:
 
 SURFACES = [
     Surface('rates grammar', RATES, _rates, 4000, _import),
-    Surface('recipe YAML', _SPEC.map(dumped) | _SPEC.map(dumped) | _YAML_TEXT, _spec, 4000, _import),
+    Surface('recipe YAML', _SPEC.map(dumped) | _PLAIN_SPEC.map(dumped) | _YAML_TEXT, _spec, 4000, _import),
     Surface('detection configuration', st.deferred(lambda: _configs('detection')), _config('detection'), 4000, _import),
     Surface(
         'classification configuration',
