@@ -185,8 +185,6 @@ class _Left:
         self._shape, self._columns = reader.weight.shape, reader.columns.to(reader.weight.device)
         # of a column of the whole weight among those left
         self._at = torch.arange(reader.weight.shape[1], device=reader.weight.device)
-            reader.weight.shape[1], device=reader.weight.device
-        )  # of a column of the whole weight among those left
         self._weight, self._inverse = reader.weight.clone(), _inverse(reader.gram)
 
     def losses(self, classes: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ _LOOKS = 8  # times that the held-out images are looked at
 
 
 @dataclass(frozen=True)
-class Agreement:
+class ClassAgreement:
     """How far a network agrees with the dense one on images that neither was tuned on.
 
     Attributes:
@@ -54,7 +54,7 @@ def scores(model: nn.Module, images: Tensor, batch_size: int = 32) -> Tensor:
         return torch.cat([model(batch).float() for batch in images.split(batch_size)])
 
 
-def agreement(found: Tensor, wanted: Tensor) -> Agreement:
+def agreement(found: Tensor, wanted: Tensor) -> ClassAgreement:
     """Compare class scores (N, K) with the dense network's.
 
     The dense network's probabilities stand for the truth. An image counts for the loss with the dense network's
@@ -79,7 +79,7 @@ def agreement(found: Tensor, wanted: Tensor) -> Agreement:
     variance = float((changed * each.abs().clamp(max=1)).mean() - mean**2) if n > 1 else 1.0
     error = 1.96 * math.sqrt(max(variance, 1 / n) / n)
     same = float((ours == theirs).double().mean())
-    return Agreement(same, float(divergence), n, mean, (mean - error, mean + error))
+    return ClassAgreement(same, float(divergence), n, mean, (mean - error, mean + error))
 
 
 @dataclass(frozen=True)
@@ -114,14 +114,14 @@ class Tuned:
         seconds: time of the steps and looks of this process.
         best: step of the state that is kept, 0 for the start.
         before, after: agreement on the held-out images.
-        history: (step, divergence) of every look.
+        history: (step, expected loss) of every look.
     """
 
     steps: int
     seconds: float
     best: int
-    before: Agreement
-    after: Agreement
+    before: ClassAgreement
+    after: ClassAgreement
     history: list[tuple[int, float]] = field(default_factory=list)
 
 
@@ -141,8 +141,8 @@ def tune_without_labels(
 ) -> Tuned:
     """Tune a compressed network, in place, to give the dense network's class scores and features.
 
-    Batch norms keep their statistics, which few images would spoil. The state with the least divergence on the held-out
-    images is kept; that may be the start. With ``steps`` the result is the same for the same seed; with ``minutes`` the
+    Batch norms keep their statistics, which few images would spoil. The state with the least expected loss on the
+    held-out images is kept; that may be the start. With ``steps`` the result is the same for the same seed; with ``minutes`` the
     time of the first steps decides how many are made.
 
     Args:
@@ -231,7 +231,7 @@ class _Run:
                         bar.total = self.state.total
                     if self._is_look():
                         self._look(agreement(scores(self.student, self.held), self.wanted))
-                        bar.set_postfix_str(f'divergence {self.state.history[-1][1]:.4f}')
+                        bar.set_postfix_str(f'expected loss {100 * self.state.history[-1][1]:.1f} points')
                         if checkpoint is not None:
                             self._save(checkpoint)
         finally:
@@ -275,11 +275,11 @@ class _Run:
         self.optimizer.step()
         self.state.step += 1
 
-    def _look(self, found: Agreement) -> None:
-        self.state.history.append((self.state.step, found.divergence))
-        if found.divergence < self.state.least or not self.best_weights:
+    def _look(self, found: ClassAgreement) -> None:
+        self.state.history.append((self.state.step, found.expected_loss))
+        if found.expected_loss < self.state.least or not self.best_weights:
             check_weights(self.student, 'the tuned network')
-            self.state.least, self.state.best = found.divergence, self.state.step
+            self.state.least, self.state.best = found.expected_loss, self.state.step
             self.best_weights = {k: v.detach().clone() for k, v in self.student.state_dict().items()}
 
     def _save(self, path: Path) -> None:

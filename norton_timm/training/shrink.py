@@ -22,7 +22,14 @@ from norton_timm.compression import Activations, CompressionReport, CompressionS
 from norton_timm.inference import deploy
 from norton_timm.profiling import compare_latency, count
 from norton_timm.search import find_spec
-from norton_timm.training.label_free import Agreement, LabelFreeConfig, Tuned, agreement, scores, tune_without_labels
+from norton_timm.training.label_free import (
+    ClassAgreement,
+    LabelFreeConfig,
+    Tuned,
+    agreement,
+    scores,
+    tune_without_labels,
+)
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +40,7 @@ _CALIBRATION = 512  # images that the choices and the repair look at
 
 
 @dataclass
-class Row:
+class NetworkRow:
     """One network of the table.
 
     Attributes:
@@ -49,7 +56,7 @@ class Row:
     macs: int
     params: int
     ms: float | None = None
-    agreement: Agreement | None = None
+    agreement: ClassAgreement | None = None
 
 
 @dataclass
@@ -69,7 +76,7 @@ class Shrunk:
     model: nn.Module
     spec: CompressionSpec
     report: CompressionReport
-    rows: list[Row]
+    rows: list[NetworkRow]
     tuned: Tuned | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
@@ -172,8 +179,8 @@ def shrink(
     lap('repair')
     size = example_input.shape[-1]
     rows = [
-        Row('dense', size, *count(dense, example_input)),
-        Row('compressed', size, *count(model, example_input), agreement=agreement(scores(model, held), wanted)),
+        NetworkRow('dense', size, *count(dense, example_input)),
+        NetworkRow('compressed', size, *count(model, example_input), agreement=agreement(scores(model, held), wanted)),
     ]
     tuned = None
     if minutes is not None or steps is not None:
@@ -181,13 +188,13 @@ def shrink(
             model, dense, rest, held, minutes=minutes, steps=steps, config=config, seed=seed, checkpoint=checkpoint,
             progress=progress, facts=[spec.to_yaml()],
         )  # fmt: skip
-        rows.append(Row('compressed and tuned', size, *count(model, example_input), agreement=tuned.after))
+        rows.append(NetworkRow('compressed and tuned', size, *count(model, example_input), agreement=tuned.after))
         lap('tuning')
     lower = lower_resolution(example_input.shape[-2:], rows[-1].macs / rows[0].macs)
     if lower is not None:
         small = resized(example_input, lower)
         found = agreement(scores(dense, resized(held, lower)), wanted)
-        rows.append(Row('dense, lower resolution', lower[1], *count(dense, small), agreement=found))
+        rows.append(NetworkRow('dense, lower resolution', lower[1], *count(dense, small), agreement=found))
         ours = rows[-2].agreement
         if ours is not None and found.expected_loss < ours.expected_loss:
             warnings.append(
@@ -215,7 +222,9 @@ def resized(images: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(images, size, mode='bicubic', antialias=True, align_corners=False)
 
 
-def _measure(rows: list[Row], dense: nn.Module, model: nn.Module, image: Tensor, lower: tuple[int, int] | None) -> None:
+def _measure(
+    rows: list[NetworkRow], dense: nn.Module, model: nn.Module, image: Tensor, lower: tuple[int, int] | None
+) -> None:
     """Set the milliseconds of each network in its deployed form."""
     fast = {'dense': deploy(dense, image), 'compressed': deploy(model, image)}
     times = compare_latency(fast, image)
