@@ -1,11 +1,12 @@
 """Compress a timm model by a recipe, or to a budget, and keep it in one file.
 
 python tools/compress.py resnet50 --pretrained --spec configs/recipes/norton_resnet50.r078.yaml --output out.safetensors
-python tools/compress.py densenet121 --pretrained --macs 0.5 --calibration images --output out.safetensors
+python tools/compress.py densenet121 --pretrained --macs 0.5 --images FOLDER --output out.safetensors
 """
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from _cli import Parser, run
@@ -35,8 +36,10 @@ def main() -> None:
     parser.add_argument('--checkpoint', type=Path, help='weights of the dense model: .safetensors, .pt or .pth')
     parser.add_argument('--num-classes', type=int, help='outputs of the dense model')
     parser.add_argument('--input-size', type=int, help='pixels a side, for MACs and latency')
-    parser.add_argument('--calibration', type=Path, help='images to repair with: a folder, or a .tar.xz')
-    parser.add_argument('--calibration-images', type=int, default=512, help='how many of them')
+    parser.add_argument('--images', '--calibration', type=Path, help='images without labels: a folder, or a .tar.xz')
+    parser.add_argument('--calibration-images', type=int, default=1000, help='how many of them')
+    parser.add_argument('--minutes', type=float, help='with a budget and images: time to tune for')
+    parser.add_argument('--steps', type=int, help='or the number of steps to tune')
     for name in ('mean', 'std'):
         parser.add_argument(f'--{name}', type=float, nargs=3, help="of the images, if not as the model's name says")
     parser.add_argument('--report', type=Path, help='per-layer figures to write, .json or .html')
@@ -46,7 +49,7 @@ def main() -> None:
     from norton_timm.compression import compress
     from norton_timm.models import dense_model, read_recipe, set_normalisation
     from norton_timm.profiling import channels_last, compare_latency, default_input, ready_to_run
-    from norton_timm.training import calibration_images
+    from norton_timm.training import calibration_images, shrink
     from norton_timm.utils import check_output, write_text
 
     check_output(args.output, '.safetensors')
@@ -58,20 +61,39 @@ def main() -> None:
     dense = dense_model(args.model, args.pretrained, args.checkpoint, num_classes=args.num_classes)
     set_normalisation(dense, args.mean, args.std)
     image = default_input(dense, args.input_size)
-    batches = args.calibration and calibration_images(args.calibration, dense, args.calibration_images, image.shape[2:])
-    some = batches and [batches[0][:32]]  # few images: the search weighs the layers' errors one at a time
-    spec = spec or find_spec(dense, **budget, **fields, calibration=some, example_input=image)
-    model, report = compress(dense, spec, image, calibration=batches)
+    tuning = {k: getattr(args, k) for k in ('minutes', 'steps') if getattr(args, k)}
+    if tuning and not (budget and args.images):
+        raise ValueError(f'got --{next(iter(tuning))}, expected a budget and --images with it')
+    batches = args.images and calibration_images(args.images, dense, args.calibration_images, image.shape[2:])
+    if not args.pretrained and args.checkpoint is None:
+        print(f'the weights of {args.model} are random: give --pretrained or --checkpoint', file=sys.stderr)
+    result = None
+    if budget and batches:
+        result = shrink(
+            dense.eval(), torch.cat(batches), budget, example_input=image, seed=args.seed or 0, latency=False,
+            method=args.method or 'norton', progress=True, **tuning,
+        )  # fmt: skip
+        spec, model, report = result.spec, result.model, result.report
+    else:
+        spec = spec or find_spec(dense, **budget, **fields, example_input=image)
+        model, report = compress(dense, spec, image, calibration=batches)
     tuned = ready_to_run(model)  # a copy: the file does not keep what is fastest on this machine
     tune_forms(tuned, channels_last(image))
     times = compare_latency({'dense': dense, 'compressed': model, 'tuned': tuned}, image)
     before, after, best = times.values()
-    save(model, args.output, spec=spec, latency_ms=times)
+    found = None if result is None else result.to_dict()
+    save(model, args.output, spec=spec, latency_ms=times, label_free=found)
     if args.report is not None:
         write_text(args.report, to_html(report, args.model, (before, after)) if page else report.to_json())
     where = f'one image of {tuple(image.shape[1:])} on {image.device.type}, {torch.get_num_threads()} threads'
     speed = f'{before / after:.2f} times as fast; {best:.1f} ms with forms tuned here'
     print(f'{report}\nmeasured: {before:.1f} -> {after:.1f} ms ({speed}) for {where}')
+    if result is None:
+        print(
+            'nothing measured the accuracy: tools/eval_cls.py does with labels; a budget with --images compares outputs'
+        )
+    else:
+        print(result, *(f'note: {told}' for told in result.warnings), sep='\n')
     print(f'wrote {args.output}: {args.output.stat().st_size / 1e6:.1f} MB')
 
 

@@ -70,13 +70,14 @@ def agreement(found: Tensor, wanted: Tensor) -> ClassAgreement:
     """
     p = wanted.softmax(1)
     ours, theirs = found.argmax(1), wanted.argmax(1)
-    each = (p.gather(1, theirs[:, None]) - p.gather(1, ours[:, None])).flatten().double()
+    of_theirs, of_ours = (p.gather(1, label[:, None]).flatten().double() for label in (theirs, ours))
+    each = of_theirs - of_ours
     divergence = F.kl_div(found.log_softmax(1), wanted.log_softmax(1), log_target=True, reduction='batchmean')
     n = len(each)
     mean = float(each.mean())
     # the truth is drawn from p: an image counts 1, 0 or -1, so the error of the mean is that of such draws
     changed = (ours != theirs).double()
-    variance = float((changed * each.abs().clamp(max=1)).mean() - mean**2) if n > 1 else 1.0
+    variance = float((changed * (of_theirs + of_ours)).mean() - mean**2)
     error = 1.96 * math.sqrt(max(variance, 1 / n) / n)
     same = float((ours == theirs).double().mean())
     return ClassAgreement(same, float(divergence), n, mean, (mean - error, mean + error))
@@ -142,8 +143,8 @@ def tune_without_labels(
     """Tune a compressed network, in place, to give the dense network's class scores and features.
 
     Batch norms keep their statistics, which few images would spoil. The state with the least expected loss on the
-    held-out images is kept; that may be the start. With ``steps`` the result is the same for the same seed; with ``minutes`` the
-    time of the first steps decides how many are made.
+    held-out images is kept; that may be the start. With ``steps`` the result is the same for the same seed; with
+    ``minutes`` the time of the first steps decides how many are made.
 
     Args:
         student: the compressed network.
