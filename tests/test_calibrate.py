@@ -115,7 +115,7 @@ def test_batch_norm_statistics_are_the_averages_over_the_batches():
         {'rates': 0.5, 'drop': ('layer1.1', 'layer3.2')},
         {'rates': 0.3, 'low_rank': {'layer2.*': 0.5}},
     ],
-    ids=str,
+    ids=['half', 'other channels', 'blocks left out', 'low rank'],
 )
 def test_sums_with_a_shortcut_that_selects_channels(options: dict):
     """The first shortcut of a ResNet for CIFAR passes its input on in the dense network only."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -204,6 +205,28 @@ def test_what_is_wrong_leaves_the_folder_free(inputs: dict[str, str], tmp_path: 
         with pytest.raises(ValueError, match='for a run that distils nothing'):
             run(given, tmp_path / 'run')
     assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize('name', ['model.safetensors', 'calibrated.safetensors', 'checkpoint.pt'])
+@pytest.mark.parametrize('key', ['weights', 'distill.teacher'])
+def test_a_run_does_not_write_over_what_it_reads(name: str, key: str, inputs: dict[str, str], tmp_path: Path) -> None:
+    folder = tmp_path / 'run'
+    folder.mkdir()
+    own = Path(shutil.copy(inputs['weights'], folder / name))
+    before = own.read_bytes()
+    given = config(inputs, 'norton', f'{key}={own}')
+    with pytest.raises(ValueError, match='is read and would be overwritten by a run in'):
+        run(given, folder)
+    assert own.read_bytes() == before and list(folder.iterdir()) == [own]
+
+
+def test_a_recipe_by_output_error_takes_the_calibration_images(inputs: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / 'norton.yaml').write_text(f'{NORTON}criterion: output_error\n')
+    with pytest.raises(ValueError, match=r'data\.calibration: got 0 with a recipe by output_error'):
+        run(config(inputs, 'norton', 'data.calibration=0'), tmp_path / 'run')
+    results = run(config(inputs, 'norton', 'optim.epochs=0'), tmp_path / 'run')
+    assert results['top1_compressed'] is None and 0 <= results['top1_repaired'] <= 100
+    assert results['params'] < results['params_dense']
 
 
 def test_evaluation_refuses_what_does_not_fit(inputs: dict[str, str], tmp_path: Path) -> None:

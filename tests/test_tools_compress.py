@@ -131,6 +131,47 @@ def test_bad_input_is_one_line_and_code_2(name, tmp_path, tool):
     assert not list(tmp_path.iterdir())
 
 
+# arguments, of which the last one is read as well
+OVERWRITING = {
+    'dense weights': ('compress.py', 'resnet20_cifar', '--rates', 0.5, '--checkpoint', 'a', '--output', 'a'),
+    'a report of the recipe': ('compress.py', 'resnet20_cifar', '--spec', 'a', '--output', 'b', '--report', 'a'),
+    'picture': ('visualize.py', 'x.safetensors', 'y.safetensors', '--image', 'a', '--output', 'a'),
+    'network to look at': ('visualize.py', 'x.safetensors', 'a', '--image', 'b.png', '--output', 'a'),
+    'classifier': ('eval_cls.py', 'a', '--output', 'a'),
+    'detector': ('eval_det.py', 'a', '--output', 'a'),
+    'file to import': ('import_checkpoint.py', 'a', '--output', 'a'),
+    'agreement': ('export.py', '--weights', 'a', '--images', '.', '--output', 'b.onnx', '--json', 'a'),
+    'network to time': ('benchmark.py', 'classification', 'b', 'a', '--output', 'a'),
+}
+
+
+@pytest.mark.parametrize('other', ['itself', 'a link', 'another path'])
+@pytest.mark.parametrize('name', OVERWRITING)
+def test_no_tool_writes_over_what_it_reads(name, other, tmp_path, tool, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    program, *arguments = OVERWRITING[name]
+    (tmp_path / 'a').write_bytes(b'precious')
+    (tmp_path / 'sub').mkdir()
+    (tmp_path / 'link').symlink_to('a')
+    arguments[-1] = {'itself': 'a', 'a link': 'link', 'another path': 'sub/../a'}[other]
+    code, _, told = tool(program, *arguments)
+    assert code == 2 and told.count('\n') == 1
+    assert f'{arguments[-1]} is read and would be overwritten: choose another {arguments[-2]}' in told
+    assert (tmp_path / 'a').read_bytes() == b'precious'
+
+
+def test_a_picture_beside_figures_is_not_one_that_is_read(tmp_path, tool, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ('street.png', 'report'):
+        (tmp_path / name).write_bytes(b'precious')
+    code, _, told = tool('benchmark.py', 'detection', '--image', 'street.png', '--output', 'street.json')
+    assert code == 2 and 'street.png is read and would be overwritten' in told
+    twice = ('resnet20_cifar', '--rates', 0.5, '--output', 'b.safetensors', '--report', './b.safetensors')
+    code, _, told = tool('compress.py', *twice)
+    assert code == 2 and 'b.safetensors would be written twice: choose another --report' in told
+    assert (tmp_path / 'street.png').read_bytes() == b'precious'
+
+
 def test_bad_outputs(tmp_path, tool):
     for output in ('out.pt', 'missing/out.safetensors'):
         code, _, told = tool('compress.py', 'resnet20_cifar', '--rank', 1, '--output', tmp_path / output)

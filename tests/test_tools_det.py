@@ -84,6 +84,28 @@ def test_a_folder_with_a_run_is_continued_or_refused(tool, sample: Path, tmp_pat
     assert 'from iteration 2' in out
 
 
+@pytest.mark.parametrize('name', ['best.pt', 'checkpoint_00000002.pt'])
+def test_weights_in_the_runs_folder_are_not_overwritten(name: str, tool, sample: Path, tmp_path: Path) -> None:
+    (tmp_path / 'runs' / 'box').mkdir(parents=True)
+    own = tmp_path / 'runs' / 'box' / name
+    own.write_bytes(b'weights')
+    code, _, err = tool('train_det.py', '--task', 'box', '--data', sample, *TINY, '--weights', own)
+    assert code == 2 and 'is read and would be overwritten by a run in runs/box: choose another folder' in err
+    assert own.read_bytes() == b'weights'
+
+
+def test_an_evaluation_does_not_write_over_the_annotations(tool, sample: Path, tmp_path: Path) -> None:
+    common = ['--task', 'box', '--data', sample, '--backbone', 'resnet10t', *TINY, '--iterations', 1]
+    assert tool('train_det.py', *common)[0] == 0
+    annotations = next((sample / 'annotations').glob('instances_val*.json'))
+    before = annotations.read_bytes()
+    code, _, err = tool(
+        'eval_det.py', 'runs/box/checkpoint.pt', '--data', sample, '--workers', 0, '--output', annotations
+    )
+    assert code == 2 and 'is read and would be overwritten: choose another --output' in err
+    assert annotations.read_bytes() == before
+
+
 @pytest.mark.usefixtures('heeds_ctrl_c')
 @pytest.mark.parametrize('sent', [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize('moment', ['data', 'step 2'])

@@ -17,12 +17,13 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 _WRONG_FILES = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 _WRONG_NAMES = (errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)
 _LONGEST = 2000  # characters of an error
 USAGE, FAILURE, INTERRUPTED, TERMINATED = 2, 1, 130, 143
+_OUTPUTS = ('output', 'json', 'report', 'markdown', 'csv', 'detections')  # options that name what is written
 _TOOLS = str(Path(__file__).resolve().parent)
 
 
@@ -53,6 +54,39 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Exit with code 2 and a message."""
         fail(f'{message} (see --help)', USAGE)
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse the arguments; a file that one of them names to be read is not one to be written."""
+        parsed = super().parse_args(args, namespace)
+        _keep_inputs({name: value for name, value in vars(parsed).items() if value is not None})
+        return parsed
+
+
+def _keep_inputs(options: dict[str, Any]) -> None:
+    """End with one line where a file to be written is read as well, or written twice."""
+    read = [v for name in set(options) - set(_OUTPUTS) for v in _paths(options[name]) if _is_file(v)]
+    written: list[tuple[str, Path]] = []
+    for option in _OUTPUTS:
+        for path in _paths(options.get(option)):
+            if any(os.path.abspath(path) == os.path.abspath(other) for _, other in written):
+                fail(f'{path} would be written twice: choose another --{option}', USAGE)
+            written.append((option, path))
+    for option, path in written:
+        for file in {path, path.with_suffix('.png')} if path.suffix == '.json' else {path}:  # with a picture beside
+            if _is_file(file) and any(file.samefile(other) for other in read):
+                fail(f'{file} is read and would be overwritten: choose another --{option}', USAGE)
+
+
+def _paths(value: Any) -> list[Path]:
+    values = value if isinstance(value, list) else [value]
+    return [Path(v) for v in values if isinstance(v, (str, Path))]
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # an argument that is too long for a path
+        return False
 
 
 def fail(message: object, code: int) -> NoReturn:

@@ -39,6 +39,9 @@ def main() -> None:
     pairs = meta['config'].data.keypoint_pairs() if meta['task'] == 'keypoint' else None
     dataset = CocoDataset(source.root, args.split, meta['task'], flip_pairs=pairs, images=args.images,
                           class_names=meta['class_names'], keypoint_names=meta['keypoint_names'] or None)  # fmt: skip
+    path = Path(args.output or Path(args.checkpoint).with_name(f'eval_{args.split}.json'))
+    if path.exists() and path.samefile(dataset.annotation_file):
+        raise ValueError(f'{path} is read and would be overwritten: choose another --output')
     network = FlipDetector(model, dataset.flip_indices) if args.flip else model
     with process_group(device):
         evaluator = CocoEvaluator(dataset.coco, meta['task'], dataset.label_to_category)
@@ -49,7 +52,6 @@ def main() -> None:
         flipped = ', with their mirror images' if args.flip else ''
         print(f'{args.checkpoint} on {len(dataset)} images{flipped}, {args.split} of {source.name}')
         print(format_table(results))
-        path = Path(args.output or Path(args.checkpoint).with_name(f'eval_{args.split}.json'))
         print(f'written: {write_text(path, json.dumps(results, indent=1) + chr(10))}')
         if args.detections:
             print('written:', *evaluator.write_results(args.detections))

@@ -52,7 +52,7 @@ def main() -> None:
         save_predictions,
         training_sets,
     )
-    from norton_timm.utils import choose_device, is_main, make_deterministic, process_group
+    from norton_timm.utils import check_not_written, choose_device, is_main, make_deterministic, process_group
 
     if args.task is None and args.config is None:
         raise ValueError('--task is missing, expected box, mask or keypoint')
@@ -81,6 +81,9 @@ def main() -> None:
     goes_on = latest.is_file() and (same_run(latest, config) or args.resume)
     if latest.is_file() and not goes_on:
         raise ValueError(f'{output} holds a run with another configuration: choose another --output, or --resume it')
+
+    if not goes_on:
+        check_not_written([config.model.weights], output, ('best.pt', 'checkpoint*.pt'))
 
     def how_to_go_on() -> str:
         if latest.is_file():

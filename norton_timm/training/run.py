@@ -19,7 +19,7 @@ from timm.utils import distribute_bn
 from torch import nn
 
 from norton_timm.checkpoints import base_name, dense_name, find_file, load, preprocessing_in, read_metadata, save
-from norton_timm.compression import CompressionSpec, compress, reestimate_batch_norm
+from norton_timm.compression import OUTPUT_ERROR, CompressionSpec, compress, reestimate_batch_norm
 from norton_timm.inference import tune_forms
 from norton_timm.models import dense_model, read_recipe, set_normalisation
 from norton_timm.profiling import channels_last, compare_latency, count, default_input, ready_to_run
@@ -29,6 +29,7 @@ from norton_timm.training.distill import Distillation
 from norton_timm.training.loop import Trainer, evaluate
 from norton_timm.training.sources import open_data
 from norton_timm.utils import (
+    check_not_written,
     is_main,
     read_plain,
     read_plain_file,
@@ -42,6 +43,7 @@ log = logging.getLogger(__name__)
 
 CONFIG, STAGES, CALIBRATED = 'config.yaml', 'stages.json', 'calibrated.safetensors'
 MODEL, RESULTS = 'model.safetensors', 'results.json'
+WRITTEN = (MODEL, CALIBRATED, 'checkpoint.pt', 'shot*.pt')
 TOP1 = ('top1_dense', 'top1_teacher', 'top1_compressed', 'top1_repaired', 'top1_start', 'top1')
 FIGURES = ('nmse', *TOP1, 'top5', 'loss')
 _NORM_IMAGES = 8192  # training images that re-estimate the batch norms of averaged weights
@@ -120,7 +122,10 @@ class Recovery:
             raise ValueError('distillation needs a trained dense network: give weights, or set distill.weight to 0')
         if config.distill.teacher is not None and (self.spec is None or not config.distill.weight):
             raise ValueError('got distill.teacher for a run that distils nothing: it needs a recipe and distill.weight')
+        if self.spec is not None and self.spec.distance == OUTPUT_ERROR and not config.data.calibration:
+            raise ValueError('data.calibration: got 0 with a recipe by output_error, expected images to prune by')
         refuse_other_run(output, config.to_yaml())
+        check_not_written((config.weights, config.distill.teacher, config.start), output, WRITTEN)
         preprocessing = preprocessing_of(name, config)
         tell_normalisation(preprocessing, name, weights_file(name, config), given=config.data.mean is not None)
         self.data = open_data(
@@ -218,7 +223,7 @@ class Recovery:
 
     def _compress(self) -> nn.Module:
         config, spec = self.config, cast(CompressionSpec, self.spec)
-        if 'top1_compressed' not in self.facts:
+        if 'top1_compressed' not in self.facts and spec.distance != OUTPUT_ERROR:  # which prunes and repairs in one
             plain, report = compress(self.dense, spec)
             nmse = [layer.nmse for layer in report.layers if layer.nmse is not None]
             self.facts['nmse'] = sum(nmse) / len(nmse) if nmse else None

@@ -14,7 +14,15 @@ from norton_timm.utils.config import (
     read_tree,
     settings_from,
 )
-from norton_timm.utils.files import check_output, load_plain, remove_partial, replacing, write_plain, write_text
+from norton_timm.utils.files import (
+    check_not_written,
+    check_output,
+    load_plain,
+    remove_partial,
+    replacing,
+    write_plain,
+    write_text,
+)
 from norton_timm.utils.images import DAMAGE, MOST_PIXELS, picture_size, read_rgb, refuse_postscript
 from norton_timm.utils.modules import (
     after_call,
@@ -51,8 +59,8 @@ from norton_timm.utils.processes import (
 
 __all__ = [
     'AMP', 'DAMAGE', 'MOST_PIXELS', 'HeldSignals', 'Settings', 'after_call', 'as_number', 'as_whole',
-    'at_least_float32', 'autocast', 'before_call', 'brief', 'check_output', 'check_weights', 'checked',
-    'choose_device', 'copy_of', 'evaluating', 'first_input', 'is_main', 'load_plain', 'make_deterministic',
+    'at_least_float32', 'autocast', 'before_call', 'brief', 'check_not_written', 'check_output', 'check_weights',
+    'checked', 'choose_device', 'copy_of', 'evaluating', 'first_input', 'is_main', 'load_plain', 'make_deterministic',
     'new_figure', 'not_finite', 'outside', 'picture_size', 'plain_layer', 'process_group', 'rank', 'read_plain',
     'read_plain_file', 'read_rgb', 'read_tree',
     'refuse_postscript', 'remove_partial', 'removing', 'replace_module', 'replacing', 'settings_from', 'tensors_in',

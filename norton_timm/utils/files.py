@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fnmatch
 import glob
 import os
 import tempfile
@@ -128,6 +129,23 @@ def _check_tensors(content: Any, size: int) -> None:
         elif isinstance(value, (dict, list, tuple, set)) and id(value) not in seen:
             seen.add(id(value))
             todo += value.values() if isinstance(value, dict) else value
+
+
+def check_not_written(read: Sequence[str | os.PathLike[str] | None], folder: Path, names: Sequence[str]) -> None:
+    """Check that a run does not write over a file that it reads.
+
+    Args:
+        read: files; None and names of files that are not there are left out.
+        folder: of the run.
+        names: of the files that the run writes, or patterns.
+
+    Raises:
+        ValueError: one of the files is one of those.
+    """
+    for path in (Path(name) for name in read if name):
+        written = any(fnmatch.fnmatchcase(path.name, pattern) for pattern in names)
+        if written and path.is_file() and path.resolve().parent == folder.resolve():
+            raise ValueError(f'{path} is read and would be overwritten by a run in {folder}: choose another folder')
 
 
 def check_output(path: str | os.PathLike[str], *suffixes: str) -> Path:
