@@ -181,14 +181,21 @@ def test_a_dense_detector_is_compressed_on_the_fly(tmp_path: Path) -> None:
     assert again.roi_heads.box_predictor.cls_score.out_features == 7
     with pytest.raises(ValueError, match=r"full\.pt was compressed by recipe 'full' already, got recipe 'light'"):
         detector_from_config(settings(recipe='light', weights=str(second)), META)
-    with pytest.raises(ValueError, match=r'full\.pt is a detector for task box, expected mask'):
+    with pytest.raises(ValueError, match=r'full\.pt is a detector for task box, got task mask'):
         detector_from_config(settings('mask', recipe='full', weights=str(second)), META)
     with pytest.raises(ValueError, match=r'full\.pt has another backbone: resnet18, got resnet34'):
         detector_from_config(settings(recipe='full', backbone='resnet34', weights=str(second)), META)
 
 
-def test_a_compressed_classifier_brings_its_shapes(tmp_path: Path) -> None:
-    net, _ = compress(timm.create_model('resnet18'), CompressionSpec(rank={'layer*': 2}, rates=0.3))
+@pytest.mark.parametrize(
+    'spec',
+    [
+        CompressionSpec(rank={'layer*': 2}, rates=0.3),
+        CompressionSpec(rank=0, low_rank={'layer?.?.conv2': 0.4}, rates={'layer4.1.conv1': 0.5}, drop=('layer3.1',)),
+    ],
+)
+def test_a_compressed_classifier_brings_its_shapes(spec: CompressionSpec, tmp_path: Path) -> None:
+    net, _ = compress(timm.create_model('resnet18'), spec)
     path = norton_timm.save(net.eval(), tmp_path / 'net.safetensors')
     config = settings(weights=str(path), norm='train')
     model = detector_from_config(config, META).eval()

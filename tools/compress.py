@@ -6,8 +6,8 @@ python tools/compress.py densenet121 --pretrained --macs 0.5 --images FOLDER --o
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
+from typing import Any
 
 from _cli import Parser, run
 
@@ -65,8 +65,6 @@ def main() -> None:
     if tuning and not (budget and args.images):
         raise ValueError(f'got --{next(iter(tuning))}, expected a budget and --images with it')
     batches = args.images and calibration_images(args.images, dense, args.calibration_images, image.shape[2:])
-    if not args.pretrained and args.checkpoint is None:
-        print(f'the weights of {args.model} are random: give --pretrained or --checkpoint', file=sys.stderr)
     result = None
     if budget and batches:
         result = shrink(
@@ -88,13 +86,20 @@ def main() -> None:
     where = f'one image of {tuple(image.shape[1:])} on {image.device.type}, {torch.get_num_threads()} threads'
     speed = f'{before / after:.2f} times as fast; {best:.1f} ms with forms tuned here'
     print(f'{report}\nmeasured: {before:.1f} -> {after:.1f} ms ({speed}) for {where}')
-    if result is None:
-        print(
-            'nothing measured the accuracy: tools/eval_cls.py does with labels; a budget with --images compares outputs'
-        )
-    else:
-        print(result, *(f'note: {told}' for told in result.warnings), sep='\n')
+    if result is not None:
+        print(result)
+    for told in notes(result, args.pretrained or args.checkpoint is not None):
+        print(f'note: {told}')
     print(f'wrote {args.output}: {args.output.stat().st_size / 1e6:.1f} MB')
+
+
+def notes(result: Any, trained: bool) -> list[str]:
+    """What the user should know of a result before it is relied on."""
+    if result is not None:
+        told = list(result.warnings)
+    else:
+        told = ['nothing measured the accuracy; tools/eval_cls.py does, and a budget with --images compares outputs']
+    return told if trained else ['the weights are random; --pretrained or --checkpoint gives others', *told]
 
 
 if __name__ == '__main__':

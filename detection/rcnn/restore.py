@@ -77,9 +77,13 @@ def load_compressed(body: nn.Module, name: str, path: str | Path) -> None:
         raise ValueError(f'{path} holds a compressed {made}, expected {name}')
     places = {n: _place(n, body) for n, _ in network.named_modules()}
     surgery = surgery_of(network)
+    for n in surgery.get('low_rank', ()):
+        if places[n] is not None:  # the two layers that took its place are not in the dense network
+            places.update((f'{n}.{part}', f'{places[n]}.{part}') for part in (0, 1))
     for part in ('layers', 'low_rank', 'maps'):
         if part in surgery:
             surgery[part] = {places[n]: facts for n, facts in surgery[part].items() if places[n] is not None}
+    surgery['dropped'] = [place for n in surgery.get('dropped', ()) if (place := places[n]) is not None]
     surgery['buffers'] = {key: shape for n, shape in surgery.get('buffers', {}).items() if (key := _key(n, places))}
     tensors = {key: tensor for n, tensor in network.state_dict().items() if (key := _key(n, places))}
     batch = torch.rand(1, 3, 64, 64)

@@ -129,6 +129,8 @@ def refit(
                     walk = stops.walk(partial(compressed, chunk.images))
                     walks[walk] = chunk
                     stops.advance(walk)
+                if any(walk.at != name for walk in walks):
+                    raise RuntimeError(f'{name} does not run where it does in the dense network')
                 parts = [_part(ours, name, chunk, walk.x, kept.get(name)) for walk, chunk in walks.items()]
                 weight = importance.get(name)
                 if weight is not None and name in kept:

@@ -25,11 +25,13 @@ class Walk:
     """One forward pass, in a thread of its own.
 
     Attributes:
-        x: input of the layer that the pass has stopped before.
+        at: name of the layer that the pass has stopped before; '' at its end.
+        x: input of that layer.
         done: whether it has come to its end.
     """
 
     def __init__(self, run: Callable[[], Any]) -> None:
+        self.at = ''
         self.x: Any = None
         self.done = False
         self.error: BaseException | None = None
@@ -48,12 +50,12 @@ class Walk:
             pass
         except BaseException as error:  # raised again by `advance`
             self.error = error
-        self.done, self.x = True, None
+        self.done, self.at, self.x = True, '', None
         self.has_stopped.release()
 
-    def stop(self, x: Any) -> None:
+    def stop(self, name: str, x: Any) -> None:
         """Wait, within the pass, until it may go on."""
-        self.x = x
+        self.at, self.x = name, x
         self.has_stopped.release()
         self.may_go.acquire()
         self.x = None
@@ -116,7 +118,7 @@ def stopping(model: nn.Module, names: Iterable[str]) -> Iterator[Stops]:
 
     def wait(name: str, _: nn.Module, x: Any) -> None:
         if stops.running is not None and name not in stops.finished:
-            stops.running.stop(x)
+            stops.running.stop(name, x)
 
     hooks = [before_call(model.get_submodule(name), partial(wait, name)) for name in names]
     with removing(hooks):
