@@ -24,7 +24,8 @@ from norton_timm.profiling.timing import latencies
 from norton_timm.search import sensitivity
 from norton_timm.search.budget import Budget, find_spec, rate_for
 from norton_timm.search.cost import CostModel
-from norton_timm.search.sensitivity import layer_errors, weighted_nmse
+from norton_timm.search.loss_weights import loss_weights
+from norton_timm.search.sensitivity import layer_errors, measure_sensitivity, weighted_nmse
 from norton_timm.search.trade_off import trade_off, trade_off_of
 
 SIZE = {'mobilenetv2_050': 64, 'regnety_002': 64, 'densenet40_cifar': 32, 'resnet20_cifar': 32}
@@ -260,21 +261,25 @@ def test_calibration_spares_what_the_outputs_depend_on() -> None:
         block = model.get_submodule('layer2.0')
         block.bn2.weight.zero_()  # the block now adds a constant: its filters do not matter
     budget = Budget(model, calibration=[x], example_input=x[:1])
-    weights = budget.table.weights
+    assert budget.choices is not None
+    errors = {name: max(table.values()) for name, table in budget.choices.low_rank.items()}
+    assert errors['layer2.0.conv1'] < 0.01 * errors['layer1.0.conv1']
+    weights = loss_weights(model, budget.graph, measure_sensitivity(model, budget.graph), [x])
     assert sum(weights.values()) / len(weights) == pytest.approx(1, rel=0.05)
     assert weights['layer2.0.conv1'] < 0.01 * weights['layer1.0.conv1']
 
-    def kept(spec: CompressionSpec) -> int:
-        return next(r.kept for r in compress(model, spec, x[:1])[1].layers if r.name == 'layer2.0.conv1')
+    def spent(spec: CompressionSpec) -> int:
+        _, report = compress(model, spec, x[:1], calibration=[x])
+        return next(r.macs_after for r in report.layers if r.name == 'layer2.0.conv1')
 
-    assert kept(budget.find('macs', 0.6)) < kept(find_spec(model, macs=0.6, example_input=x[:1]))
+    assert spent(budget.find('macs', 0.6)) < spent(find_spec(model, macs=0.6, example_input=x[:1]))
 
 
 @pytest.mark.parametrize('pack', [lambda x, y: (x, y), lambda x, y: [x, y]], ids=['tuple', 'list'])
 def test_labels_beside_calibration_images_change_nothing(pack, resnet: Budget) -> None:
     x = pictures(4)
     bare, labelled = (Budget(resnet.model, calibration=[b], example_input=x[:1]) for b in (x, pack(x, torch.ones(4))))
-    assert bare.table.weights and labelled.table.weights == bare.table.weights
+    assert bare.choices is not None and bare.choices.low_rank and labelled.choices == bare.choices
 
 
 def test_table_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -114,7 +114,7 @@ def test_the_mix_is_the_best_of_all_for_a_few_choices() -> None:
     dense = mixture.cost(mixture.dense())
     assert dense == count(model, 8).macs
     every = []
-    for k0, k1 in itertools.product((4, 8, 12, 16), (8, 16, 24, 32)):
+    for k0, k1 in itertools.product(range(4, 17), range(8, 33)):
         for options in itertools.product(*(range(len(mixture.options[k])) for k in mixture.ranked)):
             mix = mixture.dense()
             mix.keep[0], mix.keep[1] = k0, k1

@@ -67,8 +67,8 @@ def find_spec(
 
     Args:
         model: any convolutional network; it is not changed.
-        macs: fraction of the multiply-accumulates to keep, in (0, 1]; met within 1 %.
-        params: fraction of the parameters to keep, in (0, 1]; met within 1 %.
+        macs: fraction of the multiply-accumulates to keep, in (0, 1]; met within 1 %, with images at most 1 % above.
+        params: fraction of the parameters to keep, in (0, 1]; met in the same way.
         latency_ms: milliseconds of one forward pass on this device, in channels-last evaluation mode with each layer
             in the form that ``auto`` picks; met within 5 %.
         memory_mb: megabytes (10^6 bytes) of weights and of activations alive at once in inference, see
@@ -282,6 +282,8 @@ class Budget:
             if target == 1:
                 return self.spec(self.allocator(kind).dense(), self.allocator(kind))
             whole = getattr(self.complexity(self.model), kind)
+            if self.choices is not None:
+                return self._below(kind, target, whole)
             return self._hit(kind, kind, target, lambda m: getattr(self.complexity(m), kind) / whole)
         if kind == 'memory_mb':
             return self._memory(target)
@@ -296,6 +298,21 @@ class Budget:
         self.costs.set_latency(layer_latencies(self.model, self.example_input), whole)
         self._allocators.pop('ms', None)
         return self._hit('ms', kind, target, measure)
+
+    def _below(self, kind: str, target: float, whole: int) -> CompressionSpec:
+        """The best mix that needs at most ``target``, and less where no further choice fits."""
+        allocator: Mixture = self.allocator(kind)
+        fraction = target
+        for _ in range(_TRIALS):
+            choice = allocator.solve(fraction * allocator.unit)
+            spec = self.spec(choice, allocator)
+            got = getattr(self.complexity(self.build(spec)), kind) / whole
+            if got <= target * (1 + TOLERANCE[kind]):
+                self._last_error = allocator.error(choice)
+                return spec
+            fraction *= target / got  # the cost model is not exact
+        least = allocator.cost(allocator.least()) / allocator.unit
+        raise ValueError(f'{kind}: got {target:g}, but the least that can be attained is {least:.4g}')
 
     def _memory(self, target: float) -> CompressionSpec:
         """Fewer parameters and fewer MACs both save memory: search by each, and take the spec of smaller error."""

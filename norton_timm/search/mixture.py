@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +12,15 @@ from norton_timm.search.cost import CostModel
 
 _SWEEPS = 40
 _BISECTIONS = 48
+_ENOUGH = 0.998  # share of the budget that may be left as spent
+
+
+def _every_keep(table: Mapping[int, float], full: int) -> tuple[np.ndarray, np.ndarray]:
+    """Every number of classes from the least one measured on, and its error, interpolated between those measured."""
+    known = {**table, full: 0.0}
+    keeps = np.arange(min(known), full + 1)
+    at = sorted(known)
+    return keeps, np.interp(keeps, at, [known[k] for k in at])
 
 
 @dataclass
@@ -67,10 +77,7 @@ class Mixture:
             self.options.append(options)
             self.errors.append(np.array(errors))
             self.terms.append(np.array(terms))
-        self.keeps = {
-            g: (np.array([*table, widths[g]]), np.array([*table.values(), 0.0]))
-            for g, table in choices.channels.items()
-        }
+        self.keeps = {g: _every_keep(table, int(widths[g])) for g, table in choices.channels.items()}
         self.ranked = [k for k, options in enumerate(self.options) if len(options) > 1]
         self.touched = {g: np.flatnonzero(costs.makes[:, g] + costs.reads[:, g]) for g in self.keeps}
         inside = {b: set(names) for b, names in choices.inside.items()}
@@ -183,6 +190,8 @@ class Mixture:
         while True:
             spent, error = self.cost(mix), self.error(mix)
             best, best_gain = None, 0.0
+            if spent >= _ENOUGH * target:
+                return mix
             for trial in self._steps(mix):
                 more = self.cost(trial) - spent
                 gain = error - self.error(trial)
