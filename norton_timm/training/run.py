@@ -127,11 +127,11 @@ class Recovery:
         refuse_other_run(output, config.to_yaml())
         check_not_written((config.weights, config.distill.teacher, config.start), output, WRITTEN)
         preprocessing = preprocessing_of(name, config)
-        tell_normalisation(preprocessing, name, weights_file(name, config), given=config.data.mean is not None)
         self.data = open_data(
             config.data.source, preprocessing, device,
             workers=config.data.workers, augmentation=config.data.augmentation,
         )  # fmt: skip
+        tell_normalisation(preprocessing, name, weights_file(name, config), given=config.data.mean is not None)
         self.dense = self._load_dense(config.weights)
         self.teacher = self.dense
         if config.distill.teacher is not None:
