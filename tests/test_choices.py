@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import norton_timm
 from norton_timm import CompressionSpec, count
 from norton_timm.compression import Activations, OutputAxes, channel_graph, compress
-from norton_timm.search import find_spec
+from norton_timm.search import find_spec, trade_off
 from norton_timm.search.budget import Budget
 from norton_timm.search.choices import Choices, measure_choices
 from norton_timm.search.cost import CostModel
@@ -165,6 +165,14 @@ def test_a_budget_is_met_and_does_better_than_weights_alone(
     with torch.no_grad():
         assert torch.equal(again(test), small(test))
     assert CompressionSpec.from_yaml(spec.to_yaml()) == spec
+
+
+def test_the_curve_falls_with_the_budget(trained: nn.Module) -> None:
+    points = trade_off(trained, fractions=[0.5, 0.8], calibration=[pictures(32)], method='coring')
+    large, low = points
+    assert low.macs < 0.51 and large.macs < 0.81 and low.error > large.error
+    small = norton_timm.reshape(copy.deepcopy(trained), low.spec, pictures(1))
+    assert count(small, 32).macs / count(trained, 32).macs == pytest.approx(low.macs)
 
 
 def test_the_same_images_give_the_same_spec(trained: nn.Module) -> None:

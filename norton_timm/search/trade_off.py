@@ -22,8 +22,8 @@ class TradeOffPoint:
 
     Attributes:
         target: the fraction asked for.
-        macs, params: fractions kept, by the cost model.
-        error: total weighted NMSE, by the sensitivity table.
+        macs, params: fractions kept, counted.
+        error: total weighted NMSE, or with images the sum of the choices' measured errors.
         spec: the recipe.
     """
 
@@ -65,9 +65,9 @@ def trade_off_of(budget: Budget, kind: str = 'macs', fractions: Sequence[float] 
         if best is not None and budget.error(best, allocator) < budget.error(choice, allocator):
             choice = best
         best = choice
-        ranks, keep = allocator.ranks(choice), choice.keep.astype(float)
-        shares = {k: budget.costs.total(k, keep, ranks) / budget.costs.dense[k] for k in ('macs', 'params')}
         spec, error = budget.spec(choice, allocator), budget.error(choice, allocator)
+        made, whole = budget.complexity(budget.build(spec)), budget.complexity(budget.model)
+        shares = {'macs': made.macs / whole.macs, 'params': made.params / whole.params}
         points.append(TradeOffPoint(fraction, **shares, error=error, spec=spec))
     return points[::-1]
 
