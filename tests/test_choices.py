@@ -14,11 +14,15 @@ from torch.nn import functional as F
 import norton_timm
 from norton_timm import CompressionSpec, count
 from norton_timm.compression import Activations, OutputAxes, channel_graph, compress
+from norton_timm.compression.gradients import TEMPERATURE
+from norton_timm.models.dense import dense_model
 from norton_timm.search import find_spec, trade_off
 from norton_timm.search.budget import Budget
 from norton_timm.search.choices import Choices, measure_choices
 from norton_timm.search.cost import CostModel
 from norton_timm.search.mixture import Mix, Mixture
+from norton_timm.training.data import ArrayData, Preprocessing
+from norton_timm.training.sources import read_archive
 
 
 def pictures(n: int, seed: int = 0, size: int = 32) -> Tensor:
@@ -59,10 +63,10 @@ def found(trained: nn.Module) -> tuple[Choices, Activations, CostModel]:
     return measured(trained, pictures(64))
 
 
-def divergence(model: nn.Module, dense: nn.Module, images: Tensor) -> float:
+def divergence(model: nn.Module, dense: nn.Module, images: Tensor, temperature: float = 1.0) -> float:
     with torch.no_grad():
-        ours, wanted = model(images).log_softmax(1), dense(images).log_softmax(1)
-    return float(F.kl_div(ours, wanted, log_target=True, reduction='batchmean'))
+        ours, wanted = ((m(images) / temperature).log_softmax(1) for m in (model, dense))
+    return temperature**2 * float(F.kl_div(ours, wanted, log_target=True, reduction='batchmean'))
 
 
 def test_errors_fall_with_the_rank_and_with_the_channels_kept(found: tuple) -> None:
@@ -92,7 +96,7 @@ def test_the_error_of_a_choice_is_the_divergence_that_it_causes(trained: nn.Modu
         target.weight.data = (second @ first).view_as(target.weight)
         norm = next(n for n, m in trained.named_modules() if m is activations.order.norms[name])
         changed.get_submodule(norm).running_mean -= activations.mean_shift(name, second @ first - weight)
-        pairs.append((choices.low_rank[name][rank], divergence(changed, trained, images)))
+        pairs.append((choices.low_rank[name][rank], divergence(changed, trained, images, TEMPERATURE)))
         assert spec.low_rank == {name: rank}
     for expected, real in pairs:
         assert real / 2.5 < expected < 2.5 * real
@@ -147,17 +151,12 @@ def test_blocks_that_are_left_out_cost_nothing_and_hide_their_choices() -> None:
 
 
 @pytest.mark.parametrize(('method', 'macs'), [('norton', 0.6), ('norton', 0.35), ('coring', 0.6)])
-def test_a_budget_is_met_and_does_better_than_weights_alone(
-    trained: nn.Module, method: str, macs: float, tmp_path
-) -> None:
+def test_a_budget_is_met(trained: nn.Module, method: str, macs: float, tmp_path) -> None:
     images, test = pictures(64), pictures(128, 7)
     batches = list(images.split(32))
     spec = find_spec(trained, macs=macs, method=method, calibration=batches)
     small, report = compress(trained, spec, images[:1], calibration=batches)
     assert report.after.macs / report.before.macs == pytest.approx(macs, rel=0.011)
-    blind = find_spec(trained, macs=macs, method=method)
-    other, _ = compress(trained, blind, images[:1], calibration=batches)
-    assert divergence(small, trained, test) < divergence(other, trained, test)
     if method == 'coring':
         assert not spec.low_rank and not any(isinstance(m, norton_timm.CPDConv2d) for m in small.modules())
     norton_timm.save(small, tmp_path / 'a.safetensors')
@@ -165,6 +164,28 @@ def test_a_budget_is_met_and_does_better_than_weights_alone(
     with torch.no_grad():
         assert torch.equal(again(test), small(test))
     assert CompressionSpec.from_yaml(spec.to_yaml()) == spec
+
+
+@pytest.mark.parametrize(('method', 'macs'), [('norton', 0.3), ('coring', 0.6)])
+def test_budgets_do_better_by_images_than_by_weights_alone(method: str, macs: float, data_dir) -> None:
+    """On a network that was trained, and photographs: 256 to measure and repair with, 512 others to judge by."""
+    archive, weights = data_dir / 'cifar10-jpeg.tar.xz', data_dir / 'resnet20_cifar10.th'
+    for path in (archive, weights):
+        if not path.is_file():
+            pytest.skip(f'{path} is missing')
+    wanted = Preprocessing((32, 32), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    data = ArrayData(*read_archive(archive), wanted, torch.device('cpu'))
+    test = torch.cat([x for x, _ in itertools.islice(data.test_batches(128), 4)])
+    batches = data.calibration_batches(256)
+    dense = dense_model('resnet20_cifar', checkpoint=weights)
+
+    def distance(calibration: list[tuple[Tensor, Tensor]] | None) -> float:
+        spec = find_spec(dense, macs=macs, method=method, calibration=calibration)
+        return divergence(compress(dense, spec, test[:1], calibration=batches)[0], dense, test)
+
+    by_images, by_weights = distance(batches), distance(None)
+    print(f'\n{method} {macs}: divergence {by_images:.3f} by images, {by_weights:.3f} by weights')
+    assert by_images < 0.9 * by_weights
 
 
 def test_the_curve_falls_with_the_budget(trained: nn.Module) -> None:

@@ -11,18 +11,20 @@ from torch import Tensor, nn
 
 from norton_timm.utils import removing, tensors_in
 
+TEMPERATURE = 4.0  # of class scores; at 1, images of whose class a network is sure would say nothing of errors
+
 
 def output_probe(outputs: Any, generator: torch.Generator) -> tuple[list[Tensor], list[Tensor]]:
     """Output tensors, and a random vector v for each, with E[v v^T] the curvature of the error.
 
-    For class scores (N, K) the error is the Kullback-Leibler divergence, whose curvature is ``diag(p) - p p^T``. For
-    other outputs it is the squared error relative to the squared size.
+    For class scores (N, K) the error is the Kullback-Leibler divergence at ``TEMPERATURE``, times its square, whose
+    curvature is ``diag(p) - p p^T``. For other outputs it is the squared error relative to the squared size.
     """
     tensors = [t for t in tensors_in(outputs) if t.requires_grad]
     if not tensors:
         raise ValueError('calibration: got a network whose outputs have no gradient, expected a differentiable one')
     if len(tensors) == 1 and tensors[0].dim() == 2 and tensors[0].shape[1] > 1:
-        p = tensors[0].detach().float().softmax(1)
+        p = (tensors[0].detach().float() / TEMPERATURE).softmax(1)
         root = p.sqrt()
         noise = torch.randn(p.shape, generator=generator).to(p.device)
         v = root * noise - p * (root * noise).sum(1, keepdim=True)

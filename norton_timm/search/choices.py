@@ -26,6 +26,7 @@ from norton_timm.compression import (
     make_plan,
     readers_of,
 )
+from norton_timm.compression.gradients import TEMPERATURE
 from norton_timm.graph import ChannelGraph
 from norton_timm.layers import full_rank, low_rank_parts
 from norton_timm.search.loss_weights import divergence
@@ -222,7 +223,7 @@ def _try_blocks(model: nn.Module, activations: Activations, choices: Choices, im
             block = model.get_submodule(name)
             hook = block.register_forward_hook(lambda m, args, out: args[0])
             try:
-                losses = [divergence(model(batch), wanted) for batch, wanted in zip(batches, reference)]
+                losses = [divergence(model(batch), wanted, TEMPERATURE) for batch, wanted in zip(batches, reference)]
             finally:
                 hook.remove()
             choices.blocks[name] = sum(losses) / len(losses)

@@ -38,12 +38,15 @@ def check_calibration(calibration: Iterable[Any]) -> list[Any]:
     return batches
 
 
-def divergence(outputs: Any, reference: Any) -> float:
-    """Mean Kullback-Leibler divergence of class scores (N, K) from the reference's; otherwise relative error."""
+def divergence(outputs: Any, reference: Any, temperature: float = 1.0) -> float:
+    """Mean Kullback-Leibler divergence of class scores (N, K) from the reference's; otherwise relative error.
+
+    At a temperature T the scores are divided by T, and the divergence is multiplied by T * T.
+    """
     pairs = list(zip(tensors_in(outputs), tensors_in(reference)))
     if len(pairs) == 1 and pairs[0][0].dim() == 2 and pairs[0][0].shape[1] > 1:
-        logits, wanted = (F.log_softmax(t.double(), dim=1) for t in pairs[0])
-        return float(F.kl_div(logits, wanted, log_target=True, reduction='batchmean'))
+        logits, wanted = (F.log_softmax(t.double() / temperature, dim=1) for t in pairs[0])
+        return temperature**2 * float(F.kl_div(logits, wanted, log_target=True, reduction='batchmean'))
     error = sum(float((a.double() - b.double()).square().sum()) for a, b in pairs)
     return error / max(sum(float(b.double().square().sum()) for _, b in pairs), 1e-300)
 
