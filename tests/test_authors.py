@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 import norton_timm.models  # noqa: F401
 from detection.rcnn.restore import convert_detector_state_dict
-from norton_timm.checkpoints.keys import rates_from_name, read_checkpoint
+from norton_timm.checkpoints.asset_names import rates_from_name
+from norton_timm.checkpoints.keys import read_checkpoint
 from norton_timm.compression.spec import parse_rates
 from norton_timm.layers.cpd_conv import CPDConv2d
 from norton_timm.models.authors import convert_authors_checkpoint

@@ -33,6 +33,7 @@ _FAMILIES: dict[str, type[CifarNet]] = {
     'googlenet_cifar': GoogLeNetCifar,
     'mobilenetv2_cifar': MobileNetV2Cifar,
 }
+RELEASES = {'norton': 'pvti/NORTON@v0.1.0', 'coring': 'pvti/CORING@v0.1.0'}  # the authors' checkpoints
 _PAPERS = {
     'norton': 'Enhanced Network Compression Through Tensor Decompositions and Pruning',
     'coring': 'Efficient tensor decomposition-based filter pruning',
@@ -86,7 +87,9 @@ def compressed_cfgs() -> dict[str, dict[str, Any] | PretrainedCfg]:
             # a decomposed stem has no `.weight` that timm could adapt to other image channels; ours does it on load
             stem_is_dense = method == 'coring' or not base.endswith('_cifar')
             cfg['first_conv'] = dense.first_conv if stem_is_dense else None
-            cfgs.update({f'{method}_{base}.{tag}': dict(cfg) for tag in rows})
+            for tag in rows:
+                name = f'{method}_{base}.{tag}'
+                cfgs[name] = dict(cfg, url=f'authors:{RELEASES[method]}') if published_accuracy(name) else dict(cfg)
     return cfgs
 
 

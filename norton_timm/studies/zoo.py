@@ -45,7 +45,7 @@ class ZooRow:
         params: Parameters.
         macs: Multiply-accumulates of convolutions and linear layers at the network's own image size.
         top1: What the authors printed, in %.
-        weights: Where `pretrained=True` finds weights: shipped, a directory, url, hub, or none.
+        weights: Where `pretrained=True` finds weights: shipped, a directory, the authors' release, url, hub, or none.
         dense_ms: Median latency of the dense network on this machine, in ms.
         ms: The same of the compressed one.
         speedup: `dense_ms` over `ms`.
@@ -119,6 +119,9 @@ def _weights_source(name: str) -> str:
     if found is not None:
         return 'shipped' if found.parent == SHIPPED else str(found)
     cfg = timm.get_pretrained_cfg(name, allow_unregistered=False)
+    assert cfg is not None
+    if str(cfg.url).startswith('authors:'):
+        return 'authors'
     for key, text in (('hf_hub_id', 'hub'), ('url', 'url'), ('file', 'file')):
         if getattr(cfg, key):
             return text
