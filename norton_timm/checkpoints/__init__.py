@@ -4,7 +4,7 @@ pretrained weights and knows the key names of other people's checkpoints.
 
 from norton_timm.checkpoints.asset_names import AUTHORS_NAMES, AssetName, dotted, rates_from_name, read_asset_name
 from norton_timm.checkpoints.download import cache_folder, digest_of
-from norton_timm.checkpoints.file import is_saved, load, read_metadata, save, save_folder
+from norton_timm.checkpoints.file import is_saved, load, read_metadata, save, save_folder, write_folder
 from norton_timm.checkpoints.keys import (
     FACTOR_KEY,
     compress_rate_option,
@@ -36,5 +36,5 @@ __all__ = [
     'filters_in', 'find_file', 'guess_architecture', 'head_name', 'is_saved', 'load', 'locate', 'network_prefix',
     'network_tensors', 'no_weights_message', 'preprocessing_in', 'rates_from_name', 'read_asset_name',
     'read_checkpoint', 'read_metadata', 'register_source', 'repeat_surgery', 'save', 'save_folder', 'surgery_of',
-    'width_in',
+    'width_in', 'write_folder',
 ]  # fmt: skip

@@ -34,7 +34,7 @@ _FAMILIES: dict[str, type[CifarNet]] = {
     'mobilenetv2_cifar': MobileNetV2Cifar,
 }
 RELEASES = {'norton': 'pvti/NORTON@v0.1.0', 'coring': 'pvti/CORING@v0.1.0'}  # the authors' checkpoints
-_PAPERS = {
+PAPERS = {
     'norton': 'Enhanced Network Compression Through Tensor Decompositions and Pruning',
     'coring': 'Efficient tensor decomposition-based filter pruning',
 }
@@ -83,7 +83,7 @@ def compressed_cfgs() -> dict[str, dict[str, Any] | PretrainedCfg]:
             cfg = {key: getattr(dense, key) for key in keep}
             if not base.endswith('_cifar'):  # trained with torchvision's recipe, as the authors' baseline is
                 cfg.update(input_size=(3, 224, 224), pool_size=(7, 7), crop_pct=0.875, interpolation='bilinear')
-            cfg.update(paper_name=_PAPERS[method], license='apache-2.0')
+            cfg.update(paper_name=PAPERS[method], license='apache-2.0')
             # a decomposed stem has no `.weight` that timm could adapt to other image channels; ours does it on load
             stem_is_dense = method == 'coring' or not base.endswith('_cifar')
             cfg['first_conv'] = dense.first_conv if stem_is_dense else None
