@@ -27,12 +27,14 @@ _TRACE_SIZE = 64  # pixels; shapes do not depend on it, and 224 would take ten t
 
 _FAMILIES: dict[str, type[CifarNet]] = {
     'vgg16_bn_cifar': VGGCifar,
+    'vgg19_bn_cifar': VGGCifar,
     'resnet56_cifar': ResNetCifar,
     'resnet110_cifar': ResNetCifar,
     'densenet40_cifar': DenseNetCifar,
     'googlenet_cifar': GoogLeNetCifar,
     'mobilenetv2_cifar': MobileNetV2Cifar,
 }
+_FEATURES = {'mobilenetv2_100': {'feature_cls': 'getter'}}  # of timm's networks whose stages are nested
 RELEASES = {'norton': 'pvti/NORTON@v0.1.0', 'coring': 'pvti/CORING@v0.1.0'}  # the authors' checkpoints
 PAPERS = {
     'norton': 'Enhanced Network Compression Through Tensor Decompositions and Pruning',
@@ -164,7 +166,7 @@ def build_compressed(method: str, base: str, pretrained: bool, **kwargs: Any) ->
             'and rates; leave them out, or name your file with pretrained_cfg_overlay=dict(file=...)'
         )
     model_cls = partial(compressed_model, base, spec, form)
-    features = dict(_FAMILIES[base].feature_cfg) if base in _FAMILIES else {}
+    features = dict(_FAMILIES[base].feature_cfg) if base in _FAMILIES else dict(_FEATURES.get(base, {}))
     model = build_network(model_cls, variant, pretrained, feature_cfg=features, **kwargs)
     if tag and not same_shapes(spec, spec_of(f'{variant}.{tag}')):  # another network than the tag's has no tag
         model.pretrained_cfg = model.default_cfg = {**model.pretrained_cfg, 'tag': ''}  # type: ignore
