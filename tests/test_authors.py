@@ -202,6 +202,7 @@ def test_rates_from_the_file_name_alone(rates: str, tmp_path: Path) -> None:
         ('vgg_16_bn_pabs_.0.21.7+.0.75.5_8_94.45.pt', '[0.21]*7+[0.75]*5', 8),
         ('vgg_16_bn_pabs_.0.13_1.pt', '[0.]*13', 1),
         ('densenet_40_.0.+.0.12.+.0.3.2.pt', '[0.]+[0.12]+[0.3]*2', None),
+        ('resnet_56_.0.+.0.18.29_94.76.pt', '[0.]+[0.18]*29', None),  # an accuracy is no rank
         ('model_best.pth.tar', None, None),
         ('resnet_56.pt', None, None),
     ],
