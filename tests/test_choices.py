@@ -13,8 +13,7 @@ from torch.nn import functional as F
 
 import norton_timm
 from norton_timm import CompressionSpec, count
-from norton_timm.compression import Activations, OutputAxes, channel_graph, compress
-from norton_timm.compression.gradients import TEMPERATURE
+from norton_timm.compression import TEMPERATURE, Activations, OutputAxes, channel_graph, compress
 from norton_timm.models.dense import dense_model
 from norton_timm.search import find_spec, trade_off
 from norton_timm.search.budget import Budget

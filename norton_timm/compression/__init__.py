@@ -5,7 +5,8 @@ plan that is made from it, the choice of channels, the pipeline, and the repair 
 from norton_timm.compression.choose import layer_distance, merge_layers, removed_classes
 from norton_timm.compression.compress import channel_graph, compress, reshape, run_plan
 from norton_timm.compression.fitting import refit
-from norton_timm.compression.gradients import each_gradient
+from norton_timm.compression.gradients import TEMPERATURE, each_gradient
+from norton_timm.compression.observe import observe
 from norton_timm.compression.output_error import Activations, readers_of
 from norton_timm.compression.plan import make_plan
 from norton_timm.compression.rates import exact_rates, layout_of, widths_of
@@ -18,6 +19,7 @@ from norton_timm.compression.spec import METHODS, OUTPUT_ERROR, CompressionSpec,
 __all__ = [
     'METHODS',
     'OUTPUT_ERROR',
+    'TEMPERATURE',
     'Activations',
     'CompressionReport',
     'CompressionSpec',
@@ -33,6 +35,7 @@ __all__ = [
     'layout_of',
     'make_plan',
     'merge_layers',
+    'observe',
     'parse_rates',
     'readers_of',
     'reestimate_batch_norm',

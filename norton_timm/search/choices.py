@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from norton_timm.compression import (
+    TEMPERATURE,
     Activations,
     CompressionSpec,
     OutputAxes,
@@ -26,7 +27,6 @@ from norton_timm.compression import (
     make_plan,
     readers_of,
 )
-from norton_timm.compression.gradients import TEMPERATURE
 from norton_timm.graph import ChannelGraph
 from norton_timm.layers import full_rank, low_rank_parts
 from norton_timm.search.loss_weights import divergence

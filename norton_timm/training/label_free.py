@@ -17,14 +17,16 @@ from torch.nn import functional as F
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from norton_timm.training.config import DistillConfig
-from norton_timm.training.distill import Distillation, shared_features
+from norton_timm.training.distill import recorded
+from norton_timm.training.features import balance, classifier_of, read_by, relative_error, shared_maps
 from norton_timm.utils import check_weights, evaluating, load_plain, replacing, write_plain
 
 log = logging.getLogger(__name__)
 
 _TIMED = 3  # steps whose time sets the number of steps of a limit in minutes
 _LOOKS = 8  # times that the held-out images are looked at
+_SMALL = 64  # pixels a side; such images are shifted and not scaled, as networks for them are trained
+_VECTOR = 0.1  # taken as the typical size of biases, which may be zero
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,13 @@ def scores(model: nn.Module, images: Tensor, batch_size: int = 32) -> Tensor:
     """Class scores (N, K) of a network in evaluation mode."""
     with evaluating(model):
         return torch.cat([model(batch).float() for batch in images.split(batch_size)])
+
+
+def resized(images: Tensor, size: tuple[int, int] | None) -> Tensor:
+    """Images (N, C, H, W) at another size (height, width); None leaves them."""
+    if size is None or size == tuple(images.shape[2:]):
+        return images
+    return F.interpolate(images, size, mode='bicubic', antialias=True, align_corners=False)
 
 
 def agreement(found: Tensor, wanted: Tensor) -> ClassAgreement:
@@ -88,22 +97,16 @@ class LabelFreeConfig:
     """Settings of the tuning.
 
     Attributes:
-        lr: of AdamW, at its peak.
+        lr: of Adam at its peak, relative: a step changes each weight by this share of the typical one of its layer.
         batch_size: images of a step.
-        temperature: of the class scores.
-        features: weight of the relative error of the feature maps.
-        scale: smallest share of an image that a random crop keeps.
+        scale: smallest share of an image that a random crop keeps; images of up to 64 pixels are shifted instead.
         warmup: share of the steps with a rising learning rate.
-        weight_decay: of AdamW.
     """
 
-    lr: float = 2e-5
+    lr: float = 5e-4
     batch_size: int = 32
-    temperature: float = 1.0
-    features: float = 1.0
-    scale: float = 0.5
+    scale: float = 0.6
     warmup: float = 0.1
-    weight_decay: float = 0.0
 
 
 @dataclass
@@ -136,15 +139,19 @@ def tune_without_labels(
     steps: int | None = None,
     config: LabelFreeConfig | None = None,
     seed: int = 0,
+    size: tuple[int, int] | None = None,
     checkpoint: Path | None = None,
     progress: bool = False,
     facts: Sequence[str] = (),
 ) -> Tuned:
-    """Tune a compressed network, in place, to give the dense network's class scores and features.
+    """Tune a compressed network, in place, so that its blocks give the maps that the dense network's give.
 
-    Batch norms keep their statistics, which few images would spoil. The state with the least expected loss on the
-    held-out images is kept; that may be the start. With ``steps`` the result is the same for the same seed; with
-    ``minutes`` the time of the first steps decides how many are made.
+    Maps say far more of each image than soft labels, which a few hundred images are too few for (compare Wang and Wu,
+    2022). For smaller images than the dense network's, what the classifier reads is compared instead, and where its
+    width differs, the class scores. Batch norms run in evaluation mode with statistics of their own,
+    which few images would spoil; their scale is moved into the layers before, see :func:`balance`. The state nearest to
+    the dense network on the held-out images is kept; that may be the start. With ``steps`` the result is the same for
+    the same seed; with ``minutes`` the time of the first steps decides how many are made.
 
     Args:
         student: the compressed network.
@@ -155,6 +162,7 @@ def tune_without_labels(
         steps: or the number of steps.
         config: settings.
         seed: of order and augmentation.
+        size: (height, width) of the images that the student gets; the dense network gets them as they are.
         checkpoint: file to go on from; it is written at every look, and removed by the caller.
         progress: show a bar.
         facts: what else must be equal for the checkpoint to be gone on from.
@@ -172,12 +180,16 @@ def tune_without_labels(
         raise ValueError('got neither or both of minutes and steps, expected one of them')
     if not len(images) or not len(held):
         raise ValueError(f'got {len(images)} images to tune on and {len(held)} held out, expected some of each')
-    run = _Run(student, teacher, images, held, config or LabelFreeConfig(), seed)
+    run = _Run(student, teacher, images, held, config or LabelFreeConfig(), seed, size)
     run.state.total = steps
-    run.facts = [*map(str, facts), str(seed), str(len(images)), str(run.config)]
+    run.facts = [*map(str, facts), str(seed), str(len(images)), str(run.config), str(size)]
     if checkpoint is not None and checkpoint.is_file():
         run.resume(checkpoint)
     return run.run(minutes, checkpoint, progress)
+
+
+def _inputs(model: nn.Module, linear: str) -> int:
+    return int(model.get_submodule(linear).in_features)  # type: ignore[arg-type]
 
 
 @dataclass
@@ -191,24 +203,36 @@ class _State:
 
 class _Run:
     def __init__(
-        self, student: nn.Module, teacher: nn.Module, images: Tensor, held: Tensor, config: LabelFreeConfig, seed: int
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        images: Tensor,
+        held: Tensor,
+        config: LabelFreeConfig,
+        seed: int,
+        size: tuple[int, int] | None,
     ) -> None:
-        self.student, self.images, self.held, self.config, self.seed = student, images, held, config, seed
-        self.teacher = copy.deepcopy(teacher)
-        self.wanted = scores(teacher, held)
-        features = config.features if shared_features(self.teacher, student) else 0.0
-        self.distillation = Distillation(self.teacher, student, DistillConfig(1.0, config.temperature, features))
-        matrices = [p for p in student.parameters() if p.requires_grad and p.dim() > 1]
-        vectors = [p for p in student.parameters() if p.requires_grad and p.dim() <= 1]
-        self.optimizer = torch.optim.AdamW(
-            [{'params': matrices, 'weight_decay': config.weight_decay}, {'params': vectors, 'weight_decay': 0.0}],
-            lr=config.lr,
-            betas=(0.9, 0.99),
+        self.student, self.images, self.config, self.seed, self.size = student, images, config, seed, size
+        self.teacher = copy.deepcopy(teacher).eval()
+        self.wanted, self.held = scores(teacher, held), resized(held, size)
+        with evaluating(student):
+            balance(student, self.held[:1])
+            same = self.held.shape[2:] == held.shape[2:]
+            self.maps = shared_maps(student, self.teacher, held[:1]) if same else []
+            ours, theirs = (classifier_of(m, x[:1]) for m, x in ((student, self.held), (self.teacher, held)))
+        if ours is None or theirs is None or _inputs(student, ours) != _inputs(self.teacher, theirs):
+            ours = theirs = None
+        self.classifiers = ours, theirs
+        self.parameters = [p for p in student.parameters() if p.requires_grad]
+        sizes = [float(p.detach().square().mean().sqrt()) if p.dim() > 1 else _VECTOR for p in self.parameters]
+        self.optimizer = torch.optim.Adam(
+            [{'params': [p], 'size': size} for p, size in zip(self.parameters, sizes)], betas=(0.9, 0.99), eps=1e-12
         )
-        self.crop = v2.Compose([
-            v2.RandomResizedCrop(tuple(images.shape[2:]), (config.scale, 1.0), antialias=True),
-            v2.RandomHorizontalFlip(),
-        ])  # fmt: skip
+        size_in = tuple(images.shape[2:])
+        crop: nn.Module = v2.RandomResizedCrop(size_in, (config.scale, 1.0), antialias=True)
+        if max(size_in) <= _SMALL:
+            crop = v2.RandomCrop(size_in, padding=min(size_in) // 8)
+        self.crop = v2.Compose([crop, v2.RandomHorizontalFlip()])
         self.state = _State()
         self.facts: list[str] = []
         self.best_weights: dict[str, Tensor] = {}
@@ -265,10 +289,9 @@ class _Run:
 
     def _step(self) -> None:
         for group in self.optimizer.param_groups:
-            group['lr'] = self.config.lr * self._rate()
+            group['lr'] = self.config.lr * self._rate() * group['size']
         images = self._batch()
-        labels = torch.zeros(len(images), dtype=torch.long, device=images.device)  # of no weight
-        loss = self.distillation.loss(self.student, images, labels)
+        loss = self._error(images)
         if not bool(loss.isfinite()):
             raise FloatingPointError(f'the loss of step {self.state.step} is not finite; a lower lr may help')
         self.optimizer.zero_grad(set_to_none=True)
@@ -276,11 +299,26 @@ class _Run:
         self.optimizer.step()
         self.state.step += 1
 
+    def _error(self, images: Tensor) -> Tensor:
+        """Relative error of the student's maps or features on images (N, C, H, W) of the dense network's size."""
+        if self.maps:
+            with torch.no_grad(), recorded(self.teacher, self.maps) as wanted:
+                self.teacher(images)
+            with recorded(self.student, self.maps) as found:
+                self.student(images)
+            return sum((relative_error(found[n], wanted[n]) for n in self.maps), images.new_zeros(())) / len(self.maps)
+        ours, theirs = self.classifiers
+        with torch.no_grad(), read_by(self.teacher, theirs) as features:
+            self.teacher(images)
+        with read_by(self.student, ours) as mine:
+            self.student(resized(images, self.size))
+        return relative_error(mine[0], features[0])
+
     def _look(self, found: ClassAgreement) -> None:
         self.state.history.append((self.state.step, found.expected_loss))
-        if found.expected_loss < self.state.least or not self.best_weights:
+        if found.divergence < self.state.least or not self.best_weights:
             check_weights(self.student, 'the tuned network')
-            self.state.least, self.state.best = found.expected_loss, self.state.step
+            self.state.least, self.state.best = found.divergence, self.state.step
             self.best_weights = {k: v.detach().clone() for k, v in self.student.state_dict().items()}
 
     def _save(self, path: Path) -> None:

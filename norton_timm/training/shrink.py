@@ -11,22 +11,23 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from norton_timm.compression import Activations, CompressionReport, CompressionSpec, compress
 from norton_timm.inference import deploy
-from norton_timm.profiling import compare_latency, count
+from norton_timm.profiling import channels_last, count, synchronise, take_turns
 from norton_timm.search import find_spec
 from norton_timm.training.label_free import (
     ClassAgreement,
     LabelFreeConfig,
     Tuned,
     agreement,
+    resized,
     scores,
     tune_without_labels,
 )
@@ -37,6 +38,7 @@ FEW = 50  # with fewer images the figures are rough
 _LEAST = 8  # images, of which some are held out
 _HELD, _MOST_HELD = 0.2, 256
 _CALIBRATION = 512  # images that the choices and the repair look at
+_NEAR = 0.02  # share of the MACs that is not worth compressing for
 
 
 @dataclass
@@ -66,6 +68,7 @@ class Shrunk:
     Attributes:
         model: the compressed network.
         spec: its recipe.
+        size: (height, width) of the images that it reads.
         report: what was done to each layer.
         rows: dense, compressed, tuned, and the dense network at a lower resolution.
         tuned: what the tuning did; None if there was none.
@@ -75,6 +78,7 @@ class Shrunk:
 
     model: nn.Module
     spec: CompressionSpec
+    size: tuple[int, int]
     report: CompressionReport
     rows: list[NetworkRow]
     tuned: Tuned | None = None
@@ -116,6 +120,7 @@ def shrink(
     minutes: float | None = None,
     steps: int | None = None,
     method: str = 'norton',
+    allow_resolution: bool = False,
     config: LabelFreeConfig | None = None,
     seed: int = 0,
     checkpoint: Path | None = None,
@@ -134,6 +139,8 @@ def shrink(
         minutes: time for the tuning; neither minutes nor steps: no tuning.
         steps: or the number of its steps.
         method: ``norton`` (all kinds of choices) or ``coring`` (convolutions stay dense).
+        allow_resolution: also try networks that read smaller images and keep more of their layers; for a budget of
+            MACs. The one nearest to the dense network on the held-out images is taken.
         config: settings of the tuning.
         seed: of everything random.
         checkpoint: file from which the tuning goes on.
@@ -167,30 +174,35 @@ def shrink(
         seconds[name] = time.perf_counter() - began
         began = time.perf_counter()
 
-    batches = list(rest[:_CALIBRATION].split(32))
-    activations = Activations(dense, example_input, batches)
-    spec = find_spec(
-        dense, method=method, calibration=batches, example_input=example_input, activations=activations,
-        progress=progress, **cast(Any, budget),
-    )  # fmt: skip
-    lap('search')
-    model, report = compress(dense, spec, example_input, calibration=batches, activations=activations)
-    del activations
-    lap('repair')
-    size = example_input.shape[-1]
+    full = cast(tuple[int, int], tuple(example_input.shape[-2:]))
+    sizes = sizes_for(dense, example_input, budget) if allow_resolution else [full]
+    best: _Try | None = None
+    for size in sizes:
+        one = _compressed(dense, resized(example_input, size), rest[:_CALIBRATION], size, budget, method, progress)
+        one.agreement = agreement(scores(one.model, resized(held, size)), wanted)
+        log.info('%d x %d pixels: divergence %.4f', *size, one.agreement.divergence)
+        if best is not None and one.agreement.divergence >= best.agreement.divergence:
+            break  # larger images only get worse from here on
+        best = one
+    assert best is not None
+    lap('search and repair')
+    model, spec, report, size, image = best.model, best.spec, best.report, best.size, best.image
+    macs_params = count(model, image)
     rows = [
-        NetworkRow('dense', size, *count(dense, example_input)),
-        NetworkRow('compressed', size, *count(model, example_input), agreement=agreement(scores(model, held), wanted)),
+        NetworkRow('dense', full[1], *count(dense, example_input)),
+        NetworkRow('compressed', size[1], *macs_params, agreement=best.agreement),
     ]
     tuned = None
     if minutes is not None or steps is not None:
         tuned = tune_without_labels(
-            model, dense, rest, held, minutes=minutes, steps=steps, config=config, seed=seed, checkpoint=checkpoint,
-            progress=progress, facts=[spec.to_yaml()],
+            model, dense, rest, held, minutes=minutes, steps=steps, config=config, seed=seed, size=size,
+            checkpoint=checkpoint, progress=progress, facts=[spec.to_yaml()],
         )  # fmt: skip
-        rows.append(NetworkRow('compressed and tuned', size, *count(model, example_input), agreement=tuned.after))
+        rows.append(NetworkRow('compressed and tuned', size[1], *macs_params, agreement=tuned.after))
         lap('tuning')
-    lower = lower_resolution(example_input.shape[-2:], rows[-1].macs / rows[0].macs)
+    if size != full:
+        _set_size(model, size)
+    lower = lower_resolution(full, rows[-1].macs / rows[0].macs)
     if lower is not None:
         small = resized(example_input, lower)
         found = agreement(scores(dense, resized(held, lower)), wanted)
@@ -198,17 +210,87 @@ def shrink(
         ours = rows[-2].agreement
         if ours is not None and found.expected_loss < ours.expected_loss:
             warnings.append(
-                f'the dense network at {lower[1]} pixels loses less at as many MACs: resize its images to {lower[1]} '
-                'pixels instead, or ask for fewer MACs of a network that runs at a lower resolution'
+                f'the dense network at {lower[1]} pixels loses less at as many MACs: allow a lower resolution '
+                '(--allow-resolution), or resize its images yourself'
             )
     if latency:
-        _measure(rows, dense, model, example_input, lower)
+        _measure(rows, dense, model, example_input, size, lower)
         lap('latency')
         if rows[1].ms is not None and rows[0].ms is not None and rows[1].ms > rows[0].ms:
             warnings.append(
                 'the compressed network is slower than the dense one here; --latency-ms sets a target in time'
             )
-    return Shrunk(model, spec, report, rows, tuned, seconds, warnings)
+    return Shrunk(model, spec, size, report, rows, tuned, seconds, warnings)
+
+
+@dataclass
+class _Try:
+    """A compressed and repaired network at one size of images."""
+
+    model: nn.Module
+    spec: CompressionSpec
+    report: CompressionReport
+    size: tuple[int, int]
+    image: Tensor
+    agreement: ClassAgreement = field(init=False)
+
+
+def _compressed(
+    dense: nn.Module,
+    image: Tensor,
+    images: Tensor,
+    size: tuple[int, int],
+    budget: Mapping[str, float],
+    method: str,
+    progress: bool,
+) -> _Try:
+    """Search and repair at a size; the dense network itself where that meets the budget already."""
+    if 'macs' in budget:
+        left = budget['macs'] * count(dense, images[:1]).macs / count(dense, image).macs
+        if left >= 1 - _NEAR and size != tuple(images.shape[2:]):
+            spec = CompressionSpec(rank=0)
+            return _Try(*_swap(compress(dense, spec, image), spec), size, image)
+        budget = {'macs': min(left, 1.0)}
+    batches = list(resized(images, size).split(32))
+    activations = Activations(dense, image, batches)
+    spec = find_spec(
+        dense, method=method, calibration=batches, example_input=image, activations=activations, progress=progress,
+        **cast(Any, budget),
+    )  # fmt: skip
+    return _Try(*_swap(compress(dense, spec, image, calibration=batches, activations=activations), spec), size, image)
+
+
+def _swap(
+    made: tuple[nn.Module, CompressionReport], spec: CompressionSpec
+) -> tuple[nn.Module, CompressionSpec, CompressionReport]:
+    return made[0], spec, made[1]
+
+
+def sizes_for(dense: nn.Module, image: Tensor, budget: Mapping[str, float]) -> list[tuple[int, int]]:
+    """Sizes of images to try, the smallest first: the first alone nearly meets the budget, the last is the full one.
+
+    Raises:
+        ValueError: a budget of another kind than MACs.
+    """
+    if set(budget) != {'macs'}:
+        raise ValueError(f'allow_resolution: got a budget of {", ".join(budget)}, expected macs')
+    height, width = image.shape[-2:]
+    step = 16 if min(height, width) >= 112 else 4
+    whole, found = count(dense, image).macs, [(height, width)]
+    for side in range(width - step, step, -step):
+        size = (max(step, round(height * side / width / step) * step), side)
+        share = count(dense, resized(image, size)).macs / whole
+        if share < (1 - _NEAR) * budget['macs']:
+            break
+        found.insert(0, size)
+    return found
+
+
+def _set_size(model: nn.Module, size: tuple[int, int]) -> None:
+    """Note the size of images that a network reads where timm and our tools look for it."""
+    cfg = getattr(model, 'pretrained_cfg', None)
+    if cfg is not None:
+        model.pretrained_cfg = {**cfg, 'input_size': (3, *size)}  # type: ignore[assignment]
 
 
 def lower_resolution(size: tuple[int, ...], share: float) -> tuple[int, int] | None:
@@ -217,22 +299,23 @@ def lower_resolution(size: tuple[int, ...], share: float) -> tuple[int, int] | N
     return None if height >= size[0] or share > 0.97 else (height, width)
 
 
-def resized(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """Images (N, C, H, W) at another size."""
-    return F.interpolate(images, size, mode='bicubic', antialias=True, align_corners=False)
-
-
 def _measure(
-    rows: list[NetworkRow], dense: nn.Module, model: nn.Module, image: Tensor, lower: tuple[int, int] | None
+    rows: list[NetworkRow],
+    dense: nn.Module,
+    model: nn.Module,
+    image: Tensor,
+    size: tuple[int, int],
+    lower: tuple[int, int] | None,
 ) -> None:
-    """Set the milliseconds of each network in its deployed form."""
-    fast = {'dense': deploy(dense, image), 'compressed': deploy(model, image)}
-    times = compare_latency(fast, image)
-    for row in rows:
-        if row.name in times:
-            row.ms = times[row.name]
-        elif row.name == 'compressed and tuned':
-            row.ms = times['compressed']
+    """Set the milliseconds of each network in its deployed form, at its own size."""
+    of = [(rows[0], dense, image), (rows[1], model, resized(image, size))]
     if lower is not None:
-        small = resized(image, lower)
-        rows[-1].ms = compare_latency({'dense': deploy(dense, small)}, small)['dense']
+        of.append((rows[-1], dense, resized(image, lower)))
+    calls = [partial(deploy(network, x), channels_last(x)) for _, network, x in of]
+    with torch.no_grad():
+        times = take_turns(calls, partial(synchronise, image)).milliseconds()
+    for (row, _, _), ms in zip(of, times):
+        row.ms = ms
+    for row in rows:
+        if row.name == 'compressed and tuned':
+            row.ms = rows[1].ms
