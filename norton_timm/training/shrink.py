@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -17,6 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from tqdm import tqdm
 
 from norton_timm.compression import Activations, CompressionReport, CompressionSpec, compress
 from norton_timm.inference import deploy
@@ -36,6 +37,7 @@ log = logging.getLogger(__name__)
 FEW = 50  # with fewer images the figures are rough
 _LEAST = 8  # images, of which some are held out
 _HELD, _MOST_HELD = 0.2, 256
+_AIM = 0.7  # of the dense network's milliseconds: what is proposed where fewer MACs took no less time
 _CALIBRATION = 512  # images that the choices and the repair look at
 
 
@@ -49,6 +51,7 @@ class NetworkRow:
         macs, params: of one image.
         ms: milliseconds of one image in deployed form; None if not measured.
         agreement: with the dense network at its own resolution; None for that network itself.
+        top1: accuracy on labelled images, in percent; None if there were none.
     """
 
     name: str
@@ -57,6 +60,7 @@ class NetworkRow:
     params: int
     ms: float | None = None
     agreement: ClassAgreement | None = None
+    top1: float | None = None
 
 
 @dataclass
@@ -92,8 +96,10 @@ class Shrunk:
 
     def __str__(self) -> str:
         dense = self.rows[0]
+        labelled = f'  {"top-1":>7}' if dense.top1 is not None else ''
         lines = [
-            f'{"network":28}  {"pixels":>6}  {"MMACs":>16}  {"params":>11}  {"ms":>7}  {"agreement":>9}  expected loss'
+            f'{"network":28}  {"pixels":>6}  {"MMACs":>16}  {"params":>11}  {"ms":>7}{labelled}  {"agreement":>9}  '
+            'expected loss'
         ]
         for row in self.rows:
             ms = '-' if row.ms is None else f'{row.ms:.1f}'
@@ -103,7 +109,10 @@ class Shrunk:
                 low, high = row.agreement.interval
                 loss = f'{100 * row.agreement.expected_loss:.1f} points ({100 * low:.1f} to {100 * high:.1f})'
             share = f'{row.macs / 1e6:.0f} ({100 * row.macs / dense.macs:.0f} %)'
-            lines.append(f'{row.name:28}  {row.size:>6}  {share:>16}  {row.params:>11,}  {ms:>7}  {told:>9}  {loss}')
+            top1 = '' if row.top1 is None else f'  {row.top1:>5.1f} %'
+            lines.append(
+                f'{row.name:28}  {row.size:>6}  {share:>16}  {row.params:>11,}  {ms:>7}{top1}  {told:>9}  {loss}'
+            )
         return '\n'.join(lines)
 
 
@@ -120,6 +129,8 @@ def shrink(
     seed: int = 0,
     checkpoint: Path | None = None,
     latency: bool = True,
+    deployed: bool = True,
+    accuracy: Callable[[nn.Module, tuple[int, int]], float] | None = None,
     progress: bool = False,
 ) -> Shrunk:
     """Compress a trained classifier to a budget, repair it, tune it, and measure what is left.
@@ -138,6 +149,9 @@ def shrink(
         seed: of everything random.
         checkpoint: file from which the tuning goes on.
         latency: measure milliseconds.
+        deployed: of the networks as :func:`norton_timm.deploy` makes them; False: as they are, for two seconds.
+        accuracy: gives the top-1, in percent, of a network at a height and width; called for every row of the table,
+            and nothing is chosen by it. See :class:`norton_timm.training.LabelledAccuracy`.
         progress: show bars.
 
     Raises:
@@ -164,9 +178,18 @@ def shrink(
 
     def lap(name: str) -> None:
         nonlocal began
-        seconds[name] = time.perf_counter() - began
+        seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - began
         began = time.perf_counter()
 
+    def row(name: str, network: nn.Module, image: Tensor, found: ClassAgreement | None = None) -> NetworkRow:
+        height, width = image.shape[-2:]
+        made = NetworkRow(name, width, *count(network, image), agreement=found)
+        if accuracy is not None:
+            made.top1 = accuracy(network, (height, width))
+            lap('accuracy')
+        return made
+
+    log.info('search: the error of every choice is measured on %d images, and the best mix is taken', len(rest))
     batches = list(rest[:_CALIBRATION].split(32))
     activations = Activations(dense, example_input, batches)
     spec = find_spec(
@@ -174,27 +197,28 @@ def shrink(
         progress=progress, **cast(Any, budget),
     )  # fmt: skip
     lap('search')
+    log.info('repair: every layer is fitted in turn to the outputs of the dense network')
     model, report = compress(dense, spec, example_input, calibration=batches, activations=activations)
     del activations
     lap('repair')
-    size = example_input.shape[-1]
     rows = [
-        NetworkRow('dense', size, *count(dense, example_input)),
-        NetworkRow('compressed', size, *count(model, example_input), agreement=agreement(scores(model, held), wanted)),
+        row('dense', dense, example_input),
+        row('compressed', model, example_input, agreement(scores(model, held), wanted)),
     ]
     tuned = None
     if minutes is not None or steps is not None:
+        log.info('tuning: the compressed network learns the outputs of the dense one on %d images', len(rest))
         tuned = tune_without_labels(
             model, dense, rest, held, minutes=minutes, steps=steps, config=config, seed=seed, checkpoint=checkpoint,
             progress=progress, facts=[spec.to_yaml()],
         )  # fmt: skip
-        rows.append(NetworkRow('compressed and tuned', size, *count(model, example_input), agreement=tuned.after))
         lap('tuning')
+        rows.append(row('compressed and tuned', model, example_input, tuned.after))
     lower = lower_resolution(example_input.shape[-2:], rows[-1].macs / rows[0].macs)
     if lower is not None:
         small = resized(example_input, lower)
         found = agreement(scores(dense, resized(held, lower)), wanted)
-        rows.append(NetworkRow('dense, lower resolution', lower[1], *count(dense, small), agreement=found))
+        rows.append(row('dense, lower resolution', dense, small, found))
         ours = rows[-2].agreement
         if ours is not None and found.expected_loss < ours.expected_loss:
             warnings.append(
@@ -202,12 +226,16 @@ def shrink(
                 'pixels instead, or ask for fewer MACs of a network that runs at a lower resolution'
             )
     if latency:
-        _measure(rows, dense, model, example_input, lower)
-        lap('latency')
+        log.info('latency: the networks take turns%s', ', each in its fastest form' if deployed else '')
+        _measure(rows, dense, model, example_input, lower, deployed, progress)
         if rows[1].ms is not None and rows[0].ms is not None and rows[1].ms > rows[0].ms:
+            target = _AIM * compare_latency({'dense': dense}, example_input, seconds=1)['dense']
             warnings.append(
-                'the compressed network is slower than the dense one here; --latency-ms sets a target in time'
+                f'the compressed network is slower here than the dense one{", both in their fastest form" * deployed}: '
+                f'{rows[1].ms:.2f} against {rows[0].ms:.2f} ms; --latency-ms {target:.3g} instead of another budget '
+                'makes time the target'
             )
+        lap('latency')
     return Shrunk(model, spec, report, rows, tuned, seconds, warnings)
 
 
@@ -223,16 +251,33 @@ def resized(images: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _measure(
-    rows: list[NetworkRow], dense: nn.Module, model: nn.Module, image: Tensor, lower: tuple[int, int] | None
+    rows: list[NetworkRow],
+    dense: nn.Module,
+    model: nn.Module,
+    image: Tensor,
+    lower: tuple[int, int] | None,
+    deployed: bool,
+    progress: bool,
 ) -> None:
-    """Set the milliseconds of each network in its deployed form."""
-    fast = {'dense': deploy(dense, image), 'compressed': deploy(model, image)}
-    times = compare_latency(fast, image)
-    for row in rows:
-        if row.name in times:
-            row.ms = times[row.name]
-        elif row.name == 'compressed and tuned':
-            row.ms = times['compressed']
-    if lower is not None:
-        small = resized(image, lower)
-        rows[-1].ms = compare_latency({'dense': deploy(dense, small)}, small)['dense']
+    """Set the milliseconds of each network, deployed or as it is."""
+    seconds = 2.0 if deployed else 0.5
+    with tqdm(total=3 if lower is None else 4, desc='latency', disable=not progress, leave=False) as bar:
+
+        def ready(name: str, network: nn.Module, x: Tensor) -> nn.Module:
+            bar.set_postfix_str(name)
+            found = deploy(network, x) if deployed else network
+            bar.update()
+            return found
+
+        both = {'dense': ready('dense', dense, image), 'compressed': ready('compressed', model, image)}
+        times = compare_latency(both, image, seconds=seconds)
+        bar.update()
+        for row in rows:
+            if row.name in times:
+                row.ms = times[row.name]
+            elif row.name == 'compressed and tuned':
+                row.ms = times['compressed']
+        if lower is not None:
+            small = resized(image, lower)
+            one = {'dense': ready('lower resolution', dense, small)}
+            rows[-1].ms = compare_latency(one, small, seconds=seconds)['dense']

@@ -4,6 +4,7 @@ images for calibration.
 
 from __future__ import annotations
 
+import logging
 import lzma
 import tarfile
 import zlib
@@ -13,13 +14,18 @@ from typing import IO, Any, cast
 
 import numpy as np
 import torch
-from timm.data import ImageDataset, create_dataset, create_transform, resolve_data_config
+from timm.data import create_dataset, create_reader, create_transform, resolve_data_config
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 from torchvision.datasets import CIFAR10
+from tqdm import tqdm
 
 from norton_timm.training.data import ArrayData, Batch, ClassificationData, LoadedData, Preprocessing
 from norton_timm.utils import DAMAGE, picture_size, read_rgb, refuse_postscript
 
+log = logging.getLogger(__name__)
+
+_TESTS = ('val', 'validation', 'test')  # folders of a test split
 _BATCH = 128
 _LARGEST = 64  # pixels a side of images that are held in memory
 _LARGEST_FILE, _MOST_FILES = 2**20, 4_000_000  # bytes of one such image, and how many
@@ -66,6 +72,72 @@ def open_data(
     if augmentation:
         raise ValueError(f'augmentation {sorted(augmentation)} needs a folder of images; {source} is held in memory')
     return ArrayData(*arrays, preprocessing, device)
+
+
+def open_test_split(
+    source: str, preprocessing: Preprocessing, device: torch.device, *, workers: int = 4
+) -> ClassificationData:
+    """Labelled images to measure accuracy on: all that :func:`open_data` takes, and folders without a training split.
+
+    Args:
+        source: as for :func:`open_data`; or a folder in which each class has a folder, or whose folder `val` (or
+            `test`) has. A picture there that cannot be read is an error, because it would change the figure.
+        preprocessing: what the network expects.
+        device: where batches come out.
+        workers: loading processes.
+
+    Raises:
+        ValueError: nothing is there, or it is not such a data set.
+
+    Example:
+        >>> data = open_test_split('photos/val', preprocessing, torch.device('cpu'))
+        >>> evaluate(model, data, torch.device('cpu'))['top1']
+    """
+    path = Path(source)
+    if not path.is_dir() or (path / 'train').is_dir() or (path / 'cifar-10-batches-py').is_dir():
+        return open_data(source, preprocessing, device, workers=workers)
+    split = next((path / name for name in _TESTS if (path / name).is_dir()), path)
+    pictures = Pictures(split)
+    if '' in pictures.classes:
+        raise ValueError(f'{split}: got images outside of class folders, expected CLASS/IMAGE')
+    return LoadedData([], pictures, pictures.classes, preprocessing, device, workers)
+
+
+class Pictures(Dataset):
+    """The pictures of a folder and of its subfolders, which name their classes; one that is damaged is an error.
+
+    Args:
+        folder: where they are.
+
+    Attributes:
+        files: paths, in the natural order of their names.
+        labels: class of each.
+        classes: names by label; the folder itself is the class ''.
+        transform: what is done to each picture; None gives it as it is.
+
+    Raises:
+        ValueError: no pictures there.
+
+    Example:
+        >>> picture, label = Pictures(Path('photos/val'))[0]
+    """
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            reader: Any = create_reader('', root=str(folder))
+        except RuntimeError as error:
+            raise ValueError(f'{folder}: {" ".join(str(error).split())[:200]}') from None
+        self.files = [Path(path) for path, _ in reader.samples]
+        self.labels = [label for _, label in reader.samples]
+        self.classes = sorted(reader.class_to_idx, key=lambda name: reader.class_to_idx[name])
+        self.transform: Any = None
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, k: int) -> tuple[Any, int]:
+        picture = read_rgb(self.files[k], self.files[k])
+        return (picture if self.transform is None else self.transform(picture)), self.labels[k]
 
 
 def _find_cifar10(folder: Path) -> Path:
@@ -134,7 +206,7 @@ def _open_timm(source: str) -> tuple[Any, Any, list[str]]:
     """Two map-style data sets without transforms, and the class names."""
     path = Path(source)
     if path.is_dir():
-        names = [n for n in ('val', 'validation', 'test') if (path / n).is_dir()]
+        names = [n for n in _TESTS if (path / n).is_dir()]
         if not (path / 'train').is_dir() or not names:
             raise ValueError(f'{path} lacks the folder {"val or test" if (path / "train").is_dir() else "train"}')
         name, roots, splits = '', (str(path), str(path)), ('train', names[0])
@@ -166,19 +238,21 @@ def _class_names(dataset: Any) -> list[str]:
 
 
 def calibration_images(
-    path: Path, model: nn.Module, count: int = 512, size: Sequence[int] | None = None
+    path: Path, model: nn.Module, count: int = 512, size: Sequence[int] | None = None, progress: bool = False
 ) -> list[Tensor]:
     """Batches (N, 3, H, W) of some images, drawn at random but the same each time.
 
     Args:
         path: a folder of images (in subfolders too; where there is a folder ``train``, only that), or an archive of
-            small images ``train/CLASS/*.jpg`` and ``test/CLASS/*.jpg``.
+            small images ``train/CLASS/*.jpg`` and ``test/CLASS/*.jpg``. A file of a folder that cannot be read is left
+            out, which the log says.
         model: a timm model; its ``pretrained_cfg`` says how images are resized, cropped and normalised.
         count: how many images; all of them where there are fewer.
         size: height and width in pixels, if not the model's own.
+        progress: show a bar.
 
     Raises:
-        ValueError: a count below 1, nothing at the path, or files that are no images.
+        ValueError: a count below 1, nothing at the path, or no image that can be read.
 
     Example:
         >>> images = calibration_images(Path('data/imagenet'), model, count=256)
@@ -195,11 +269,26 @@ def calibration_images(
     if not path.is_dir():
         raise ValueError(f'calibration: no folder of images and no archive at {path}')
     folder = path / 'train' if (path / 'train').is_dir() else path
-    refuse_postscript()
     try:
-        images = ImageDataset(str(folder), transform=create_transform(**{**cfg, 'input_size': (3, height, width)}))
-        chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:count].tolist()
-        return list(torch.stack([images[k][0] for k in chosen]).split(_BATCH))
-    except (RuntimeError, *DAMAGE) as error:
-        told = ' '.join(str(error).split())[:200]
-        raise ValueError(f'calibration: {folder}: no images that can be read: {told}') from None
+        pictures = Pictures(folder)
+    except ValueError as error:
+        raise ValueError(f'calibration: no images that can be read: {error}') from None
+    pictures.transform = create_transform(**{**cfg, 'input_size': (3, height, width)})
+    order = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(0)).tolist()
+    images: list[Tensor] = []
+    damaged: list[str] = []
+    with tqdm(total=min(count, len(order)), desc='reading images', disable=not progress, leave=False) as bar:
+        for k in order:
+            try:
+                images.append(pictures[k][0])
+            except (RuntimeError, *DAMAGE) as error:
+                damaged.append(' '.join(str(error).split())[:200])
+                continue
+            bar.update()
+            if len(images) == count:
+                break
+    if not images:
+        raise ValueError(f'calibration: no images that can be read: {damaged[0]}')
+    if damaged:
+        log.warning('calibration: files that cannot be read were left out, %d: %s', len(damaged), damaged[0])
+    return list(torch.stack(images).split(_BATCH))
