@@ -128,7 +128,6 @@ def next_commands(args: argparse.Namespace) -> list[tuple[str, str]]:
     trains = data is not None and (not Path(data).is_dir() or any(
         (Path(data) / name).is_dir() for name in ('train', 'cifar-10-batches-py')
     ))  # fmt: skip
-    size = ['--size', str(args.input_size), str(args.input_size)] if args.input_size else []
     weights = ['--pretrained'] if args.pretrained else ['--weights', str(args.checkpoint)] if args.checkpoint else []
     settings = [f'start={out}', 'optim.lr=0.01', *([] if weights else ['distill.weight=0'])]
     for name in ('mean', 'std'):
@@ -142,7 +141,7 @@ def next_commands(args: argparse.Namespace) -> list[tuple[str, str]]:
         (
             'export it' + ('' if images else ' (PICTURES: a folder of some)'),
             _command(
-                'export.py', '--weights', out, '--images', images or 'PICTURES', *size,
+                'export.py', '--weights', out, '--images', images or 'PICTURES',
                 '--output', args.output.with_suffix('.onnx'),
             ),
         ),

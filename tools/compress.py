@@ -46,7 +46,7 @@ def main() -> None:
 
     from _compress import next_commands, run_search, run_spec, write
 
-    from norton_timm.models import dense_model, read_recipe, set_normalisation
+    from norton_timm.models import dense_model, read_recipe, set_input_size, set_normalisation
     from norton_timm.utils import check_output
 
     check_output(args.output, '.safetensors')
@@ -64,6 +64,7 @@ def main() -> None:
     spec = None if budget else read_recipe(args.spec, **fields)
     dense = dense_model(args.model, args.pretrained, args.checkpoint, num_classes=args.num_classes)
     set_normalisation(dense, args.mean, args.std)
+    set_input_size(dense, args.input_size)
     outcome = run_search(args, dense, budget, tuning) if budget and args.images else run_spec(args, dense, spec, budget)
     commands = next_commands(args)
     written = write(args, outcome, commands)

@@ -97,13 +97,13 @@ def open_test_split(
     if not path.is_dir() or (path / 'train').is_dir() or (path / 'cifar-10-batches-py').is_dir():
         return open_data(source, preprocessing, device, workers=workers)
     split = next((path / name for name in _TESTS if (path / name).is_dir()), path)
-    pictures = Pictures(split)
+    pictures = PictureFolder(split)
     if '' in pictures.classes:
         raise ValueError(f'{split}: got images outside of class folders, expected CLASS/IMAGE')
     return LoadedData([], pictures, pictures.classes, preprocessing, device, workers)
 
 
-class Pictures(Dataset):
+class PictureFolder(Dataset):
     """The pictures of a folder and of its subfolders, which name their classes; one that is damaged is an error.
 
     Args:
@@ -119,7 +119,7 @@ class Pictures(Dataset):
         ValueError: no pictures there.
 
     Example:
-        >>> picture, label = Pictures(Path('photos/val'))[0]
+        >>> picture, label = PictureFolder(Path('photos/val'))[0]
     """
 
     def __init__(self, folder: Path) -> None:
@@ -270,7 +270,7 @@ def calibration_images(
         raise ValueError(f'calibration: no folder of images and no archive at {path}')
     folder = path / 'train' if (path / 'train').is_dir() else path
     try:
-        pictures = Pictures(folder)
+        pictures = PictureFolder(folder)
     except ValueError as error:
         raise ValueError(f'calibration: no images that can be read: {error}') from None
     pictures.transform = create_transform(**{**cfg, 'input_size': (3, height, width)})
