@@ -172,6 +172,8 @@ def test_a_quick_look_says_so_and_does_less(
     done = run_tool('compress.py', *SMALL, '--images', photographs, '--quick', '--output', out)
     assert done.code == 0, done.err
     assert 'note: a quick look: 60 images, no tuning' in done.out
+    rows = read_metadata(out)['label_free']['rows']
+    assert rows[1]['agreement']['images'] == 40, 'most of few images are there to measure on'
     assert 'note: the weights are random' in done.out
     page = Texts(out.with_suffix('.html').read_text())
     assert 'A quick look: 60 images' in page.text and 'The weights are random' in page.text

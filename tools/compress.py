@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument('--num-classes', type=int, help='outputs of the dense model')
     parser.add_argument('--input-size', type=int, help='pixels a side, for MACs and latency')
     parser.add_argument('--images', '--calibration', type=Path, help='images without labels: a folder, or a .tar.xz')
-    parser.add_argument('--calibration-images', type=int, help='how many of them: 1000, and 160 with --quick')
+    parser.add_argument('--calibration-images', type=int, help='how many of them: 1000, and 144 with --quick')
     parser.add_argument('--minutes', type=float, help='with a budget and images: time to tune for')
     parser.add_argument('--steps', type=int, help='or the number of steps to tune')
     parser.add_argument('--quick', action='store_true', help='with a budget and images: a first look, without tuning')

@@ -24,7 +24,7 @@ class LabelledAccuracy:
             classes there must be; their order is that of the class folders' names.
         size: height and width of the prepared images, if not the model's own.
         workers: loading processes.
-        progress: show a bar.
+        progress: show bars.
 
     Raises:
         ValueError: no such data set, or one with another number of classes.
@@ -48,7 +48,7 @@ class LabelledAccuracy:
         self.size = size or plain.input_size
         wanted = Preprocessing(self.size, plain.mean, plain.std, plain.interpolation, plain.crop_pct)
         self.device = next(model.parameters()).device
-        self.data = open_test_split(source, wanted, self.device, workers=workers)
+        self.data = open_test_split(source, wanted, self.device, workers=workers, progress=progress)
         outputs, found = getattr(model, 'num_classes', None), self.data.classes
         if outputs != len(found):
             told = ', '.join(found[:3]) + (', ...' if len(found) > 3 else '')

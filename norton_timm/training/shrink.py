@@ -128,6 +128,7 @@ def shrink(
     config: LabelFreeConfig | None = None,
     seed: int = 0,
     checkpoint: Path | None = None,
+    held_share: float = _HELD,
     latency: bool = True,
     deployed: bool = True,
     accuracy: Callable[[nn.Module, tuple[int, int]], float] | None = None,
@@ -135,7 +136,7 @@ def shrink(
 ) -> Shrunk:
     """Compress a trained classifier to a budget, repair it, tune it, and measure what is left.
 
-    A fifth of the images is held out: nothing is fitted to them, but they choose the best state of the tuning.
+    Some images are held out: nothing is fitted to them, but they choose the best state of the tuning.
 
     Args:
         dense: the trained network, in evaluation mode; it is not changed.
@@ -148,8 +149,9 @@ def shrink(
         config: settings of the tuning.
         seed: of everything random.
         checkpoint: file from which the tuning goes on.
+        held_share: share of the images that is held out, of at most 256 images.
         latency: measure milliseconds.
-        deployed: of the networks as :func:`norton_timm.deploy` makes them; False: as they are, for two seconds.
+        deployed: of the networks as :func:`norton_timm.deploy` makes them; False: as they are, for half a second.
         accuracy: gives the top-1, in percent, of a network at a height and width; called for every row of the table,
             and nothing is chosen by it. See :class:`norton_timm.training.LabelledAccuracy`.
         progress: show bars.
@@ -164,7 +166,7 @@ def shrink(
     if len(images) < _LEAST:
         raise ValueError(f'got {len(images)} images, expected at least {_LEAST}, and better some hundreds')
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-    held_count = max(2, min(_MOST_HELD, round(_HELD * len(images))))
+    held_count = max(2, min(_MOST_HELD, round(held_share * len(images))))
     held, rest = images[order[:held_count]], images[order[held_count:]]
     example_input = images[:1] if example_input is None else example_input
     warnings = []

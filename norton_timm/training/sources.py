@@ -38,6 +38,7 @@ def open_data(
     *,
     workers: int = 4,
     augmentation: Mapping[str, Any] | None = None,
+    progress: bool = False,
 ) -> ClassificationData:
     """Training and test split of a data set.
 
@@ -50,6 +51,7 @@ def open_data(
         workers: loading processes; images held in memory need none.
         augmentation: arguments of `timm.data.create_loader` for training; images held in memory are cropped and
             flipped instead and take none.
+        progress: show a bar while an archive is read.
 
     Raises:
         ValueError: nothing is there, or it is not such a data set; the message says what to pass.
@@ -63,7 +65,7 @@ def open_data(
         source = str(_find_cifar10(Path('data')))
     path = Path(source)
     if path.is_file():
-        arrays = read_archive(path)
+        arrays = read_archive(path, progress)
     elif (path / 'cifar-10-batches-py').is_dir():
         arrays = _read_cifar10(path)
     else:
@@ -75,7 +77,7 @@ def open_data(
 
 
 def open_test_split(
-    source: str, preprocessing: Preprocessing, device: torch.device, *, workers: int = 4
+    source: str, preprocessing: Preprocessing, device: torch.device, *, workers: int = 4, progress: bool = False
 ) -> ClassificationData:
     """Labelled images to measure accuracy on: all that :func:`open_data` takes, and folders without a training split.
 
@@ -85,6 +87,7 @@ def open_test_split(
         preprocessing: what the network expects.
         device: where batches come out.
         workers: loading processes.
+        progress: show a bar while an archive is read.
 
     Raises:
         ValueError: nothing is there, or it is not such a data set.
@@ -95,7 +98,7 @@ def open_test_split(
     """
     path = Path(source)
     if not path.is_dir() or (path / 'train').is_dir() or (path / 'cifar-10-batches-py').is_dir():
-        return open_data(source, preprocessing, device, workers=workers)
+        return open_data(source, preprocessing, device, workers=workers, progress=progress)
     split = next((path / name for name in _TESTS if (path / name).is_dir()), path)
     pictures = PictureFolder(split)
     if '' in pictures.classes:
@@ -152,16 +155,25 @@ def _find_cifar10(folder: Path) -> Path:
     return found[0]
 
 
-def read_archive(path: Path) -> tuple[Batch, Batch, list[str]]:
+def read_archive(path: Path, progress: bool = False) -> tuple[Batch, Batch, list[str]]:
     """Images of one size in a tar archive, as uint8 arrays: training split, test split, class names.
+
+    Args:
+        path: the archive.
+        progress: show a bar.
 
     Raises:
         ValueError: no such archive, other folders than `train` and `test`, unreadable images, or several sizes.
     """
     found: dict[str, list[tuple[str, str, np.ndarray]]] = {'train': [], 'test': []}
     try:
-        with tarfile.open(path) as archive:
+        bar = tqdm(
+            total=path.stat().st_size, desc=f'reading {path.name}', unit='B', unit_scale=True, disable=not progress,
+            leave=False,
+        )  # fmt: skip
+        with bar, path.open('rb') as file, tarfile.open(fileobj=file) as archive:
             for number, member in enumerate(archive):
+                bar.update(file.tell() - bar.n)
                 if member.size > _LARGEST_FILE or number >= _MOST_FILES:  # a few bytes may unpack to any size
                     raise ValueError(
                         f'{path}: {member.name[:80]} of {member.size:,} bytes, file {number + 1:,}; expected small '
@@ -264,8 +276,8 @@ def calibration_images(
     height, width = size or cfg['input_size'][1:]
     if path.is_file():
         wanted = Preprocessing((height, width), cfg['mean'], cfg['std'], cfg['interpolation'], cfg['crop_pct'])
-        batches = open_data(str(path), wanted, torch.device('cpu')).calibration_batches(count, _BATCH)
-        return [images for images, _ in batches]
+        data = open_data(str(path), wanted, torch.device('cpu'), progress=progress)
+        return [images for images, _ in data.calibration_batches(count, _BATCH)]
     if not path.is_dir():
         raise ValueError(f'calibration: no folder of images and no archive at {path}')
     folder = path / 'train' if (path / 'train').is_dir() else path
