@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import shutil
+from pathlib import Path
 
 import pytest
 from test_report_html import Page
@@ -97,7 +99,7 @@ def test_what_was_not_measured_is_not_claimed() -> None:
     assert '50 % of the MACs.' in lead and '4.1 points (1.2 to 7.0' in lead and ' ms ' not in lead
     lead = shrink_html(result(), 'net').split('class="lead"')[1].split('</p>')[0]
     assert 'takes 12.5 ms instead of 21.2' in lead and '2.3 points (-0.4 to 5.0' in lead
-    assert 'it has 77.2 % instead of 79.8 %' in lead
+    assert 'its accuracy is 77.2 % instead of 79.8 %' in lead
 
 
 @pytest.mark.parametrize('losses', [[0.04, 0.03, 0.05], [0.0, 0.0], [-0.01, 0.02], [0.01]])
@@ -111,3 +113,23 @@ def test_the_curve_is_drawn_to_scale(losses: list[float]) -> None:
         assert drawn['left'] <= x <= drawn['right'] and 0 <= y <= drawn['bottom']
     xs = [point[0] for point in drawn['points']]
     assert xs == sorted(xs) and len(set(xs)) == len(xs)
+
+
+@pytest.mark.parametrize('width', [1280, 390])
+def test_a_browser_shows_it_without_scrolling_sideways(width: int, tmp_path: Path) -> None:
+    sync_api = pytest.importorskip('playwright.sync_api', reason='playwright drives the browser')
+    path = shutil.which('chromium') or shutil.which('google-chrome') or shutil.which('chromium-browser')
+    if path is None:
+        pytest.skip('needs a Chromium')
+    file = tmp_path / 'page.html'
+    command = 'python tools/export.py --images ' + 40 * 'long'
+    file.write_text(shrink_html(result(), 'net', commands=[('export it', command)]), encoding='utf-8')
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=['--no-sandbox'])
+        page = browser.new_page(viewport={'width': width, 'height': 800})
+        page.goto(file.as_uri())
+        assert page.evaluate('document.documentElement.scrollWidth') == width
+        cells = page.locator('.networks td')
+        lines = {cells.nth(k).bounding_box()['y'] for k in range(8)}
+        assert len(lines) == (1 if width == 1280 else 8), 'a row on a wide screen, a card on a phone'
+        browser.close()

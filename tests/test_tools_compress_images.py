@@ -299,6 +299,13 @@ def test_commands_name_what_is_not_known(
     assert load('out.safetensors').pretrained_cfg['input_size'][1:] in ((32, 32), [32, 32])
 
 
+def test_a_page_that_cannot_be_written_is_told_before_any_work(photographs: Path, tmp_path: Path) -> None:
+    (tmp_path / 'out.html').mkdir()
+    done = run_tool('compress.py', *SMALL, '--images', photographs, '--output', tmp_path / 'out.safetensors')
+    assert done.code == 2 and len(done.error_lines()) == 1 and 'out.html' in done.err
+    assert 'search' not in done.err and [path.name for path in tmp_path.iterdir()] == ['out.html']
+
+
 # odd folders
 
 

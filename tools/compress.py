@@ -55,6 +55,8 @@ def main() -> None:
     fields, budget = ({k: getattr(args, k) for k in n if getattr(args, k) is not None} for n in (FIELDS, BUDGETS))
     if budget and (args.spec or set(fields) - {'method'} - ({'seed'} if args.images else set())):
         raise ValueError(f'got a budget ({", ".join(budget)}) and a recipe, expected one of them')
+    if budget and args.images:
+        check_output(args.output.with_suffix('.html'), '.html')  # the page
     tuning = {k: getattr(args, k) for k in ('minutes', 'steps') if getattr(args, k)}
     alone = [name for name in (*tuning, 'quick') if getattr(args, name)]
     if alone and not (budget and args.images):

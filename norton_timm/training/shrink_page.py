@@ -83,7 +83,7 @@ def _summary(result: Shrunk) -> str:
             f'{100 * kept.agreement.expected_loss:.1f} points ({low:.1f} to {high:.1f} with 95 % confidence)'
         )
     if dense.top1 is not None and kept.top1 is not None:
-        told += f'. On labelled images it has {kept.top1:.1f} % instead of {dense.top1:.1f} %'
+        told += f'. On labelled images its accuracy is {kept.top1:.1f} % instead of {dense.top1:.1f} %'
     return f'{told}.'
 
 
