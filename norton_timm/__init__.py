@@ -13,7 +13,7 @@ from norton_timm import models
 from norton_timm.checkpoints import load, save, save_folder
 from norton_timm.compression import CompressionReport, CompressionSpec, compress, reshape, to_html, write_html
 from norton_timm.layers import CPDConv2d, set_form
-from norton_timm.models import convert_authors_checkpoint
+from norton_timm.models import convert_authors_checkpoint, push_to_hub, save_for_hub
 from norton_timm.profiling import Complexity, count
 from norton_timm.tensors import CPFactors, cp_decompose, filter_distance, hosvd, select_filters
 
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 __version__ = '0.1.0'
 
 __all__ = [
-    'CPDConv2d', 'CPFactors', 'Complexity', 'CompressionReport', 'CompressionSpec', 'TradeOffPoint',
-    'compress', 'convert_authors_checkpoint', 'count', 'cp_decompose', 'deploy', 'deployment_report',
-    'filter_distance', 'find_spec', 'hosvd', 'load', 'models', 'plot_trade_off', 'reshape', 'save', 'save_folder',
-    'select_filters', 'set_form', 'to_html', 'trade_off', 'tune_forms', 'write_html',
+    'CPDConv2d', 'CPFactors', 'Complexity', 'CompressionReport', 'CompressionSpec', 'TradeOffPoint', 'compress',
+    'convert_authors_checkpoint', 'count', 'cp_decompose', 'deploy', 'deployment_report', 'filter_distance',
+    'find_spec', 'hosvd', 'load', 'models', 'plot_trade_off', 'push_to_hub', 'reshape', 'save', 'save_folder',
+    'save_for_hub', 'select_filters', 'set_form', 'to_html', 'trade_off', 'tune_forms', 'write_html',
 ]  # fmt: skip
 
 _LAZY = {

@@ -23,6 +23,12 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _no_release_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test asks the real server for a release: nothing listens at this port."""
+    monkeypatch.setenv('NORTON_TIMM_RELEASES', 'http://127.0.0.1:9')
+
+
 @pytest.fixture
 def tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Done]:
     """Runs a script of tools/ in this process, in an empty folder: `tool('compress.py', 'resnet18')`."""

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 import norton_timm.models  # noqa: F401
 from detection.rcnn.restore import convert_detector_state_dict
-from norton_timm.checkpoints.keys import rates_from_name, read_checkpoint
+from norton_timm.checkpoints.asset_names import rates_from_name
+from norton_timm.checkpoints.keys import read_checkpoint
 from norton_timm.compression.spec import parse_rates
 from norton_timm.layers.cpd_conv import CPDConv2d
 from norton_timm.models.authors import convert_authors_checkpoint
@@ -201,6 +202,7 @@ def test_rates_from_the_file_name_alone(rates: str, tmp_path: Path) -> None:
         ('vgg_16_bn_pabs_.0.21.7+.0.75.5_8_94.45.pt', '[0.21]*7+[0.75]*5', 8),
         ('vgg_16_bn_pabs_.0.13_1.pt', '[0.]*13', 1),
         ('densenet_40_.0.+.0.12.+.0.3.2.pt', '[0.]+[0.12]+[0.3]*2', None),
+        ('resnet_56_.0.+.0.18.29_94.76.pt', '[0.]+[0.18]*29', None),  # an accuracy is no rank
         ('model_best.pth.tar', None, None),
         ('resnet_56.pt', None, None),
     ],

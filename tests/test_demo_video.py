@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -127,7 +128,7 @@ def test_headless_on_the_built_in_clip_writes_only_what_was_asked(tool, tmp_path
 
 
 def test_two_runs_of_one_network_are_told_apart(checkpoint, tmp_path):
-    args = type('Args', (), {'random_weights': False, 'compare': True, 'task': None, 'weights': []})
+    args = argparse.Namespace(random_weights=False, compare=True, task=None, backbone='resnet18', weights=[])
     for name in ('dense', 'norton'):
         (tmp_path / name).mkdir()
         os.link(checkpoint, tmp_path / name / 'checkpoint.pt')

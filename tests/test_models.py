@@ -29,6 +29,8 @@ FEW = [
     'norton_resnet50.r078',
     'norton_resnet18.r075',
     'coring_mobilenetv2_cifar.r060',
+    'coring_mobilenetv2_100.r047',
+    'norton_vgg19_bn_cifar.r099',
 ]
 SWEEP = [name if name in FEW else pytest.param(name, marks=pytest.mark.slow) for name in ALL]
 EXPORTS = ['norton_resnet56_cifar.r042', 'norton_resnet50.r078', 'coring_googlenet_cifar.r074', 'vgg16_bn_cifar']
@@ -38,7 +40,7 @@ every_model = pytest.mark.parametrize('name', SWEEP)
 
 
 def test_the_sweep_sees_every_network() -> None:
-    assert len(ALL) == 10 + 39 + 20
+    assert len(ALL) == 10 + 39 + 20 + 10
     assert set(FEW + EXPORTS) <= set(ALL)
 
 

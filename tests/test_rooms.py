@@ -27,7 +27,7 @@ CORE = {
     'compression': 'utils tensors layers graph profiling',
     'search': 'utils tensors layers graph profiling compression',
     'checkpoints': 'utils layers graph',
-    'models': 'utils layers compression checkpoints',
+    'models': 'utils layers profiling compression checkpoints',
     'inference': 'utils layers graph profiling',
     'training': 'utils tensors layers graph profiling compression search checkpoints models inference',
     'studies': 'utils tensors layers graph profiling compression search checkpoints models inference training',

@@ -67,7 +67,7 @@ COMPRESSED = {
     'coring_resnet50.r063': (1507328000, 11047336),
     'coring_resnet50.r077': (943231376, 8017755),
 }
-FAMILY = ('resnet18', 'resnet34', 'resnet101', 'resnet152', 'resnet50d')
+FAMILY = ('resnet18', 'resnet34', 'resnet101', 'resnet152', 'resnet50d', 'vgg19_bn_cifar', 'mobilenetv2_100')
 PUBLISHED_RATES = {  # a second copy of some recipes, from the papers' scripts
     'norton_resnet50.r078': (1, '[0.]+[0.1]*2+[0.4]*5+[0.75]*12'),
     'norton_vgg16_bn_cifar.r060': (8, '[0.21]*7+[0.75]*5'),
@@ -94,11 +94,36 @@ def test_size_is_the_published_integer(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize('base', FAMILY)
 def test_tags_of_the_rest_of_the_family_are_their_cut_of_macs(base: str) -> None:
-    dense = count(timm.create_model(base), 64).macs
+    size = 32 if base.endswith('_cifar') else 224 if base == 'mobilenetv2_100' else 64
+    dense = count(timm.create_model(base), size).macs
     for method in ('norton', 'coring'):
-        for tag in tags()[method][base]:
-            cut = 100 * (1 - count(timm.create_model(f'{method}_{base}.{tag}'), 64).macs / dense)
+        for tag in tags()[method].get(base, ()):
+            cut = 100 * (1 - count(timm.create_model(f'{method}_{base}.{tag}'), size).macs / dense)
             assert abs(cut - int(tag[1:])) < 0.5, f'{method}_{base}.{tag} cuts {cut:.2f} %'
+
+
+@pytest.mark.parametrize(
+    ('tag', 'rates'),  # by stage, from the authors' scripts for ImageNet
+    [
+        ('r030', (0.05, 0.15, 0.15, 0.2, 0.2, 0.25, 0.25)),
+        ('r040', (0.1, 0.25, 0.25, 0.25, 0.25, 0.33, 0.33)),
+        ('r047', (0.12, 0.25, 0.25, 0.36, 0.36, 0.4, 0.4)),
+    ],
+)
+def test_mobilenetv2_of_imagenet_against_a_count_by_hand(tag: str, rates: tuple[float, ...]) -> None:
+    stages = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
+    width, side = 32, 112
+    macs, params = 3 * 9 * 32 * side**2, 3 * 9 * 32 + 2 * 32
+    for (expansion, full, blocks, stride), rate in zip(stages, rates):
+        for block in range(blocks):
+            hidden, out = width * expansion, int(full * (1 - rate))
+            if expansion > 1:
+                macs, params = macs + width * hidden * side**2, params + width * hidden + 2 * hidden
+            side //= stride if block == 0 else 1
+            macs, params = macs + (9 * hidden + hidden * out) * side**2, params + 11 * hidden + hidden * out + 2 * out
+            width = out
+    macs, params = macs + width * 1280 * side**2 + 1280 * 1000, params + width * 1280 + 2 * 1280 + 1280 * 1000 + 1000
+    assert count(timm.create_model(f'coring_mobilenetv2_100.{tag}'), 224) == (macs, params)
 
 
 @pytest.mark.parametrize('name', PUBLISHED_RATES)
@@ -174,7 +199,7 @@ def test_table_tool(tool, tmp_path: Path) -> None:
         name = row['name']
         assert (int(row['macs']), int(row['params'])) == {**DENSE, **COMPRESSED}[name]
         assert float(row['dense_ms']) > 0 and float(row['ms']) > 0
-        assert row['weights'] == 'none' or Path(row['weights']).is_file() or row['weights'] == 'shipped'
+        assert row['weights'] in ('authors', 'shipped') or Path(row['weights']).is_file()
         if name != 'resnet56_cifar':  # the control needs no more MACs than the compressed network
             assert int(row['control_px']) % 4 == 0 and float(row['control_ms']) > 0
             side = int(row['control_px'])
@@ -188,7 +213,7 @@ def test_table_tool(tool, tmp_path: Path) -> None:
 
 def test_table_of_everything_published() -> None:
     assert set(zoo_names()) == {*DENSE, *COMPRESSED}
-    assert len(zoo_names(['*'])) == 46 + 5 + 20
+    assert len(zoo_names(['*'])) == 46 + 5 + 20 + 2 + 10
     (row,) = zoo_rows(['norton_resnet50.r078'], measure=False)
     assert to_markdown([row], ['name', 'params', 'macs', 'top1']).splitlines()[-1] == (
         '| `norton_resnet50.r078` | 5.89 M | 899.62 M | 73.65 |'

@@ -38,11 +38,14 @@ def parser() -> Parser:
     p.add_argument('--serve', type=int, metavar='PORT', help='show it as a web page instead')
     p.add_argument('--host', default='127.0.0.1', help='address of the page; others than this machine need its token')
     p.add_argument(
-        '--weights', nargs='+', default=[], help='checkpoint of train_det.py or torchvision, or a name of torchvision'
+        '--weights',
+        nargs='+',
+        default=[],
+        help='checkpoint of train_det.py or torchvision, a name of torchvision, or `authors`: what they released',
     )
     p.add_argument('--random-weights', action='store_true', help='measure time without weights; the picture says so')
-    p.add_argument('--task', choices=TASKS, help='with --random-weights (box if none); weights for another are refused')
-    p.add_argument('--backbone', default='norton_resnet50.r078', help='with --random-weights')
+    p.add_argument('--task', choices=TASKS, help='of random weights (box if none) or `authors`; refuse other weights')
+    p.add_argument('--backbone', default='norton_resnet50.r078', help='of random weights or `authors`')
     p.add_argument('--compare', action='store_true', help='two --weights side by side: dense, then compressed')
     p.add_argument('--score', type=float, default=0.5, help='hide detections below it')
     p.add_argument('--imgsz', type=int, help='shorter image side inside the network, in pixels; none = as trained')

@@ -11,9 +11,13 @@ from _cli import Parser, run
 def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument(
-        'checkpoint', help='checkpoint.pt of a training run, or a detector as torchvision or the authors saved it'
+        'checkpoint',
+        nargs='?',
+        help='checkpoint.pt of a training run, or a detector as torchvision or the authors saved it',
     )
+    parser.add_argument('--weights', help='the same; `authors`: what they released for --task and --backbone')
     parser.add_argument('--task', choices=('box', 'mask', 'keypoint'), help='refuse a checkpoint for another')
+    parser.add_argument('--backbone', default='norton_resnet50.r078', help='with --weights authors')
     parser.add_argument('--data', help='folder in COCO layout, by default data/coco or the sample set')
     parser.add_argument('--images', help='folder of the pictures, where it is not found beside the annotations')
     parser.add_argument('--split', default='val', help='val, train, or any split with an annotation file')
@@ -28,18 +32,22 @@ def main() -> None:
 
     from detection.data import CocoDataset, find_data
     from detection.evaluation import CocoEvaluator, FlipDetector, evaluate_detector, write_report
-    from detection.training import format_table, load_detector
+    from detection.training import AUTHORS, format_table, load_authors_detector, load_detector
     from norton_timm.utils import choose_device, is_main, process_group, write_text
 
     if args.batch_size < 1 or args.workers < 0:
         raise ValueError('--batch-size must be 1 or more and --workers 0 or more')
     device = choose_device(args.device)
-    model, meta = load_detector(args.checkpoint, args.task)
+    if (args.checkpoint is None) == (args.weights is None):
+        raise ValueError('expected a checkpoint, or --weights: one of them')
+    name = args.checkpoint or args.weights
+    authors = args.weights == AUTHORS
+    model, meta = load_authors_detector(args.task, args.backbone) if authors else load_detector(name, args.task)
     source = find_data(args.data)
     pairs = meta['config'].data.keypoint_pairs() if meta['task'] == 'keypoint' else None
     dataset = CocoDataset(source.root, args.split, meta['task'], flip_pairs=pairs, images=args.images,
                           class_names=meta['class_names'], keypoint_names=meta['keypoint_names'] or None)  # fmt: skip
-    path = Path(args.output or Path(args.checkpoint).with_name(f'eval_{args.split}.json'))
+    path = Path(args.output or Path(name).with_name(f'eval_{args.split}.json'))
     if path.exists() and path.samefile(dataset.annotation_file):
         raise ValueError(f'{path} is read and would be overwritten: choose another --output')
     network = FlipDetector(model, dataset.flip_indices) if args.flip else model
@@ -50,7 +58,7 @@ def main() -> None:
         if not is_main():
             return
         flipped = ', with their mirror images' if args.flip else ''
-        print(f'{args.checkpoint} on {len(dataset)} images{flipped}, {args.split} of {source.name}')
+        print(f'{name} on {len(dataset)} images{flipped}, {args.split} of {source.name}')
         print(format_table(results))
         print(f'written: {write_text(path, json.dumps(results, indent=1) + chr(10))}')
         if args.detections:

@@ -1,7 +1,7 @@
 """Print the table of the zoo: sizes, published accuracy, where weights are, and latency measured on this machine.
 
 Each compressed network is compared with the dense one, and with the dense one at a lower resolution with equal MACs.
-The latter is a control that needs no compression.
+The latter is a control that needs no compression. With --beside the table has ready timm networks instead.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import platform
 import sys
 from pathlib import Path
+from typing import Any
 
 from _cli import Parser, run
 
@@ -18,6 +19,7 @@ import torch
 def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument('names', nargs='*', help="networks, such as 'norton_*' (quoted); default: all published ones")
+    parser.add_argument('--beside', action='store_true', help='ready timm networks of equal MACs or top-1')
     parser.add_argument('--no-latency', action='store_true', help='measure nothing')
     parser.add_argument('--batch-size', type=int, default=1, help='images at a time')
     parser.add_argument('--threads', type=int, help="torch's threads; default: torch's own choice")
@@ -28,7 +30,7 @@ def main() -> None:
 
     from tqdm import tqdm
 
-    from norton_timm.studies import COLUMNS, to_csv, to_markdown, zoo_names, zoo_rows
+    from norton_timm.studies import COLUMNS, beside_rows, to_csv, to_markdown, zoo_names, zoo_rows
     from norton_timm.utils import check_output, write_text
 
     for option in ('batch_size', 'threads'):
@@ -42,8 +44,11 @@ def main() -> None:
             check_output(path, ending)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
+    if args.beside and (args.columns or not args.names):
+        raise ValueError('--beside takes names such as norton_resnet50.r078, and no --columns')
     names = zoo_names(args.names)
-    rows = list(tqdm(zoo_rows(names, not args.no_latency, args.batch_size), total=len(names), file=sys.stderr))
+    made = (beside_rows if args.beside else zoo_rows)(names, not args.no_latency, args.batch_size)
+    rows: Any = list(tqdm(made, total=None if args.beside else len(names), file=sys.stderr))
     table = to_markdown(rows, args.columns or ())
     if not args.no_latency:
         table += (

@@ -24,7 +24,8 @@ def main() -> None:
     parser.add_argument('--data', help='folder in COCO layout')
     parser.add_argument('--config', help='YAML file, instead of the one for this task and data')
     parser.add_argument('--backbone', help='timm name, such as norton_resnet50.r078')
-    parser.add_argument('--weights', help='file to start from: of norton_timm.save or timm, or a whole detector')
+    parser.add_argument('--weights', help='file to start from: of norton_timm.save or timm, or a whole detector; '
+                        '`authors`: what they released for --task and --backbone')  # fmt: skip
     parser.add_argument('--partial', action='store_true', help='layers that --weights lacks start at random')
     parser.add_argument('--output', help='folder for what is written, by default runs/TASK')
     parser.add_argument(

@@ -21,7 +21,7 @@ from detection.demo.studio import ModelChoice, Studio
 from detection.demo.video import check_input, open_source
 from detection.rcnn import build_detector, take_thin_pictures
 from detection.tasks import TASKS, check_same_task
-from detection.training import load_detector
+from detection.training import AUTHORS, load_authors_detector, load_detector
 from norton_timm.profiling import count_params
 
 DENSE = 'resnet50'
@@ -43,14 +43,17 @@ def coco_names(task: str) -> list[str]:
     return list(weights.COCO_V1.meta['categories'])
 
 
-def load_model(weights: str, task: str | None = None) -> tuple[nn.Module, ModelFacts]:
-    """A detector from a file, or torchvision's pretrained one of that name.
+def load_model(weights: str, task: str | None = None, backbone: str = '') -> tuple[nn.Module, ModelFacts]:
+    """A detector from a file, torchvision's pretrained one of that name, or the authors'.
 
     Args:
-        weights: a checkpoint of ``tools/train_det.py``, a file of torchvision's reference training, or the name.
+        weights: a checkpoint of ``tools/train_det.py``, a file of torchvision's reference training, torchvision's name,
+            or ``authors``.
         task: what the detector should be for; None takes any.
+        backbone: tag of the authors' detector.
 
     Raises:
+        ConnectionError: the authors' detector cannot be downloaded now.
         FileNotFoundError: neither a file nor a name that torchvision knows.
         ValueError: the file holds no detector, or one for another task, or the download failed.
     """
@@ -62,11 +65,12 @@ def load_model(weights: str, task: str | None = None) -> tuple[nn.Module, ModelF
         except OSError as error:
             raise ValueError(f'torchvision weights of {weights} cannot be downloaded: {error}') from error
         return model, ModelFacts(weights, known, coco_names(known), params=count_params(model))
-    if not Path(weights).is_file():
+    if weights != AUTHORS and not Path(weights).is_file():
         raise FileNotFoundError(
-            f'no weights {weights}: expected a checkpoint of train_det.py or one of {", ".join(TORCHVISION_TASKS)}'
+            f'no weights {weights}: expected a checkpoint of train_det.py, {AUTHORS}, or one of '
+            f'{", ".join(TORCHVISION_TASKS)}'
         )
-    model, meta = load_detector(weights, task)
+    model, meta = load_authors_detector(task, backbone) if weights == AUTHORS else load_detector(weights, task)
     facts = ModelFacts(
         name=str(meta['config'].model.backbone),
         task=meta['task'],
@@ -104,8 +108,8 @@ def check_options(args: argparse.Namespace) -> None:
         raise ValueError('--weights and --random-weights exclude each other')
     if not args.weights and not args.random_weights:
         raise ValueError(
-            'no weights: give --weights CHECKPOINT (of train_det.py, or a torchvision name such as '
-            'fasterrcnn_resnet50_fpn), or --random-weights to measure time only'
+            'no weights: give --weights CHECKPOINT (of train_det.py, `authors`, or a torchvision name such '
+            'as fasterrcnn_resnet50_fpn), or --random-weights to measure time only'
         )
     if args.serve is not None:
         if args.output is not None or args.headless or args.compare or args.json is not None:
@@ -128,7 +132,7 @@ def choose_models(args: argparse.Namespace) -> list[tuple[nn.Module, ModelFacts]
         return [
             random_model(args.task or 'box', n) for n in ([DENSE, args.backbone] if args.compare else [args.backbone])
         ]
-    return distinct([load_model(w, args.task) for w in args.weights], args.weights)
+    return distinct([load_model(w, args.task, args.backbone) for w in args.weights], args.weights)
 
 
 def make_studio(args: argparse.Namespace, options: dict[str, Any]) -> Studio:
@@ -145,7 +149,7 @@ def make_studio(args: argparse.Namespace, options: dict[str, Any]) -> Studio:
     else:
         choices = [
             ModelChoice(facts.task, facts.name, partial(Predictor, model, facts, **options))
-            for model, facts in distinct([load_model(w, args.task) for w in args.weights], args.weights)
+            for model, facts in distinct([load_model(w, args.task, args.backbone) for w in args.weights], args.weights)
         ]
     return Studio(lambda: open_source(args.input), choices, args.score)
 

@@ -23,6 +23,7 @@ from detection.rcnn.transform import take_thin_pictures
 from detection.tasks import TASKS, check_same_task
 from norton_timm.checkpoints import dense_name
 from norton_timm.compression import CompressionSpec
+from norton_timm.models import released_detector
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +57,7 @@ def build_detector(
     *,
     recipe: str = 'backbone',
     compress: CompressionSpec | str | Path | None = None,
-    pretrained: bool = False,
+    pretrained: bool | str = False,
     weights: str | Path | None = None,
     partial: bool = False,
     norm: str | None = None,
@@ -84,7 +85,8 @@ def build_detector(
             `'light'` narrows them more.
         compress: a spec, or a YAML file with one, to compress the given network: its backbone, or all of it with
             `scope: detector`.
-        pretrained: backbone weights that timm knows for this name; else the start is random.
+        pretrained: backbone weights that timm knows for this name; `'authors'`: the whole detector that the authors of
+            the compression released for this task and tag; else the start is random.
         weights: a file to start from instead: weights of the backbone as timm reads them, a network of
             `norton_timm.save` (with its compression), or a checkpoint of train_det.py, heads included. If that has
             other classes, the last layers start at random.
@@ -106,6 +108,7 @@ def build_detector(
 
     Raises:
         ValueError: an argument is not one of the choices; the message lists them.
+        ConnectionError: the authors' detector cannot be downloaded now.
 
     Example:
         >>> model = build_detector('box', 'norton_resnet50.r078').eval()
@@ -125,12 +128,21 @@ def build_detector(
         raise ValueError(f'num_classes is {num_classes}, expected 2 or more (the background is one)')
     if len(anchor_sizes) != 5:
         raise ValueError(f'anchor_sizes has {len(anchor_sizes)} entries, expected 5 (one for each pyramid level)')
+    if pretrained not in (True, False, 'authors'):
+        raise ValueError(f"pretrained is {pretrained!r}, expected True, False or 'authors'")
+    authors = pretrained == 'authors'
+    if authors:
+        if weights is not None or not isinstance(backbone, str):
+            raise ValueError("pretrained='authors' takes a backbone by name and no weights: it has them all")
+        weights, pretrained = released_detector(task, backbone), False
     if norm is None:
         norm = 'frozen' if pretrained or weights is not None else 'train'
     if norm == 'frozen' and isinstance(backbone, str) and not pretrained and weights is None:
         raise ValueError("norm='frozen' needs backbone weights: frozen statistics of a random network are meaningless")
 
     content = None if weights is None else detector_content(weights)
+    if authors and content is None:
+        raise ValueError(f'{weights} holds no detector that can be read safely')
     options: dict[str, Any] = {
         'fpn_channels': fpn_channels,
         'box_head': box_head,
@@ -144,7 +156,7 @@ def build_detector(
         },
     }
     if content is None:
-        fpn = build_backbone(backbone, pretrained=pretrained, weights=weights, out_channels=fpn_channels)
+        fpn = build_backbone(backbone, pretrained=bool(pretrained), weights=weights, out_channels=fpn_channels)
         model = _assemble(task, fpn, num_classes, num_keypoints, **options)
         made: Mapping[str, Any] = {}
     else:

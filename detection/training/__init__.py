@@ -4,19 +4,20 @@ from detection.training.checkpoint import (
     describe_data,
     detector_from_config,
     import_detector,
+    load_authors_detector,
     load_detector,
     same_run,
     save_checkpoint,
 )
-from detection.training.config import DataConfig, ModelConfig, OptimConfig, RunConfig, load_config
+from detection.training.config import AUTHORS, DataConfig, ModelConfig, OptimConfig, RunConfig, load_config
 from detection.training.engine import DetectorTrainer
 from detection.training.loader import train_loader, training_sets
 from detection.training.optim import build_optimizer
 from detection.training.report import describe_run, format_table, save_predictions
 
 __all__ = [
-    'DataConfig', 'DetectorTrainer', 'ModelConfig', 'OptimConfig', 'RunConfig', 'build_optimizer',
+    'AUTHORS', 'DataConfig', 'DetectorTrainer', 'ModelConfig', 'OptimConfig', 'RunConfig', 'build_optimizer',
     'describe_data', 'describe_run', 'detector_from_config', 'format_table', 'import_detector',
-    'load_config', 'load_detector',
-    'same_run', 'save_checkpoint', 'save_predictions', 'train_loader', 'training_sets',
+    'load_authors_detector', 'load_config', 'load_detector', 'same_run', 'save_checkpoint', 'save_predictions',
+    'train_loader', 'training_sets',
 ]  # fmt: skip

@@ -13,9 +13,10 @@ from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
 from detection.rcnn import build_detector, is_detector, restore
 from detection.tasks import check_same_task
-from detection.training.config import RunConfig, config_from_dict
+from detection.training.config import AUTHORS, RunConfig, config_from_dict
 from detection.training.imported import imported_checkpoint
 from norton_timm.checkpoints import dense_name, read_checkpoint
+from norton_timm.models import released_detector
 from norton_timm.utils import replacing, write_plain
 
 _KEYS = ('model', 'config', 'meta')
@@ -55,6 +56,8 @@ def detector_from_config(config: RunConfig, meta: dict[str, Any]) -> Generalized
     rcnn = options.pop('rcnn')
     if meta['num_keypoints']:
         options['num_keypoints'] = meta['num_keypoints']
+    if options['weights'] == AUTHORS:
+        options.update(weights=None, pretrained=AUTHORS)
     try:
         return build_detector(config.task, num_classes=meta['num_classes'], **options, **rcnn)
     except RuntimeError as error:
@@ -174,6 +177,27 @@ def load_detector(path: str | Path, task: str | None = None) -> tuple[Generalize
     check_same_task(path, config.task, task)
     facts = {'config': config, 'iteration': content.get('iteration'), 'results': content.get('results')}
     meta = {**content['meta'], **facts}
+    return model, meta
+
+
+def load_authors_detector(task: str | None, backbone: str) -> tuple[GeneralizedRCNN, dict[str, Any]]:
+    """The detector that the authors of the compression released, downloaded once; returns what `load_detector` does.
+
+    Args:
+        task: `'box'`, `'mask'` or `'keypoint'`.
+        backbone: a tag of `norton_resnet50` or `coring_resnet50`.
+
+    Raises:
+        ConnectionError: it cannot be downloaded now; the message says how to get it by hand.
+        ValueError: there is none, or the file is refused, or is another detector.
+
+    Example:
+        >>> model, meta = load_authors_detector('box', 'norton_resnet50.r078')
+    """
+    path = released_detector(str(task), backbone)
+    model, meta = load_detector(path, task)
+    if meta['config'].model.backbone != backbone:
+        raise ValueError(f'{path} is a detector on {meta["config"].model.backbone}, expected one on {backbone}')
     return model, meta
 
 

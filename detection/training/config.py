@@ -22,6 +22,7 @@ from norton_timm.utils import AMP, Settings, brief, checked, outside, read_tree
 
 OPTIMIZERS = ('sgd', 'adamw')
 SCHEDULES = ('multistep', 'cosine')
+AUTHORS = 'authors'  # weights in place of a file: what the authors of the compression released
 _MOST_LAYERS = 16  # of a mask or keypoint head
 
 
@@ -60,7 +61,7 @@ class ModelConfig:
     recipe: str = 'backbone'
     compress: str | None = None  # YAML file of a CompressionSpec, to compress the backbone (or all) on the fly
     pretrained: bool = False
-    weights: str | None = None
+    weights: str | None = None  # a file, or `authors`: the detector that they released for this task and backbone
     partial: bool = False  # weights of a whole detector may lack layers, which then start at random
     norm: str | None = None
     frozen_stages: int = 0
@@ -220,7 +221,7 @@ def _check(config: RunConfig) -> list[str]:
             CompressionSpec.from_yaml(Path(model.compress))
         except ValueError as error:
             problems.append(f'model.compress: {error}')
-    if model.weights is not None and not Path(model.weights).is_file():
+    if model.weights not in (None, AUTHORS) and not Path(model.weights).is_file():
         problems.append(f'model.weights: no file {model.weights}')
     if model.norm == 'frozen' and not model.pretrained and model.weights is None:
         problems.append(

@@ -121,27 +121,56 @@ def save_folder(
         >>> save_folder(small, 'small')
         >>> model = timm.create_model('local-dir:small', pretrained=True)
     """
-    folder = Path(folder)
-    names = ('config.json', 'model.safetensors')
+    return write_folder(model, folder, architecture=architecture, model_kwargs=model_kwargs, metadata=metadata)
+
+
+def write_folder(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    config: Mapping[str, Any] | None = None,
+    texts: Mapping[str, str] | None = None,
+    *,
+    architecture: str | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
+    metadata: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write a folder as :func:`save_folder` does, with other entries of ``config.json`` and more files.
+
+    Args:
+        model: as in :func:`save_folder`.
+        folder: as there.
+        config: entries of ``config.json`` for a network that timm builds by name; by default it is built by the recipe.
+        texts: more files: name and content.
+        architecture: as in :func:`save`.
+        model_kwargs: as there.
+        metadata: as there.
+
+    Raises:
+        ValueError: as in :func:`save_folder`.
+    """
+    folder, texts = Path(folder), dict(texts or {})
+    names = ('config.json', 'model.safetensors', *texts)
     if folder.exists() and (not folder.is_dir() or any(p.name not in names for p in folder.iterdir())):
         raise ValueError(f'got {str(folder)!r}, expected a new folder, or one with only {" and ".join(names)}')
-    recipe, tensors = _pack(model, architecture, model_kwargs, metadata)
+    recipe, tensors = _pack(model, architecture, model_kwargs, dict(metadata or {}))
     if recipe.model_kwargs.get('features_only'):
         raise ValueError('got a features_only network, expected the whole one: timm cuts features when it loads')
     shapes = {name: list(t.shape) for name, t in tensors.items()}
     indices = {f'{name}.index': tensors[f'{name}.index'].tolist() for name in recipe.maps}
-    config = {
+    told = {
         'architecture': ENTRYPOINT,
         'num_classes': recipe.model_kwargs.get('num_classes', recipe.pretrained_cfg.get('num_classes', 1000)),
         'num_features': getattr(model, 'num_features', None),
         'model_args': {'recipe': {**recipe.to_dict(), 'shapes': shapes, 'indices': indices}},
         'pretrained_cfg': {k: v for k, v in recipe.pretrained_cfg.items() if k not in ('architecture', 'tag')},
     }
+    texts['config.json'] = json.dumps({**told, **(config or {})}, indent=2)
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f'.{folder.name}.', dir=folder.parent))
     try:
-        (temporary / names[0]).write_text(json.dumps(config, indent=2), encoding='utf-8')
-        _write(temporary / names[1], recipe, tensors)
+        for name, text in texts.items():
+            (temporary / name).write_text(text, encoding='utf-8')
+        _write(temporary / 'model.safetensors', recipe, tensors)
         folder.mkdir(exist_ok=True)
         for name in names:
             os.replace(temporary / name, folder / name)

@@ -133,37 +133,6 @@ def head_name(tensors: Mapping[str, Tensor]) -> str | None:
     return next((name for name in names if f'{name}.weight' in tensors), None)
 
 
-def rates_from_name(name: str) -> tuple[str | None, int | None]:
-    """Rates and rank from a file name: `resnet_50_pabs_[0.]+[0.1]*2+[0.4]*5+[0.75]*12_1_73.65.pt`.
-
-    Release pages turn each run of `[`, `]` and `*` (and dots beside them) into a single dot. That form is read too:
-    `resnet_50_pabs_.0.+.0.1.2+.0.4.5+.0.75.12_1_73.65.pt`.
-
-    Returns:
-        The rates in the authors' notation and the rank, None for what the name does not say.
-    """
-    match = re.search(r'_((?:\[|\.)\d[^_]*)(?:_(\d+)(?=[_.]|$))?', name)
-    if match is None:
-        return None, None
-    text = match[1]
-    if text.endswith(('.pt', '.pth', '.tar')):
-        text = re.sub(r'(\.pth)?\.tar$|\.pth?$', '', text)
-    rank = int(match[2]) if match[2] else None
-    if text.startswith('['):
-        return text, rank
-    terms = [_dotted_term(term) for term in text.split('+')]
-    return (None if None in terms else '+'.join(t for t in terms if t)), rank
-
-
-def _dotted_term(term: str) -> str | None:
-    """`.0.1.2` -> `[0.1]*2`, `.0.3` -> `[0.]*3`, `.0.12.` -> `[0.12]`: a closing dot is a bracket without count."""
-    match = re.fullmatch(r'\.(\d+)(?:\.(\d+))?\.', term)
-    if match:
-        return f'[{match[1]}.{match[2] or ""}]'
-    match = re.fullmatch(r'\.(\d+)(?:\.(\d+))?\.(\d+)', term)
-    return f'[{match[1]}.{match[2] or ""}]*{match[3]}' if match else None
-
-
 def filters_in(layer: str, tensors: Mapping[str, Tensor]) -> int:
     """Number of filters of a decomposed layer: the length of its bias, else of the batch norm that follows it."""
     parent, _, last = layer.rpartition('.')

@@ -1,8 +1,8 @@
 """How a published list of pruning rates maps to the layers of a network.
 
 The authors number their rates per architecture (stem, stages, inner widths). Coupled layers share an entry. A network
-tells its order by a method `rate_layout()`; the order of timm's ResNets is defined here, because they have no such
-method. Widths that depend on a layer's input are set by the network's method `follow_rates(widths, rates)`.
+tells its order by a method `rate_layout()`; that of timm's ResNets and MobileNetV2, which have no such method, is
+defined here. Widths that depend on a layer's input are set by the network's method `follow_rates(widths, rates)`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from timm.models._efficientnet_blocks import DepthwiseSeparableConv, InvertedResidual
+from timm.models.efficientnet import EfficientNet
 from timm.models.resnet import BasicBlock as TimmBasicBlock
 from timm.models.resnet import Bottleneck, ResNet
 from torch import nn
@@ -31,6 +33,8 @@ def layout_of(model: nn.Module) -> Layout | None:
     own = getattr(model, 'rate_layout', None)
     if own is not None:
         return own()
+    if _is_mobilenetv2(model):
+        return _mobilenetv2(model)
     return _resnet(model) if isinstance(model, ResNet) or _is_resnet_body(model) else None
 
 
@@ -64,6 +68,8 @@ def widths_of(model: nn.Module, rates: Sequence[float]) -> dict[str, int]:
     follow = getattr(model, 'follow_rates', None)
     if follow is not None:
         follow(widths, rates)
+    elif _is_mobilenetv2(model):
+        _expand(model, widths)
     return widths
 
 
@@ -117,3 +123,38 @@ def _resnet(model: nn.Module) -> Layout | None:
         inner = ('conv1', 'conv2') if isinstance(block, Bottleneck) else ('conv1',)
         entries.append([f'{name}.{conv}' for conv in inner])
     return entries
+
+
+def _is_mobilenetv2(model: nn.Module) -> bool:
+    """True for timm's MobileNetV2: seven stages of inverted residuals with 3x3 kernels and no squeeze-excitation."""
+    if not isinstance(model, EfficientNet) or len(model.blocks) != 7:
+        return False
+    return all(
+        type(block) in (DepthwiseSeparableConv, InvertedResidual)
+        and isinstance(block.se, nn.Identity)
+        and block.conv_dw.kernel_size == (3, 3)
+        for stage in model.blocks
+        for block in stage
+    )
+
+
+def _mobilenetv2(model: nn.Module) -> Layout:
+    """Stem (never pruned); per stage the outputs of its blocks, as in the list for 32-pixel images."""
+    stages: Sequence[nn.Sequential] = model.blocks  # type: ignore[assignment]
+    return [[], *([_projection(f'blocks.{i}.{j}', block) for j, block in enumerate(s)] for i, s in enumerate(stages))]
+
+
+def _projection(place: str, block: nn.Module) -> str:
+    return f'{place}.conv_pwl' if isinstance(block, InvertedResidual) else f'{place}.conv_pw'
+
+
+def _expand(model: nn.Module, widths: dict[str, int]) -> None:
+    """Set the widths of a MobileNetV2's expansions: each is a multiple of its block's input."""
+    stages: Sequence[nn.Sequential] = model.blocks  # type: ignore[assignment]
+    chs = _out_channels(model.conv_stem)  # type: ignore[arg-type]
+    for i, stage in enumerate(stages):
+        for j, block in enumerate(stage):
+            place = f'blocks.{i}.{j}'
+            if isinstance(block, InvertedResidual):
+                widths[f'{place}.conv_pw'] = chs * (block.conv_pw.out_channels // block.conv_pw.in_channels)
+            chs = widths[_projection(place, block)]

@@ -14,6 +14,9 @@ from torch import Tensor, nn
 # As in the authors' training code: not CIFAR-10's own standard deviations, but the published weights expect them.
 CIFAR_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR_STD = (0.2023, 0.1994, 0.2010)
+# where the authors released their dense networks; norton_timm.models.released reads it
+NORTON_DENSE = 'authors:pvti/NORTON@v0.1.0,pvti/CORING@v0.1.0'
+CORING_DENSE = 'authors:pvti/CORING@v0.1.0'
 
 
 def cifar_cfg(url: str = '', **kwargs: Any) -> dict[str, Any]:

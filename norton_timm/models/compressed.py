@@ -27,13 +27,16 @@ _TRACE_SIZE = 64  # pixels; shapes do not depend on it, and 224 would take ten t
 
 _FAMILIES: dict[str, type[CifarNet]] = {
     'vgg16_bn_cifar': VGGCifar,
+    'vgg19_bn_cifar': VGGCifar,
     'resnet56_cifar': ResNetCifar,
     'resnet110_cifar': ResNetCifar,
     'densenet40_cifar': DenseNetCifar,
     'googlenet_cifar': GoogLeNetCifar,
     'mobilenetv2_cifar': MobileNetV2Cifar,
 }
-_PAPERS = {
+_FEATURES = {'mobilenetv2_100': {'feature_cls': 'getter'}}  # of timm's networks whose stages are nested
+RELEASES = {'norton': 'pvti/NORTON@v0.1.0', 'coring': 'pvti/CORING@v0.1.0'}  # the authors' checkpoints
+PAPERS = {
     'norton': 'Enhanced Network Compression Through Tensor Decompositions and Pruning',
     'coring': 'Efficient tensor decomposition-based filter pruning',
 }
@@ -82,11 +85,13 @@ def compressed_cfgs() -> dict[str, dict[str, Any] | PretrainedCfg]:
             cfg = {key: getattr(dense, key) for key in keep}
             if not base.endswith('_cifar'):  # trained with torchvision's recipe, as the authors' baseline is
                 cfg.update(input_size=(3, 224, 224), pool_size=(7, 7), crop_pct=0.875, interpolation='bilinear')
-            cfg.update(paper_name=_PAPERS[method], license='apache-2.0')
+            cfg.update(paper_name=PAPERS[method], license='apache-2.0')
             # a decomposed stem has no `.weight` that timm could adapt to other image channels; ours does it on load
             stem_is_dense = method == 'coring' or not base.endswith('_cifar')
             cfg['first_conv'] = dense.first_conv if stem_is_dense else None
-            cfgs.update({f'{method}_{base}.{tag}': dict(cfg) for tag in rows})
+            for tag in rows:
+                name = f'{method}_{base}.{tag}'
+                cfgs[name] = dict(cfg, url=f'authors:{RELEASES[method]}') if published_accuracy(name) else dict(cfg)
     return cfgs
 
 
@@ -161,7 +166,7 @@ def build_compressed(method: str, base: str, pretrained: bool, **kwargs: Any) ->
             'and rates; leave them out, or name your file with pretrained_cfg_overlay=dict(file=...)'
         )
     model_cls = partial(compressed_model, base, spec, form)
-    features = dict(_FAMILIES[base].feature_cfg) if base in _FAMILIES else {}
+    features = dict(_FAMILIES[base].feature_cfg) if base in _FAMILIES else dict(_FEATURES.get(base, {}))
     model = build_network(model_cls, variant, pretrained, feature_cfg=features, **kwargs)
     if tag and not same_shapes(spec, spec_of(f'{variant}.{tag}')):  # another network than the tag's has no tag
         model.pretrained_cfg = model.default_cfg = {**model.pretrained_cfg, 'tag': ''}  # type: ignore

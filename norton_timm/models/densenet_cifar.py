@@ -11,7 +11,7 @@ from timm.models._manipulate import checkpoint_seq
 from torch import Tensor, nn
 
 from norton_timm.models.builder import build_network
-from norton_timm.models.cifar import CifarNet, cifar_cfg
+from norton_timm.models.cifar import NORTON_DENSE, CifarNet, cifar_cfg
 
 
 class DenseLayer(nn.Module):
@@ -121,7 +121,7 @@ class DenseNetCifar(CifarNet):
         return self.relu(self.bn(x))
 
 
-default_cfgs = generate_default_cfgs({'densenet40_cifar': cifar_cfg()})
+default_cfgs = generate_default_cfgs({'densenet40_cifar': cifar_cfg(NORTON_DENSE)})
 
 
 @register_model

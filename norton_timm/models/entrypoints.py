@@ -136,3 +136,21 @@ def coring_resnet152(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 def coring_resnet50d(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """ResNet-50-D, compressed by CORING."""
     return build_compressed('coring', 'resnet50d', pretrained, **kwargs)
+
+
+@register_model
+def norton_vgg19_bn_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """VGG-19 with batch norm for CIFAR, compressed by NORTON."""
+    return build_compressed('norton', 'vgg19_bn_cifar', pretrained, **kwargs)
+
+
+@register_model
+def coring_vgg19_bn_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """VGG-19 with batch norm for CIFAR, compressed by CORING."""
+    return build_compressed('coring', 'vgg19_bn_cifar', pretrained, **kwargs)
+
+
+@register_model
+def coring_mobilenetv2_100(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """MobileNetV2, compressed by CORING."""
+    return build_compressed('coring', 'mobilenetv2_100', pretrained, **kwargs)

@@ -13,7 +13,7 @@ from timm.models._manipulate import checkpoint_seq
 from torch import Tensor, nn
 
 from norton_timm.models.builder import build_network
-from norton_timm.models.cifar import CifarNet, cifar_cfg
+from norton_timm.models.cifar import CORING_DENSE, CifarNet, cifar_cfg
 
 # name: (1x1, 3x3 reduction, 3x3, 5x5 reduction, 5x5, pool projection), in the paper's order
 BLOCKS = {
@@ -109,7 +109,7 @@ class GoogLeNetCifar(CifarNet):
         return self.inception_b5(self.inception_a5(x))
 
 
-default_cfgs = generate_default_cfgs({'googlenet_cifar': cifar_cfg(first_conv='pre_layers.0')})
+default_cfgs = generate_default_cfgs({'googlenet_cifar': cifar_cfg(CORING_DENSE, first_conv='pre_layers.0')})
 
 
 @register_model

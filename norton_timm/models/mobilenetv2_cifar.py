@@ -11,7 +11,7 @@ from timm.models._manipulate import checkpoint_seq
 from torch import Tensor, nn
 
 from norton_timm.models.builder import build_network
-from norton_timm.models.cifar import CifarNet, cifar_cfg
+from norton_timm.models.cifar import CORING_DENSE, CifarNet, cifar_cfg
 
 # expansion, output channels, blocks, stride of the first block
 INVERTED_RESIDUALS = (
@@ -121,7 +121,7 @@ class MobileNetV2Cifar(CifarNet):
 
 
 default_cfgs = generate_default_cfgs(
-    {'mobilenetv2_cifar': cifar_cfg(first_conv='features.0.0', classifier='classifier', pool_size=(4, 4))}
+    {'mobilenetv2_cifar': cifar_cfg(CORING_DENSE, first_conv='features.0.0', classifier='classifier', pool_size=(4, 4))}
 )
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from norton_timm.layers import ChannelMap
 from norton_timm.models.builder import build_network
-from norton_timm.models.cifar import CifarNet, cifar_cfg
+from norton_timm.models.cifar import NORTON_DENSE, CifarNet, cifar_cfg
 
 
 class BasicBlock(nn.Module):
@@ -101,7 +101,9 @@ class ResNetCifar(CifarNet):
         return self.layer3(self.layer2(self.layer1(x)))
 
 
-default_cfgs = generate_default_cfgs({f'resnet{depth}_cifar': cifar_cfg() for depth in (20, 32, 44, 56, 110)})
+default_cfgs = generate_default_cfgs(
+    {f'resnet{depth}_cifar': cifar_cfg(NORTON_DENSE if depth in (56, 110) else '') for depth in (20, 32, 44, 56, 110)}
+)
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> ResNetCifar:

@@ -15,7 +15,7 @@ from timm.models._manipulate import checkpoint_seq
 from torch import Tensor, nn
 
 from norton_timm.models.builder import build_network
-from norton_timm.models.cifar import CifarNet, cifar_cfg
+from norton_timm.models.cifar import NORTON_DENSE, CifarNet, cifar_cfg
 
 HIDDEN = 512  # width of the head's first linear layer
 
@@ -145,7 +145,9 @@ class VGGCifar(CifarNet):
 
 
 _CFG: dict[str, Any] = dict(first_conv='features.conv0', classifier='classifier.linear2', pool_size=(2, 2))
-default_cfgs = generate_default_cfgs({f'vgg{depth}_bn_cifar': cifar_cfg(**_CFG) for depth in (16, 19)})
+default_cfgs = generate_default_cfgs(
+    {'vgg16_bn_cifar': cifar_cfg(NORTON_DENSE, **_CFG), 'vgg19_bn_cifar': cifar_cfg(**_CFG)}
+)
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> VGGCifar:

@@ -4,6 +4,7 @@ the papers' experiments, clustering of filters, and activation maps.
 
 from norton_timm.studies.activation_maps import compare_looks
 from norton_timm.studies.activation_plot import plot_comparison
+from norton_timm.studies.beside import beside_rows
 from norton_timm.studies.clustering import LEVELS, REPRESENTATIONS, compare_clusterings
 from norton_timm.studies.kernels import format_rows
 from norton_timm.studies.networks import (
@@ -22,7 +23,7 @@ from norton_timm.studies.zoo import COLUMNS, to_csv, to_markdown, zoo_names, zoo
 
 __all__ = [
     'COLUMNS', 'EXPORTED', 'LEVELS', 'REPRESENTATIONS', 'RUNTIMES_OF_DETECTORS', 'Row', 'allocator',
-    'benchmark_training', 'compare_clusterings', 'compare_looks', 'cpu_name', 'format_rows', 'multiple_for',
-    'peak_mb', 'plot_comparison', 'plot_studies', 'read_rows', 'reproduce_tag', 'run_study', 'summaries', 'to_csv',
-    'to_markdown', 'write_row', 'zoo_names', 'zoo_rows',
+    'benchmark_training', 'beside_rows', 'compare_clusterings', 'compare_looks', 'cpu_name', 'format_rows',
+    'multiple_for', 'peak_mb', 'plot_comparison', 'plot_studies', 'read_rows', 'reproduce_tag', 'run_study',
+    'summaries', 'to_csv', 'to_markdown', 'write_row', 'zoo_names', 'zoo_rows',
 ]  # fmt: skip

@@ -15,6 +15,7 @@ from torch import nn
 from norton_timm.checkpoints import SHIPPED, base_name, find_file
 from norton_timm.models import published_accuracy, spec_of, tags
 from norton_timm.profiling import count
+from norton_timm.studies.beside import BesideRow
 
 _TITLES = {
     'name': 'tag',
@@ -31,6 +32,7 @@ _TITLES = {
     'control_ms': 'its ms',
 }
 COLUMNS = tuple(_TITLES)
+_TITLES.update(why='why', px='px', source='published by')  # of the rows beside
 _MEASURED = ('dense_ms', 'ms', 'speedup', 'control_px', 'control_ms')
 
 
@@ -45,7 +47,7 @@ class ZooRow:
         params: Parameters.
         macs: Multiply-accumulates of convolutions and linear layers at the network's own image size.
         top1: What the authors printed, in %.
-        weights: Where `pretrained=True` finds weights: shipped, a directory, url, hub, or none.
+        weights: Where `pretrained=True` finds weights: shipped, a directory, the authors' release, url, hub, or none.
         dense_ms: Median latency of the dense network on this machine, in ms.
         ms: The same of the compressed one.
         speedup: `dense_ms` over `ms`.
@@ -119,6 +121,9 @@ def _weights_source(name: str) -> str:
     if found is not None:
         return 'shipped' if found.parent == SHIPPED else str(found)
     cfg = timm.get_pretrained_cfg(name, allow_unregistered=False)
+    assert cfg is not None
+    if str(cfg.url).startswith('authors:'):
+        return 'authors'
     for key, text in (('hf_hub_id', 'hub'), ('url', 'url'), ('file', 'file')):
         if getattr(cfg, key):
             return text
@@ -162,28 +167,29 @@ def control_side(dense: nn.Module, macs: int, size: Sequence[int]) -> int | None
     return None
 
 
-def to_markdown(rows: Sequence[ZooRow], columns: Sequence[str] = ()) -> str:
+def to_markdown(rows: Sequence[ZooRow] | Sequence[BesideRow], columns: Sequence[str] = ()) -> str:
     """A table for people: millions, two decimals, a dash for what is not known."""
-    keys = columns or [k for k in _TITLES if k not in _MEASURED or any(getattr(r, k) is not None for r in rows)]
+    own = [f.name for f in fields(rows[0])] if rows else []
+    keys = columns or [k for k in own if k not in _MEASURED or any(getattr(r, k) is not None for r in rows)]
     lines = ['| ' + ' | '.join(_TITLES[k] for k in keys) + ' |', '|' + '|'.join(_rule(k) for k in keys) + '|']
     lines += ['| ' + ' | '.join(_cell(row, k) for k in keys) + ' |' for row in rows]
     return '\n'.join(lines) + '\n'
 
 
-def to_csv(rows: Sequence[ZooRow]) -> str:
+def to_csv(rows: Sequence[ZooRow] | Sequence[BesideRow]) -> str:
     """The same for programs: every column, exact numbers, empty where not known."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, [f.name for f in fields(ZooRow)], lineterminator='\n')
+    writer = csv.DictWriter(text, [f.name for f in fields(rows[0])] if rows else [], lineterminator='\n')
     writer.writeheader()
     writer.writerows(asdict(row) for row in rows)
     return text.getvalue()
 
 
 def _rule(key: str) -> str:
-    return '---' if key in ('name', 'rates', 'weights') else '--:'
+    return '---' if key in ('name', 'rates', 'weights', 'why', 'source') else '--:'
 
 
-def _cell(row: ZooRow, key: str) -> str:
+def _cell(row: ZooRow | BesideRow, key: str) -> str:
     value = getattr(row, key)
     if value in (None, ''):
         return '–'
