@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
+import timm
 import torch
 from image_sets import NAMES, add, coloured, png, write_archive, write_cifar10, write_folder
+from PIL import Image
 from torchvision.datasets import CIFAR10
 
 from norton_timm.training.data import ArrayData, LoadedData, Preprocessing
-from norton_timm.training.sources import open_data, read_archive
+from norton_timm.training.sources import calibration_images, open_data, open_test_split, read_archive
 
 CPU = torch.device('cpu')
 PREPROCESSING = Preprocessing((32, 32), (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
@@ -152,3 +156,56 @@ def test_the_real_archive(data_dir: Path) -> None:
     assert train[0].shape == (50_000, 3, 32, 32) and test[0].shape == (10_000, 3, 32, 32)
     assert train[1].bincount().tolist() == [5_000] * 10 and test[1].bincount().tolist() == [1_000] * 10
     assert classes[:3] == ['airplane', 'automobile', 'bird']
+
+
+def test_a_test_split_needs_no_training_split(tmp_path: Path) -> None:
+    whole = write_folder(tmp_path / 'whole', train=8, val=12)
+    alone = write_folder(tmp_path / 'alone', train=8, val=12)
+    shutil.rmtree(alone / 'train')
+    found = [open_test_split(str(source), PREPROCESSING, CPU, workers=0) for source in (whole, alone, alone / 'val')]
+    batches = [next(iter(data.test_batches(12))) for data in found]
+    for data, (images, labels) in zip(found, batches):
+        assert data.classes == list(NAMES[:4]) and data.test_size == 12
+        assert torch.equal(images, batches[0][0]) and torch.equal(labels, batches[0][1])
+    assert batches[0][1].bincount().tolist() == [3, 3, 3, 3]
+
+
+def test_a_damaged_picture_of_a_test_split_is_named(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / 'set', train=4, val=8) / 'val'
+    (folder / 'bird' / '0001.png').write_bytes(b'nothing')
+    with pytest.raises(ValueError, match=r'bird/0001\.png'):
+        list(open_test_split(str(folder), PREPROCESSING, CPU, workers=0).test_batches(8))
+
+
+def test_pictures_for_calibration_are_others_only_where_a_file_is_damaged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = write_folder(tmp_path / 'set', train=20, val=4)
+    model = timm.create_model('resnet20_cifar', num_classes=4)
+    before = torch.cat(calibration_images(folder, model, 12))
+    files = sorted((folder / 'train').rglob('*.png'))
+    raw = {file: file.read_bytes() for file in files}
+    left_out = 0
+    for file in files:
+        file.write_bytes(raw[file][:100])
+        caplog.clear()
+        after = torch.cat(calibration_images(folder, model, 12))
+        file.write_bytes(raw[file])
+        assert len(after) == 12
+        if file.name not in caplog.text or torch.equal(after, before):
+            assert torch.equal(after, before), 'a file that was not drawn changes nothing'
+            continue
+        left_out += 1
+        lost = [k for k in range(12) if not any(torch.equal(before[k], image) for image in after)]
+        assert len(lost) == 1 and torch.equal(after[:-1], torch.cat([before[: lost[0]], before[lost[0] + 1 :]]))
+    assert left_out == 12
+
+
+def test_grey_and_deep_pictures_are_read_as_rgb(tmp_path: Path) -> None:
+    ramp = np.linspace(0, 65535, 32 * 32).reshape(32, 32).astype(np.uint16)
+    model = timm.create_model('resnet20_cifar', num_classes=4)
+    for name, picture in (('deep', Image.fromarray(ramp)), ('grey', Image.fromarray((ramp >> 8).astype(np.uint8)))):
+        (tmp_path / name).mkdir()
+        picture.save(tmp_path / name / 'ramp.png')
+    deep, grey = (calibration_images(tmp_path / name, model, 1)[0] for name in ('deep', 'grey'))
+    assert deep.shape == (1, 3, 32, 32) and torch.equal(deep, grey) and deep.std() > 0.5

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from timm.models import is_model
 from torch import nn
 
-from norton_timm.checkpoints import network_tensors, preprocessing_in, read_checkpoint
+from norton_timm.checkpoints import network_tensors, preprocessing_in, read_checkpoint, read_metadata
 from norton_timm.compression import CompressionSpec
 from norton_timm.models.builder import adapt_state_dict
 from norton_timm.models.compressed import spec_of
@@ -71,6 +71,19 @@ def set_normalisation(model: nn.Module, mean: Sequence[float] | None, std: Seque
     model.pretrained_cfg = {**known, 'mean': tuple(mean), 'std': tuple(std)}  # type: ignore[assignment]
 
 
+def set_input_size(model: nn.Module, size: int | None) -> None:
+    """Record in a timm model's configuration the size of its images, for which files saved of it are evaluated.
+
+    Args:
+        model: the network.
+        size: pixels a side; None leaves the model's own.
+    """
+    known: Any = getattr(model, 'pretrained_cfg', None) or {}
+    if size is not None:
+        channels = next(iter(known.get('input_size') or (3,)))
+        model.pretrained_cfg = {**known, 'input_size': (channels, size, size)}  # type: ignore[assignment]
+
+
 def load_weights(model: nn.Module, path: Path) -> None:
     """Load a dense network's weights from a file, all of them.
 
@@ -93,10 +106,14 @@ def load_weights(model: nn.Module, path: Path) -> None:
 
 
 def read_recipe(source: str | None = None, **fields: Any) -> CompressionSpec:
-    """A recipe from a YAML file or a tag such as ``norton_resnet50.r078``, with single fields given or changed.
+    """A recipe, with single fields given or changed.
+
+    Args:
+        source: a YAML file, a tag such as ``norton_resnet50.r078``, or a network that ``tools/compress.py`` wrote.
+        fields: of ``CompressionSpec``.
 
     Raises:
-        ValueError: neither a source nor ranks or rates, or a recipe that makes no sense.
+        ValueError: neither a source nor ranks or rates, a file without a recipe, or a recipe that makes no sense.
     """
     rates = fields.get('rates')
     if isinstance(rates, str) and '[' not in rates:  # a plain number from a command line
@@ -109,5 +126,11 @@ def read_recipe(source: str | None = None, **fields: Any) -> CompressionSpec:
             raise ValueError('got no recipe, expected --spec FILE, --rank or --rates, or a budget such as --macs 0.5')
         return CompressionSpec.from_dict(fields)
     is_tag = source.startswith(('norton_', 'coring_')) and not Path(source).exists()
-    spec = spec_of(source) if is_tag else CompressionSpec.from_yaml(Path(source))
+    if source.endswith('.safetensors'):
+        found = read_metadata(source).get('spec')
+        if not isinstance(found, dict):
+            raise ValueError(f'{source} holds no recipe, expected a file of tools/compress.py')
+        spec = CompressionSpec.from_dict(found)
+    else:
+        spec = spec_of(source) if is_tag else CompressionSpec.from_yaml(Path(source))
     return CompressionSpec.from_dict({**spec.to_dict(), **fields})

@@ -27,7 +27,7 @@ from norton_timm.training.config import TrainConfig
 from norton_timm.training.data import Preprocessing
 from norton_timm.training.distill import Distillation
 from norton_timm.training.loop import Trainer, evaluate
-from norton_timm.training.sources import open_data
+from norton_timm.training.sources import open_data, open_test_split
 from norton_timm.utils import (
     check_not_written,
     is_main,
@@ -319,7 +319,7 @@ def evaluate_file(
 
     Args:
         model: a timm name, or a file of `norton_timm.save`.
-        data: see `norton_timm.training.open_data`.
+        data: see `norton_timm.training.open_test_split`.
         device: where to compute.
         weights: file with the weights of the network named; None: its published ones.
         batch_size: images of one process.
@@ -341,7 +341,7 @@ def evaluate_file(
     cfg: Any = network.pretrained_cfg
     preprocessing = Preprocessing.from_cfg(cfg)
     tell_normalisation(preprocessing, model, weights)
-    images = open_data(data, preprocessing, device, workers=workers)
+    images = open_test_split(data, preprocessing, device, workers=workers)
     outputs = getattr(network, 'num_classes', None)
     if outputs != len(images.classes):
         raise ValueError(f'{model} has {outputs} classes, but {data} has {len(images.classes)}')

@@ -7,9 +7,8 @@ that were held out, beside the dense network at the lower resolution of equal MA
 from __future__ import annotations
 
 import logging
-import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,10 +16,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from norton_timm.compression import Activations, CompressionReport, CompressionSpec, compress
 from norton_timm.inference import deploy
-from norton_timm.profiling import channels_last, count, synchronise, take_turns
+from norton_timm.profiling import channels_last, compare_latency, count, ready_to_run, synchronise, take_turns
 from norton_timm.search import find_spec
 from norton_timm.training.label_free import (
     ClassAgreement,
@@ -31,14 +31,15 @@ from norton_timm.training.label_free import (
     scores,
     tune_without_labels,
 )
+from norton_timm.training.resolution import NEAR, lower_resolution, set_size, sizes_for
 
 log = logging.getLogger(__name__)
 
 FEW = 50  # with fewer images the figures are rough
 _LEAST = 8  # images, of which some are held out
 _HELD, _MOST_HELD = 0.2, 256
+_AIM = 0.7  # of the dense network's milliseconds: what is proposed where fewer MACs took no less time
 _CALIBRATION = 512  # images that the choices and the repair look at
-_NEAR = 0.02  # share of the MACs that is not worth compressing for
 
 
 @dataclass
@@ -51,6 +52,7 @@ class NetworkRow:
         macs, params: of one image.
         ms: milliseconds of one image in deployed form; None if not measured.
         agreement: with the dense network at its own resolution; None for that network itself.
+        top1: accuracy on labelled images, in percent; None if there were none.
     """
 
     name: str
@@ -59,6 +61,7 @@ class NetworkRow:
     params: int
     ms: float | None = None
     agreement: ClassAgreement | None = None
+    top1: float | None = None
 
 
 @dataclass
@@ -96,8 +99,10 @@ class Shrunk:
 
     def __str__(self) -> str:
         dense = self.rows[0]
+        labelled = f'  {"top-1":>7}' if dense.top1 is not None else ''
         lines = [
-            f'{"network":28}  {"pixels":>6}  {"MMACs":>16}  {"params":>11}  {"ms":>7}  {"agreement":>9}  expected loss'
+            f'{"network":28}  {"pixels":>6}  {"MMACs":>16}  {"params":>11}  {"ms":>7}{labelled}  {"agreement":>9}  '
+            'expected loss'
         ]
         for row in self.rows:
             ms = '-' if row.ms is None else f'{row.ms:.1f}'
@@ -107,7 +112,10 @@ class Shrunk:
                 low, high = row.agreement.interval
                 loss = f'{100 * row.agreement.expected_loss:.1f} points ({100 * low:.1f} to {100 * high:.1f})'
             share = f'{row.macs / 1e6:.0f} ({100 * row.macs / dense.macs:.0f} %)'
-            lines.append(f'{row.name:28}  {row.size:>6}  {share:>16}  {row.params:>11,}  {ms:>7}  {told:>9}  {loss}')
+            top1 = '' if row.top1 is None else f'  {row.top1:>5.1f} %'
+            lines.append(
+                f'{row.name:28}  {row.size:>6}  {share:>16}  {row.params:>11,}  {ms:>7}{top1}  {told:>9}  {loss}'
+            )
         return '\n'.join(lines)
 
 
@@ -124,12 +132,15 @@ def shrink(
     config: LabelFreeConfig | None = None,
     seed: int = 0,
     checkpoint: Path | None = None,
+    held_share: float = _HELD,
     latency: bool = True,
+    deployed: bool = True,
+    accuracy: Callable[[nn.Module, tuple[int, int]], float] | None = None,
     progress: bool = False,
 ) -> Shrunk:
     """Compress a trained classifier to a budget, repair it, tune it, and measure what is left.
 
-    A fifth of the images is held out: nothing is fitted to them, but they choose the best state of the tuning.
+    Some images are held out: nothing is fitted to them, but they choose the best state of the tuning.
 
     Args:
         dense: the trained network, in evaluation mode; it is not changed.
@@ -144,7 +155,11 @@ def shrink(
         config: settings of the tuning.
         seed: of everything random.
         checkpoint: file from which the tuning goes on.
+        held_share: share of the images that is held out, of at most 256 images.
         latency: measure milliseconds.
+        deployed: of the networks as :func:`norton_timm.deploy` makes them; False: as they are, for half a second.
+        accuracy: gives the top-1, in percent, of a network at a height and width; called for every row of the table,
+            and nothing is chosen by it. See :class:`norton_timm.training.LabelledAccuracy`.
         progress: show bars.
 
     Raises:
@@ -157,7 +172,7 @@ def shrink(
     if len(images) < _LEAST:
         raise ValueError(f'got {len(images)} images, expected at least {_LEAST}, and better some hundreds')
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-    held_count = max(2, min(_MOST_HELD, round(_HELD * len(images))))
+    held_count = max(2, min(_MOST_HELD, round(held_share * len(images))))
     held, rest = images[order[:held_count]], images[order[held_count:]]
     example_input = images[:1] if example_input is None else example_input
     warnings = []
@@ -171,42 +186,47 @@ def shrink(
 
     def lap(name: str) -> None:
         nonlocal began
-        seconds[name] = time.perf_counter() - began
+        seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - began
         began = time.perf_counter()
 
-    full = cast(tuple[int, int], tuple(example_input.shape[-2:]))
-    sizes = sizes_for(dense, example_input, budget) if allow_resolution else [full]
+    def row(name: str, network: nn.Module, image: Tensor, found: ClassAgreement | None = None) -> NetworkRow:
+        height, width = image.shape[-2:]
+        made = NetworkRow(name, width, *count(network, image), agreement=found)
+        if accuracy is not None:
+            made.top1 = accuracy(network, (height, width))
+            lap('accuracy')
+        return made
+
+    full = (int(example_input.shape[-2]), int(example_input.shape[-1]))
     best: _Try | None = None
-    for size in sizes:
-        one = _compressed(dense, resized(example_input, size), rest[:_CALIBRATION], size, budget, method, progress)
+    for size in sizes_for(dense, example_input, budget) if allow_resolution else [full]:
+        one = _compressed(dense, resized(example_input, size), rest[:_CALIBRATION], budget, method, lap, progress)
         one.agreement = agreement(scores(one.model, resized(held, size)), wanted)
-        log.info('%d x %d pixels: divergence %.4f', *size, one.agreement.divergence)
+        if allow_resolution:
+            log.info('%d x %d pixels: divergence %.4f from the dense network', *size, one.agreement.divergence)
         if best is not None and one.agreement.divergence >= best.agreement.divergence:
-            break  # larger images only get worse from here on
+            break  # larger images, and fewer channels, only get worse from here on
         best = one
     assert best is not None
-    lap('search and repair')
-    model, spec, report, size, image = best.model, best.spec, best.report, best.size, best.image
-    macs_params = count(model, image)
-    rows = [
-        NetworkRow('dense', full[1], *count(dense, example_input)),
-        NetworkRow('compressed', size[1], *macs_params, agreement=best.agreement),
-    ]
+    model, spec, report, image = best.model, best.spec, best.report, best.image
+    size = (int(image.shape[-2]), int(image.shape[-1]))
+    rows = [row('dense', dense, example_input), row('compressed', model, image, best.agreement)]
     tuned = None
     if minutes is not None or steps is not None:
+        log.info('tuning: the compressed network learns the outputs of the dense one on %d images', len(rest))
         tuned = tune_without_labels(
             model, dense, rest, held, minutes=minutes, steps=steps, config=config, seed=seed, size=size,
             checkpoint=checkpoint, progress=progress, facts=[spec.to_yaml()],
         )  # fmt: skip
-        rows.append(NetworkRow('compressed and tuned', size[1], *macs_params, agreement=tuned.after))
         lap('tuning')
+        rows.append(row('compressed and tuned', model, image, tuned.after))
     if size != full:
-        _set_size(model, size)
+        set_size(model, size)
     lower = lower_resolution(full, rows[-1].macs / rows[0].macs)
     if lower is not None:
         small = resized(example_input, lower)
         found = agreement(scores(dense, resized(held, lower)), wanted)
-        rows.append(NetworkRow('dense, lower resolution', lower[1], *count(dense, small), agreement=found))
+        rows.append(row('dense, lower resolution', dense, small, found))
         ours = rows[-2].agreement
         if ours is not None and found.expected_loss < ours.expected_loss:
             warnings.append(
@@ -214,23 +234,26 @@ def shrink(
                 '(--allow-resolution), or resize its images yourself'
             )
     if latency:
-        _measure(rows, dense, model, example_input, size, lower)
-        lap('latency')
+        log.info('latency: the networks take turns%s', ', each in its fastest form' if deployed else '')
+        _measure(rows, dense, model, example_input, image, lower, deployed, progress)
         if rows[1].ms is not None and rows[0].ms is not None and rows[1].ms > rows[0].ms:
+            target = _AIM * compare_latency({'dense': dense}, example_input, seconds=1)['dense']
             warnings.append(
-                'the compressed network is slower than the dense one here; --latency-ms sets a target in time'
+                f'the compressed network is slower here than the dense one{", both in their fastest form" * deployed}: '
+                f'{rows[1].ms:.2f} against {rows[0].ms:.2f} ms; --latency-ms {target:.3g} instead of another budget '
+                'makes time the target'
             )
+        lap('latency')
     return Shrunk(model, spec, size, report, rows, tuned, seconds, warnings)
 
 
 @dataclass
 class _Try:
-    """A compressed and repaired network at one size of images."""
+    """A compressed and repaired network, and an image of the size that it reads."""
 
     model: nn.Module
     spec: CompressionSpec
     report: CompressionReport
-    size: tuple[int, int]
     image: Tensor
     agreement: ClassAgreement = field(init=False)
 
@@ -239,64 +262,32 @@ def _compressed(
     dense: nn.Module,
     image: Tensor,
     images: Tensor,
-    size: tuple[int, int],
     budget: Mapping[str, float],
     method: str,
+    lap: Callable[[str], None],
     progress: bool,
 ) -> _Try:
-    """Search and repair at a size; the dense network itself where that meets the budget already."""
-    if 'macs' in budget:
+    """Search and repair for images of the size of ``image``; the dense network where that meets the budget already."""
+    size = (int(image.shape[-2]), int(image.shape[-1]))
+    if size != tuple(images.shape[2:]):
         left = budget['macs'] * count(dense, images[:1]).macs / count(dense, image).macs
-        if left >= 1 - _NEAR and size != tuple(images.shape[2:]):
+        if left >= 1 - NEAR:
             spec = CompressionSpec(rank=0)
-            return _Try(*_swap(compress(dense, spec, image), spec), size, image)
-        budget = {'macs': min(left, 1.0)}
+            model, report = compress(dense, spec, image)
+            return _Try(model, spec, report, image)
+        budget = {'macs': left}
+    log.info('search: the error of every choice is measured on %d images, and the best mix is taken', len(images))
     batches = list(resized(images, size).split(32))
     activations = Activations(dense, image, batches)
     spec = find_spec(
-        dense, method=method, calibration=batches, example_input=image, activations=activations, progress=progress,
-        **cast(Any, budget),
+        dense, method=method, calibration=batches, example_input=image, activations=activations,
+        progress=progress, **cast(Any, budget),
     )  # fmt: skip
-    return _Try(*_swap(compress(dense, spec, image, calibration=batches, activations=activations), spec), size, image)
-
-
-def _swap(
-    made: tuple[nn.Module, CompressionReport], spec: CompressionSpec
-) -> tuple[nn.Module, CompressionSpec, CompressionReport]:
-    return made[0], spec, made[1]
-
-
-def sizes_for(dense: nn.Module, image: Tensor, budget: Mapping[str, float]) -> list[tuple[int, int]]:
-    """Sizes of images to try, the smallest first: the first alone nearly meets the budget, the last is the full one.
-
-    Raises:
-        ValueError: a budget of another kind than MACs.
-    """
-    if set(budget) != {'macs'}:
-        raise ValueError(f'allow_resolution: got a budget of {", ".join(budget)}, expected macs')
-    height, width = image.shape[-2:]
-    step = 16 if min(height, width) >= 112 else 4
-    whole, found = count(dense, image).macs, [(height, width)]
-    for side in range(width - step, step, -step):
-        size = (max(step, round(height * side / width / step) * step), side)
-        share = count(dense, resized(image, size)).macs / whole
-        if share < (1 - _NEAR) * budget['macs']:
-            break
-        found.insert(0, size)
-    return found
-
-
-def _set_size(model: nn.Module, size: tuple[int, int]) -> None:
-    """Note the size of images that a network reads where timm and our tools look for it."""
-    cfg = getattr(model, 'pretrained_cfg', None)
-    if cfg is not None:
-        model.pretrained_cfg = {**cfg, 'input_size': (3, *size)}  # type: ignore[assignment]
-
-
-def lower_resolution(size: tuple[int, ...], share: float) -> tuple[int, int] | None:
-    """Height and width, multiples of 8, at which a network has about this share of its MACs; None above 97 %."""
-    height, width = (max(8, 8 * round(side * math.sqrt(share) / 8)) for side in size)
-    return None if height >= size[0] or share > 0.97 else (height, width)
+    lap('search')
+    log.info('repair: every layer is fitted in turn to the outputs of the dense network')
+    model, report = compress(dense, spec, image, calibration=batches, activations=activations)
+    lap('repair')
+    return _Try(model, spec, report, image)
 
 
 def _measure(
@@ -304,16 +295,25 @@ def _measure(
     dense: nn.Module,
     model: nn.Module,
     image: Tensor,
-    size: tuple[int, int],
+    small: Tensor,
     lower: tuple[int, int] | None,
+    deployed: bool,
+    progress: bool,
 ) -> None:
-    """Set the milliseconds of each network in its deployed form, at its own size."""
-    of = [(rows[0], dense, image), (rows[1], model, resized(image, size))]
+    """Set the milliseconds of each network, deployed or as it is, on ``image`` or on the ``small`` one it reads."""
+    of = [(rows[0], dense, image), (rows[1], model, small)]
     if lower is not None:
         of.append((rows[-1], dense, resized(image, lower)))
-    calls = [partial(deploy(network, x), channels_last(x)) for _, network, x in of]
-    with torch.no_grad():
-        times = take_turns(calls, partial(synchronise, image)).milliseconds()
+    with tqdm(total=len(of) + 1, desc='latency', disable=not progress, leave=False) as bar:
+        calls = []
+        for row, network, x in of:
+            bar.set_postfix_str(row.name)
+            fast = deploy(network, x) if deployed else ready_to_run(network)
+            calls.append(partial(fast, channels_last(x)))
+            bar.update()
+        with torch.no_grad():
+            times = take_turns(calls, partial(synchronise, image), 2.0 if deployed else 0.5).milliseconds()
+        bar.update()
     for (row, _, _), ms in zip(of, times):
         row.ms = ms
     for row in rows:
