@@ -9,12 +9,12 @@ from norton_timm.training.label_free import LabelFreeConfig, agreement, scores, 
 from norton_timm.training.loop import Trainer, evaluate
 from norton_timm.training.metrics import MetricsWriter
 from norton_timm.training.run import MODEL, Recovery, evaluate_file, is_compressed_tag, portable, preprocessing_of
-from norton_timm.training.shrink import shrink
+from norton_timm.training.shrink import lower_resolution, resized, shrink
 from norton_timm.training.sources import calibration_images, open_data
 
 __all__ = [
     'MODEL', 'DistillConfig', 'Distillation', 'LabelFreeConfig', 'MetricsWriter', 'OptimConfig', 'Preprocessing',
     'Recovery', 'TrainConfig', 'Trainer', 'agreement', 'calibration_images', 'evaluate', 'evaluate_file',
-    'is_compressed_tag', 'load_train_config', 'open_data', 'portable', 'preprocessing_of', 'scores', 'shrink',
-    'tune_without_labels',
+    'is_compressed_tag', 'load_train_config', 'lower_resolution', 'open_data', 'portable', 'preprocessing_of',
+    'resized', 'scores', 'shrink', 'tune_without_labels',
 ]  # fmt: skip
