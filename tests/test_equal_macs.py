@@ -21,7 +21,7 @@ from norton_timm.studies import controls, equal_macs
 from norton_timm.studies.controls import UNIFORM, LeftOut, uniform_spec
 from norton_timm.studies.equal_macs import ENTRANTS, AtSize, Limit, run_cells, study_cells
 from norton_timm.studies.equal_macs_plot import plot_equal_macs
-from norton_timm.studies.reproduce import read_rows
+from norton_timm.studies.reproduce import read_rows, row_key
 from norton_timm.studies.trained import TrainedNetworks
 from norton_timm.training import resized, scores, shrink
 
@@ -152,18 +152,27 @@ def test_cells_that_are_none(arguments: dict, told: str) -> None:
 
 
 def test_rows_are_measured_once(networks: TrainedNetworks, tmp_path: Path) -> None:
-    path, methods = tmp_path / 'new' / 'rows.csv', ['l1', 'resolution']
-    cells = study_cells([NAME], [0.6], methods, [0])
+    path, cells = tmp_path / 'new' / 'rows.csv', study_cells([NAME], [0.6], ['resolution'], [0, 1])
     first = list(run_cells(cells, networks, path, Limit(steps=0)))
-    assert [row['method'] for row in first] == methods
+    assert [row['seed'] for row in first] == [0, 1]
     content = path.read_text()
     assert not list(run_cells(cells, networks, path, Limit(steps=0))) and path.read_text() == content
-    path.write_text(content.splitlines()[0] + '\n' + content.splitlines()[2] + '\n')  # stopped before the other row
+    path.write_text(''.join(content.splitlines(keepends=True)[::2]))  # as if stopped before the other row
     (again,) = run_cells(cells, networks, path, Limit(steps=0))
-    assert again['method'] == 'l1' and again['top1'] == first[0]['top1']
-    (row,) = run_cells(study_cells([NAME], [0.6], methods[1:], [0, 1]), networks, path, Limit(steps=3))
-    assert row['seed'] == 1  # without tuning, its limit does not matter
-    assert len(read_rows(path)) == 3 and not list(path.parent.glob('*.tmp*'))
+    assert {**again, 'memory_gb': 0} == {**first[0], 'memory_gb': 0}
+    assert not list(run_cells(cells, networks, path, Limit(steps=3)))  # without tuning, its limit does not matter
+    more = study_cells([NAME], [0.6], ['resolution'], [1, 2])
+    assert [row['seed'] for row in run_cells(more, networks, path, Limit(steps=0))] == [2]
+    assert len(read_rows(path)) == 3 and [p.name for p in path.parent.iterdir()] == ['rows.csv']
+
+
+def test_other_limits_and_images_have_rows_of_their_own(networks: TrainedNetworks) -> None:
+    (cell,) = study_cells([NAME], [0.6], ['l1'], [0])
+    keys = set()
+    for images, limit in ((64, Limit(steps=3)), (64, Limit(steps=4)), (64, Limit(minutes=3)), (65, Limit(steps=3))):
+        networks.images = images
+        keys.add(row_key(equal_macs._facts(cell, networks, limit), equal_macs.CELL_KEYS))
+    assert len(keys) == 4 and {key[-1] for key in keys} == {'3 steps', '4 steps', '3 minutes'}
 
 
 def test_the_figures_of_a_lower_resolution(networks: TrainedNetworks, tmp_path: Path) -> None:
@@ -265,6 +274,22 @@ def test_what_cannot_be_had_is_told_and_the_study_goes_on(
 def test_limits_that_are_none(networks: TrainedNetworks, limit: Limit, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r'expected one of them|expected 0 steps or more'):
         list(run_cells(study_cells([NAME]), networks, tmp_path / 'rows.csv', limit))
+
+
+def test_rows_that_are_there_need_no_data(networks: TrainedNetworks, tmp_path: Path) -> None:
+    path, cells = tmp_path / 'rows.csv', study_cells([NAME], [0.6], ['resolution'], [0])
+    assert len(list(run_cells(cells, networks, path, Limit(steps=0)))) == 1
+    empty = TrainedNetworks(tmp_path, tmp_path, 'gone/few.tar', IMAGES)
+    assert not list(run_cells(cells, empty, path, Limit(steps=0)))
+    with pytest.raises(ValueError, match=f'{NAME}: no file'):
+        list(run_cells(study_cells([NAME], [0.5], ['resolution'], [0]), empty, path, Limit(steps=0)))
+
+
+def test_a_few_images_are_too_few(few: Path, data_dir: Path, tmp_path: Path) -> None:
+    networks = TrainedNetworks(data_dir, data_dir, str(few), 5)
+    with pytest.raises(ValueError, match=f'{NAME}: got 5 images, expected at least 8'):
+        list(run_cells(study_cells([NAME], [0.6], ['l1'], [0]), networks, tmp_path / 'rows.csv', Limit(steps=0)))
+    assert not (tmp_path / 'rows.csv').exists()
 
 
 # networks of a folder

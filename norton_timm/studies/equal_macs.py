@@ -163,16 +163,21 @@ def run_cells(
         ...     print(row['method'], row['points_lost'])
     """
     _check_limit(limit)
+
+    def is_done(cell: Cell) -> bool:
+        wanted = row_key(_facts(cell, networks, limit), CELL_KEYS)
+        return any(row_key(row, CELL_KEYS) == wanted for row in read_rows(path))
+
+    cells = [cell for cell in cells if not is_done(cell)]
     if any(cell.method == TORCH_PRUNING for cell in cells) and not has_torch_pruning():
         log.warning('torch_pruning is left out: torch-pruning is not installed: pip install -e ".[controls]"')
         cells = [cell for cell in cells if cell.method != TORCH_PRUNING]
     networks.check(list(dict.fromkeys(cell.network for cell in cells)))
     for cell in cells:
-        facts = _facts(cell, networks, limit)
-        if row_key(facts, CELL_KEYS) in {row_key(row, CELL_KEYS) for row in read_rows(path)}:
+        if is_done(cell):  # by another process meanwhile
             continue
         try:
-            row = facts | _measure(cell, networks.open(cell.network), limit, progress)
+            row = _facts(cell, networks, limit) | _measure(cell, networks.open(cell.network), limit, progress)
         except (LeftOut, FloatingPointError) as error:
             log.warning('%s at %s, %s, seed %s is left out: %s', *cell[:2], *cell[3:], error)
             continue

@@ -13,8 +13,23 @@ from norton_timm.utils import new_figure, write_png
 
 _LOOKS: dict[tuple[str, str], dict[str, Any]] = {  # by method and resolution
     (OURS, 'fixed'): {'label': 'ours', 'color': 'tab:red', 'marker': 'o', 'lw': 2, 'zorder': 4},
-    (OURS, FREE): {'label': 'ours, resolution free', 'color': 'tab:red', 'marker': 'D', 'ls': '--', 'zorder': 4},
-    (LOWER, FREE): {'label': 'dense at a lower resolution', 'color': 'black', 'marker': 'x', 'ls': ':', 'zorder': 3},
+    (OURS, FREE): {
+        'label': 'ours, resolution free',
+        'color': 'tab:red',
+        'marker': 'D',
+        'mfc': 'none',
+        'ms': 9,
+        'ls': '--',
+        'zorder': 4,
+    },
+    (LOWER, FREE): {
+        'label': 'dense at a lower resolution',
+        'color': 'black',
+        'marker': 'x',
+        'ms': 7,
+        'ls': ':',
+        'zorder': 3,
+    },
     ('uniform', 'fixed'): {'label': 'one rate, output error', 'color': 'tab:blue', 'marker': 's'},
     ('l1', 'fixed'): {'label': 'one rate, L1', 'color': 'tab:green', 'marker': '^'},
     ('geometric_median', 'fixed'): {'label': 'one rate, geometric median', 'color': 'tab:purple', 'marker': 'v'},
