@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import importlib
+from typing import Any
 
 import pytest
 import timm
@@ -18,6 +20,8 @@ from norton_timm.training.features import balance, classifier_of, read_by, share
 from norton_timm.training.label_free import LabelFreeConfig, agreement, scores, tune_without_labels
 from norton_timm.training.shrink import lower_resolution, shrink, sizes_for
 from norton_timm.training.sources import read_archive
+
+shrink_module = importlib.import_module('norton_timm.training.shrink')  # the room has a function of this name
 
 
 @pytest.fixture(scope='module')
@@ -230,6 +234,25 @@ def test_smaller_images_are_one_of_the_choices() -> None:
     assert all(row.ms > 0 for row in result.rows)
     with pytest.raises(ValueError, match='allow_resolution: got a budget of params, expected macs'):
         shrink(dense, pictures(16), {'params': 0.5}, allow_resolution=True)
+
+
+@pytest.mark.parametrize(('good', 'side'), [(True, 28), (False, 24)])
+def test_the_size_that_diverges_least_is_taken(good: bool, side: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At 24 of 32 pixels a network has 0.5625 of its MACs, and stays as it is."""
+    dense, real, tried = network(), shrink_module._compressed, []
+
+    def compressed(model: nn.Module, image: torch.Tensor, *rest: Any) -> Any:
+        tried.append(image.shape[-1])
+        if image.shape[-1] == 24:
+            return real(model, image, *rest)
+        copied = copy.deepcopy(model)
+        if image.shape[-1] == 32 or not good:
+            copied.get_classifier().weight.data.neg_()
+        return shrink_module._Try(copied, CompressionSpec(rank=0), None, image)
+
+    monkeypatch.setattr(shrink_module, '_compressed', compressed)
+    result = shrink(dense, pictures(40), {'macs': 0.57}, allow_resolution=True, latency=False)
+    assert result.size == (side, side) and tried == ([24, 28, 32] if good else [24, 28])
 
 
 def test_few_images_are_told_and_too_few_refused() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from norton_timm.profiling.memory import process_peak
+from norton_timm.profiling.memory import process_peak, reset_process_peak
 from norton_timm.training.metrics import MetricsWriter
 
 
@@ -77,3 +77,13 @@ def test_peak_memory_rises_with_what_is_held() -> None:
     held = torch.ones(before // 4 + 32 * 2**20, dtype=torch.float32)  # more than was ever held, and 128 MiB
     assert process_peak(torch.device('cpu')) >= before + 100 * 2**20
     assert held[-1] == 1
+
+
+def test_peak_memory_counts_anew() -> None:
+    if not reset_process_peak():
+        pytest.skip('this system does not let a process count anew')
+    before = process_peak(torch.device('cpu'))
+    held = torch.ones(32 * 2**20)  # 128 MiB
+    assert process_peak(torch.device('cpu')) >= before + 100 * 2**20 and held[-1] == 1
+    del held
+    assert reset_process_peak() and process_peak(torch.device('cpu')) < before + 64 * 2**20

@@ -39,7 +39,7 @@ def result(labelled: bool = True, tuned: bool = True, timed: bool = True) -> Shr
     history = [(0, 0.041), (10, 0.03), (20, 0.023), (30, 0.025)]
     told = Tuned(30, 12.3, 20, before, after, history) if tuned else None
     seconds = {'tuning': 12.4, 'search': 30.5, 'repair': 10.2}
-    return Shrunk(None, CompressionSpec(), report, rows, told, seconds, ['few images', 'slow <here>'])  # type: ignore[arg-type]
+    return Shrunk(None, CompressionSpec(), (32, 32), report, rows, told, seconds, ['few images', 'slow <here>'])  # type: ignore[arg-type]
 
 
 def test_every_figure_of_the_table_is_on_the_page() -> None:

@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -32,6 +33,10 @@ def quick_clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, float]],
 
     def set_times(times: dict[str, float]) -> None:
         monkeypatch.setattr(SHRINK, 'compare_latency', lambda models, *_, **__: {name: times[name] for name in models})
+        turns = [times['dense'], times['compressed'], 7.0]
+        monkeypatch.setattr(
+            SHRINK, 'take_turns', lambda calls, *_, **__: SimpleNamespace(milliseconds=lambda: turns[: len(calls)])
+        )
         monkeypatch.setattr(SHRINK, 'deploy', lambda model, x: model)
 
     set_times({'dense': 10.0, 'compressed': 5.0})

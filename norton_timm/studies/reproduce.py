@@ -169,7 +169,7 @@ def run_study(
     for model, what, spec in study_specs(study):
         row = {'study': study, 'model': model, 'rank': '', 'criterion': '', **what, **_common(spec, config)}
         row['epochs'] = 0
-        if _key(row) in {_key(known) for known in read_rows(path)}:
+        if row_key(row) in {row_key(known) for known in read_rows(path)}:
             continue
         accuracy = accuracy or evaluate(network, images, device)['top1']
         row.update({'top1_dense': _rounded(accuracy), 'top1_compressed': ''})
@@ -217,11 +217,19 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     return list(csv.DictReader(io.StringIO(path.read_text(encoding='utf-8'))))
 
 
-def write_row(path: Path, row: Mapping[str, Any]) -> None:
-    """Add a row to a CSV file, or replace the row of the same run; several processes may do so at once."""
+def write_row(path: Path, row: Mapping[str, Any], keys: Sequence[str] = _KEYS) -> None:
+    """Add a row to a CSV file, or replace the row of the same run; several processes may do so at once.
+
+    Args:
+        path: the file.
+        row: values by column.
+        keys: columns that tell runs apart.
+    """
     lock = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
     with FileLock(Path(tempfile.gettempdir()) / f'norton_timm-{lock}.lock'):
-        rows: list[Mapping[str, Any]] = [known for known in read_rows(path) if _key(known) != _key(row)]
+        rows: list[Mapping[str, Any]] = [
+            known for known in read_rows(path) if row_key(known, keys) != row_key(row, keys)
+        ]
         rows.append(row)
         columns = list(dict.fromkeys(key for known in rows for key in known))
         text = io.StringIO()
@@ -232,8 +240,9 @@ def write_row(path: Path, row: Mapping[str, Any]) -> None:
         write_text(path, text.getvalue())
 
 
-def _key(row: Mapping[str, Any]) -> tuple[str, ...]:
-    return tuple(str(row.get(key, '')) for key in _KEYS)
+def row_key(row: Mapping[str, Any], keys: Sequence[str] = _KEYS) -> tuple[str, ...]:
+    """What tells a row from those of other runs, as text."""
+    return tuple(str(row.get(key, '')) for key in keys)
 
 
 def _common(spec: CompressionSpec, config: TrainConfig) -> dict[str, Any]:
