@@ -186,6 +186,20 @@ def test_a_quick_look_says_so_and_does_less(
     assert '10.0' in printed_table(done.out)['dense'] and '5.0' in printed_table(done.out)['compressed']
 
 
+def test_the_file_says_which_size_was_chosen(
+    photographs: Path, tmp_path: Path, quick_clock: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SHRINK, 'sizes_for', lambda *_: [(24, 24)])
+    out = tmp_path / 'out.safetensors'
+    done = run_tool('compress.py', *SMALL, '--images', photographs, '--allow-resolution', '--output', out)
+    assert done.code == 0, done.err
+    rows = read_metadata(out)['label_free']['rows']
+    assert [row['size'] for row in rows[:2]] == [32, 24] and rows[1]['macs'] <= 0.51 * rows[0]['macs']
+    assert load(out).pretrained_cfg['input_size'] == (3, 24, 24)
+    done = run_tool('compress.py', *SMALL[:5], '--allow-resolution', '--output', out)
+    assert done.code == 2 and 'got --allow-resolution, expected a budget and --images with it' in done.err
+
+
 def test_a_slower_network_is_told_with_a_target_in_milliseconds(
     photographs: Path, tmp_path: Path, quick_clock: Callable
 ) -> None:

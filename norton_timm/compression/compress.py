@@ -32,6 +32,7 @@ def compress(
     calibration: Iterable[Any] | None = None,
     between_shots: BetweenShots | None = None,
     activations: Activations | None = None,
+    progress: bool = False,
 ) -> tuple[nn.Module, CompressionReport]:
     """Compress a convolutional network.
 
@@ -45,6 +46,7 @@ def compress(
         between_shots: called with the model and the number of the round after each of ``spec.shots`` rounds but
             the last, to fine-tune in place.
         activations: what the dense network's layers read on the calibration images, if it was measured before.
+        progress: show a bar of the repair.
 
     Returns:
         The compressed copy and a report of every layer.
@@ -82,7 +84,7 @@ def compress(
     errors = factor_layers(model, low_rank)
     refitted = []
     if images is not None and activations is not None:
-        refitted = refit(model, dense, kept, images, aims=aims, importance=activations.importance)
+        refitted = refit(model, dense, kept, images, aims=aims, importance=activations.importance, progress=progress)
 
     facts.refresh(model, example_input)
     errors.update((name, float(values.mean())) for name, values in nmse.items())

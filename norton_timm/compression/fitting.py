@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from timm.layers import Conv2dSame
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from norton_timm.compression.lockstep import Walk, stopping
 from norton_timm.compression.moments import MOST_INPUTS, Moments, add_samples, outputs_at, places_of, samples_of
@@ -65,6 +66,7 @@ def refit(
     *,
     aims: Mapping[str, Tensor] | None = None,
     importance: Mapping[str, Tensor] | None = None,
+    progress: bool = False,
 ) -> list[str]:
     """Refit the layers of ``compressed``, in order, so that each gives the dense output from its own input.
 
@@ -86,6 +88,7 @@ def refit(
         aims: weight (O, P) that the ridge pulls a layer to; by default the present one. For factored layers this is the
             weight before it was factored.
         importance: weight (O,) of the error of each output of the dense layer, for low-rank layers.
+        progress: show a bar.
 
     Returns:
         Names of the layers that were refitted.
@@ -118,7 +121,7 @@ def refit(
 
         hooks = [after_call(present_at(compressed, name), partial(see_added, here)) for name, here in joins.items()]
         with removing(hooks):
-            for k, name in enumerate(names):
+            for k, name in enumerate(tqdm(names, desc='repair', disable=not progress, leave=False)):
                 while len(walks) < takes[name]:
                     at = len(walks)
                     places = {

@@ -285,7 +285,7 @@ def _compressed(
     )  # fmt: skip
     lap('search')
     log.info('repair: every layer is fitted in turn to the outputs of the dense network')
-    model, report = compress(dense, spec, image, calibration=batches, activations=activations)
+    model, report = compress(dense, spec, image, calibration=batches, activations=activations, progress=progress)
     lap('repair')
     return _Try(model, spec, report, image)
 
