@@ -138,3 +138,20 @@ def test_import_brings_nothing_heavy() -> None:
     base = f'import sys, timm; print([m for m in {heavy!r} if m in sys.modules])'
     timms = subprocess.run([sys.executable, '-c', base], capture_output=True, text=True, check=True)
     assert done.stdout == timms.stdout
+
+
+def test_tools_start_without_the_packages_of_extras() -> None:
+    """What README's install command brings is enough, until an option asks for more."""
+    extras = ['starlette', 'uvicorn', 'websockets', 'trackers', 'faster_coco_eval', 'onnx', 'onnxscript', 'onnxruntime',
+              'openvino', 'nncf', 'torch_pruning', 'pytorch_grad_cam', 'mkdocs', 'hypothesis', 'pytest', 'playwright']  # fmt: skip
+    program = (
+        'import pathlib, runpy, sys\n'
+        f'sys.modules.update(dict.fromkeys({extras}))\n'
+        'sys.path.insert(0, "tools")\n'
+        'for path in sorted(pathlib.Path("tools").glob("[a-z]*.py")):\n'
+        '    runpy.run_path(str(path), run_name="tool")\n'
+        '    print(path.name)\n'
+    )
+    done = subprocess.run([sys.executable, '-c', program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {'demo_video.py', 'train_det.py', 'compress.py'} <= set(done.stdout.split())

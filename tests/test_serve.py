@@ -32,7 +32,7 @@ pytest.importorskip('uvicorn', reason='the web page needs the extra `web`')
 websockets = pytest.importorskip('websockets', reason='the web page needs the extra `web`')
 from websockets.sync.client import connect  # noqa: E402
 
-from detection.demo.serve import is_loopback  # noqa: E402
+from detection.demo.server import is_loopback  # noqa: E402
 
 
 class Fixed(nn.Module):

@@ -17,7 +17,7 @@ from detection.data.annotations import load_coco
 from detection.data.coco import CocoDataset
 from detection.data.decode import decode_rgb, read_picture
 from detection.data.doctor import check_data
-from detection.demo.serve import read_settings
+from detection.demo.server import read_settings
 from detection.evaluation.coco_metrics import CocoEvaluator
 from detection.training.checkpoint import load_checkpoint, load_detector
 from detection.training.config import config_from_dict

@@ -292,7 +292,7 @@ class _Predictor:
 
 
 def _page(text: str, folder: Path) -> None:
-    from detection.demo.serve import read_settings
+    from detection.demo.server import read_settings
     from detection.demo.studio import ModelChoice, Studio
     from detection.demo.video import DrawnSource
 
