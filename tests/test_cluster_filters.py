@@ -96,9 +96,9 @@ def test_rules_pick_among_the_same_starts() -> None:
 
 @pytest.mark.parametrize('level', LEVELS)
 def test_the_order_of_each_rule(level: str) -> None:
-    scores = compare_clusterings(level, datasets=3, seed=0, starts=10)
+    scores = compare_clusterings(level, datasets=3, seed=0, starts=30, satellites=40)
     assert scores['text']['matrix'] >= scores['text']['tensor']
-    assert scores['code']['tensor'] > scores['code']['matrix'] + 0.05
+    assert scores['code']['tensor'] > scores['code']['matrix'] + 0.1
 
 
 def test_the_measured_figures_have_the_order_of_each_rule() -> None:
