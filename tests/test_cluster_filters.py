@@ -1,4 +1,4 @@
-"""The k-means comparison: data as described, representations against NumPy, the tool end to end."""
+"""The k-means comparison: data as described, representations and inertia against NumPy, the order of each rule."""
 
 from __future__ import annotations
 
@@ -10,7 +10,17 @@ import pytest
 import torch
 from sklearn.metrics import adjusted_rand_score
 
-from norton_timm.studies.clustering import LEVELS, compare_clusterings, draw_filters, kmeans, representation
+from norton_timm.studies.clustering import (
+    INERTIAS,
+    LEVELS,
+    compare_clusterings,
+    draw_filters,
+    inertia,
+    kmeans,
+    representation,
+)
+
+RESULTS = Path(__file__).resolve().parents[1] / 'results'
 
 
 @pytest.mark.parametrize('level', LEVELS)
@@ -41,13 +51,69 @@ def test_well_separated_clusters_are_found(method: str) -> None:
     centres = torch.stack([torch.einsum('i,h,w->ihw', c[:, 0, 0], c[0, :, 0], c[0, 0]) for c in centres])
     labels = torch.arange(3).repeat(20)
     filters = centres[labels] + 0.01 * centres.std() * torch.randn(60, 8, 3, 3, generator=g, dtype=torch.float64)
-    assert adjusted_rand_score(labels, kmeans(filters, method, 3, g)) == 1
+    found = kmeans(filters, method, 3, g)
+    assert set(found) == set(INERTIAS)
+    assert all(adjusted_rand_score(labels, own) == 1 for own in found.values())
+
+
+def test_inertia_against_numpy() -> None:
+    g = torch.Generator().manual_seed(0)
+    differences, labels = torch.randn(30, 4, 3, 3, generator=g), torch.randint(5, (30,), generator=g)
+    labels[labels == 2] = 3  # a cluster without filters
+    blocks = [differences.numpy()[labels.numpy() == k] for k in range(5)]
+    assert inertia(differences, labels, 'code') == pytest.approx(sum(np.sqrt((b**2).sum()) for b in blocks), rel=1e-5)
+    each = [np.linalg.norm(d) for b in blocks for d in b]
+    assert inertia(differences, labels, 'text') == pytest.approx(sum(each), rel=1e-5)
+
+
+def test_the_rule_of_the_code_prefers_merged_clusters() -> None:
+    """Two clusters as they were drawn, against one with all filters but one: only `text` prefers the first."""
+    g = torch.Generator().manual_seed(0)
+    filters = torch.randn(40, 2, 3, 3, generator=g, dtype=torch.float64)
+    filters[20:] += 0.5
+    drawn, merged = torch.arange(2).repeat_interleave(20), torch.zeros(40, dtype=torch.long)
+    merged[0] = 1
+
+    def least(rule: str, labels: torch.Tensor) -> float:
+        means = torch.stack([filters[labels == k].mean(0) for k in (0, 1)])
+        return inertia(filters - means[labels], labels, rule)
+
+    assert least('text', drawn) < least('text', merged)
+    assert least('code', drawn) > least('code', merged)
+
+
+def test_rules_pick_among_the_same_starts() -> None:
+    filters = draw_filters('hard', torch.Generator().manual_seed(1), satellites=30).filters
+
+    def labels(*inertias: str) -> dict[str, torch.Tensor]:
+        return kmeans(filters, 'matrix', 5, torch.Generator().manual_seed(1), starts=10, inertias=inertias)
+
+    both = labels('text', 'code')
+    assert not torch.equal(both['text'], both['code'])
+    for rule, own in both.items():
+        assert torch.equal(labels(rule)[rule], own)
+
+
+@pytest.mark.parametrize('level', LEVELS)
+def test_the_order_of_each_rule(level: str) -> None:
+    scores = compare_clusterings(level, datasets=3, seed=0, starts=30, satellites=40)
+    assert scores['text']['matrix'] >= scores['text']['tensor']
+    assert scores['code']['tensor'] > scores['code']['matrix'] + 0.1
+
+
+def test_the_measured_figures_have_the_order_of_each_rule() -> None:
+    measured = json.loads((RESULTS / 'cluster_filters.json').read_text())
+    assert set(measured['ari']) == set(LEVELS)
+    for scores in measured['ari'].values():
+        assert scores['text']['matrix'] >= scores['text']['tensor']
+        assert scores['code']['tensor'] > scores['code']['matrix']
 
 
 def test_comparison_is_reproducible() -> None:
     one, two = (compare_clusterings('normal', 2, seed=3, starts=3, satellites=20) for _ in range(2))
-    assert one == two and set(one) == {'tensor', 'matrix'}
-    assert all(0.2 < score <= 1 for score in one.values())
+    assert one == two and set(one) == set(INERTIAS)
+    assert all(set(scores) == {'tensor', 'matrix'} for scores in one.values())
+    assert all(0.2 < score <= 1 for scores in one.values() for score in scores.values())
 
 
 def test_tool(tool, tmp_path: Path) -> None:
@@ -55,11 +121,31 @@ def test_tool(tool, tmp_path: Path) -> None:
     done = tool('cluster_filters.py', '--levels', 'normal', '--datasets', 1, '--starts', 2, '--output', out)
     assert done.code == 0, done.err
     found = json.loads(out.read_text())
-    assert f'{found["ari"]["normal"]["tensor"]:.3f}' in done.out
+    lines = [line.split() for line in done.out.splitlines()]
+    assert lines[0] == ['level', 'inertia', 'tensor', 'matrix']
+    for line, rule in zip(lines[1:], ('text', 'code'), strict=True):
+        scores = found['ari']['normal'][rule]
+        assert line == ['normal', rule, f'{scores["tensor"]:.3f}', f'{scores["matrix"]:.3f}']
     assert list(tmp_path.iterdir()) == [out]
 
 
-@pytest.mark.parametrize('wrong', [['--levels', 'easy'], ['--datasets', '0'], ['--output', '/nowhere/x.json']])
+def test_tool_with_one_rule(tool) -> None:
+    arguments = ['--levels', 'hard', '--datasets', 1, '--starts', 2]
+    both, one = tool('cluster_filters.py', *arguments), tool('cluster_filters.py', *arguments, '--inertia', 'code')
+    assert both.code == one.code == 0, one.err
+    first, text, code = both.out.splitlines()
+    assert text.split()[1] == 'text' and one.out.splitlines() == [first, code]
+
+
+@pytest.mark.parametrize(
+    'wrong',
+    [
+        ['--levels', 'easy'],
+        ['--inertia', 'mean'],
+        ['--datasets', '0'],
+        ['--output', '/nowhere/x.json'],
+    ],
+)
 def test_tool_refuses_bad_arguments(wrong: list[str], tool) -> None:
     code, _, err = tool('cluster_filters.py', *wrong)
     assert code == 2
@@ -71,3 +157,5 @@ def test_bad_names() -> None:
         draw_filters('easy', torch.Generator())
     with pytest.raises(ValueError, match=r'method.*tensor, matrix'):
         representation(torch.ones(1, 2, 3, 3), 'vector')
+    with pytest.raises(ValueError, match=r"inertia: got 'mean', expected one of text, code"):
+        inertia(torch.ones(1, 2, 3, 3), torch.zeros(1, dtype=torch.long), 'mean')

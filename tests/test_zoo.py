@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 import time
 from pathlib import Path
 
@@ -144,6 +145,18 @@ def test_accuracy_table_covers_every_published_row() -> None:
         assert ('top5' in figures) == ('resnet50' in name)
     assert published_accuracy('norton_resnet50.r078') == {'top1': 73.65, 'top5': 91.64}
     assert published_accuracy('norton_resnet18.r050') == {}
+
+
+def test_the_page_of_disagreements_tells_what_the_tags_are() -> None:
+    """docs/reference/tools.md: figure and setting of the authors' README are those of the tag."""
+    page = (Path(__file__).resolve().parents[1] / 'docs/reference/tools.md').read_text()
+    letters = {'cosine': 'C', 'euclidean': 'E', 'vbd': 'V'}
+    rows = re.findall(r'\| `coring_(vgg16_bn_cifar)\.(r\d+)` \| top-1 % \| (\S+) with (\S+) \| (\S+) with (\S+);', page)
+    assert [tag for _, tag, *_ in rows] == ['r058', 'r067', 'r079']
+    for base, tag, top1, setting, other_top1, other_setting in rows:
+        row = tags()['coring'][base][tag]
+        assert setting == f'{letters[row["criterion"]]}-{row["shots"]}' != other_setting
+        assert float(top1) == float(other_top1) == published_accuracy(f'coring_{base}.{tag}')['top1']
 
 
 def test_other_settings_of_the_same_wrapper() -> None:

@@ -5,7 +5,7 @@ the papers' experiments, compression without labels beside its controls, cluster
 from norton_timm.studies.activation_maps import compare_looks
 from norton_timm.studies.activation_plot import plot_comparison
 from norton_timm.studies.beside import beside_rows
-from norton_timm.studies.clustering import LEVELS, REPRESENTATIONS, compare_clusterings
+from norton_timm.studies.clustering import INERTIAS, LEVELS, REPRESENTATIONS, compare_clusterings
 from norton_timm.studies.equal_macs import ENTRANTS, FIXED, FREE, Limit, run_cells, study_cells
 from norton_timm.studies.equal_macs_plot import plot_equal_macs
 from norton_timm.studies.kernels import format_rows
@@ -25,7 +25,7 @@ from norton_timm.studies.trained import CIFAR, IMAGENET, TrainedNetworks
 from norton_timm.studies.zoo import COLUMNS, to_csv, to_markdown, zoo_names, zoo_rows
 
 __all__ = [
-    'CIFAR', 'COLUMNS', 'ENTRANTS', 'EXPORTED', 'FIXED', 'FREE', 'IMAGENET', 'LEVELS', 'REPRESENTATIONS',
+    'CIFAR', 'COLUMNS', 'ENTRANTS', 'EXPORTED', 'FIXED', 'FREE', 'IMAGENET', 'INERTIAS', 'LEVELS', 'REPRESENTATIONS',
     'RUNTIMES_OF_DETECTORS', 'Limit', 'Row', 'TrainedNetworks', 'allocator', 'benchmark_training', 'beside_rows',
     'compare_clusterings', 'compare_looks', 'cpu_name', 'format_rows', 'multiple_for', 'peak_mb', 'plot_comparison',
     'plot_equal_macs', 'plot_studies', 'read_rows', 'reproduce_tag', 'run_cells', 'run_study', 'study_cells',

@@ -116,7 +116,7 @@ OPTIONS = {
         '--output',
         '--threads',
     ],
-    'cluster_filters.py': ['--levels', '--datasets', '--starts', '--seed', '--output'],
+    'cluster_filters.py': ['--levels', '--datasets', '--starts', '--inertia', '--seed', '--output'],
     'reproduce.py': ['--output', '--data'],
 }
 VALUES = st.one_of(
