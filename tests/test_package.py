@@ -143,7 +143,7 @@ def test_import_brings_nothing_heavy() -> None:
 def test_tools_start_without_the_packages_of_extras() -> None:
     """What README's install command brings is enough, until an option asks for more."""
     extras = ['starlette', 'uvicorn', 'websockets', 'trackers', 'faster_coco_eval', 'onnx', 'onnxscript', 'onnxruntime',
-              'openvino', 'nncf', 'torch_pruning', 'pytorch_grad_cam', 'mkdocs', 'hypothesis', 'pytest', 'playwright']  # fmt: skip
+              'openvino', 'nncf', 'torch_pruning', 'pytorch_grad_cam', 'mkdocs', 'playwright']  # fmt: skip
     program = (
         'import pathlib, runpy, sys\n'
         f'sys.modules.update(dict.fromkeys({extras}))\n'

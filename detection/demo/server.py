@@ -125,18 +125,8 @@ def build_app(studio: Studio, *, token: str | None = None) -> Starlette:
     return Starlette(routes=routes)
 
 
-def serve(studio: Studio, host: str, port: int, announce: Callable[[str], object]) -> None:
-    """Serve until Ctrl-C; the studio is closed at the end.
-
-    Args:
-        studio: not yet started.
-        host: address to bind to. Other than a loopback address, requests need a token.
-        port: TCP port.
-        announce: is told the page's address, with the token if there is one.
-
-    Raises:
-        ValueError: the port is taken, or the address is not one of this machine's.
-    """
+def run_server(studio: Studio, host: str, port: int, announce: Callable[[str], object]) -> None:
+    """See :func:`detection.demo.serve.serve`."""
     token = None if is_loopback(host) else secrets.token_urlsafe(16)
     try:
         family = socket.AF_INET6 if ':' in host else socket.AF_INET
