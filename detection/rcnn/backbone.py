@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -29,17 +30,20 @@ class BackboneWithFPN(nn.Module):
         body: a timm `features_only` model, or any module that returns a list of maps and has a `feature_info` with
             `channels()` and `reduction()`. All widths are read from there.
         out_channels: width of every pyramid level.
+        norm_layer: normalisation after each convolution of the FPN; None for none.
     """
 
     parts_stay = True  # body and FPN stay modules in a fused network, so that each can be timed
 
-    def __init__(self, body: nn.Module, out_channels: int = 256) -> None:
+    def __init__(
+        self, body: nn.Module, out_channels: int = 256, norm_layer: Callable[..., nn.Module] | None = None
+    ) -> None:
         super().__init__()
         self.levels = pyramid_levels(body)
         channels = body.feature_info.channels()  # type: ignore[union-attr, operator]
         self.body = body
         self.fpn = FeaturePyramidNetwork(
-            [channels[i] for i in self.levels], out_channels, extra_blocks=LastLevelMaxPool()
+            [channels[i] for i in self.levels], out_channels, LastLevelMaxPool(), norm_layer
         )
         self.out_channels = out_channels
         self.channels_first = str(getattr(body, 'output_fmt', 'NCHW')).endswith('NCHW')
@@ -111,6 +115,7 @@ def build_backbone(
     norm: str = 'train',
     frozen_stages: int = 0,
     out_channels: int = 256,
+    norm_layer: Callable[..., nn.Module] | None = None,
 ) -> BackboneWithFPN:
     """A backbone with an FPN; its batch norms are trained, frozen or synchronised.
 
@@ -122,6 +127,7 @@ def build_backbone(
             statistics between processes.
         frozen_stages: 0 to 4, number of pyramid levels that keep their weights, with all layers before them.
         out_channels: width of the FPN.
+        norm_layer: see `BackboneWithFPN`; these norms are always trained.
     """
     if isinstance(backbone, str):
         body = create_features(backbone, pretrained=pretrained, weights=weights)
@@ -129,7 +135,7 @@ def build_backbone(
         raise ValueError('pretrained and weights go with a backbone given by name; load the weights of a module first')
     else:
         body = backbone
-    fpn = BackboneWithFPN(body, out_channels)
+    fpn = BackboneWithFPN(body, out_channels, norm_layer)
     set_training(fpn, norm, frozen_stages)
     return fpn
 

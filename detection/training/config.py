@@ -15,7 +15,7 @@ from typing import Any
 
 import timm
 
-from detection.rcnn import NORMS, RCNN_OPTIONS, RECIPES
+from detection.rcnn import NORMS, RCNN_OPTIONS, RECIPES, RELEASED, VERSIONS, differences, is_released
 from detection.tasks import TASKS
 from norton_timm.compression import CompressionSpec
 from norton_timm.utils import AMP, Settings, brief, checked, outside, read_tree
@@ -61,7 +61,8 @@ class ModelConfig:
     recipe: str = 'backbone'
     compress: str | None = None  # YAML file of a CompressionSpec, to compress the backbone (or all) on the fly
     pretrained: bool = False
-    weights: str | None = None  # a file, or `authors`: the detector that they released for this task and backbone
+    # a file; `authors`: the detector that they released for this task and backbone; or the name of torchvision's
+    weights: str | None = None
     partial: bool = False  # weights of a whole detector may lack layers, which then start at random
     norm: str | None = None
     frozen_stages: int = 0
@@ -71,6 +72,7 @@ class ModelConfig:
     box_head: int = 1024
     mask_layers: tuple[int, ...] = (256, 256, 256, 256)
     keypoint_layers: tuple[int, ...] = (512,) * 8
+    version: int = 1  # torchvision's: 2 has batch norm in FPN and heads, and convolutions in the box head
     anchor_sizes: tuple[int, ...] = (32, 64, 128, 256, 512)
     # further arguments of torchvision's R-CNN classes, e.g. rpn_post_nms_top_n_train
     rcnn: dict[str, Any] = field(default_factory=dict)
@@ -132,7 +134,30 @@ def load_config(
     Example:
         >>> config = load_config('configs/detection/keypoint_strong.yaml', ['optim.lr=0.01'])
     """
-    return config_from_dict(*read_tree(path, overrides, values))
+    tree, problems = read_tree(path, overrides, values)
+    model = tree.get('model')
+    if isinstance(model, dict) and (follows := values_of_weights(model.get('weights'))):
+        settings = {key.removeprefix('model.'): value for key, value in follows.items() if key != 'task'}
+        tree = {'task': follows['task'], **tree, 'model': {**settings, **model}}
+    return config_from_dict(tree, problems)
+
+
+def values_of_weights(weights: object) -> dict[str, Any]:
+    """What a name of torchvision in `model.weights` says: its task and the detector's shapes, by dotted key.
+
+    `load_config` takes them where a file, `values` and `overrides` say nothing. Other weights give an empty dict.
+
+    Example:
+        >>> values_of_weights('maskrcnn_resnet50_fpn')['model.backbone']
+        'resnet50'
+    """
+    if not is_released(weights):
+        return {}
+    released = RELEASED[str(weights)]
+    return {
+        'task': released.task,
+        **{f'model.{key}': value for key, value in {**released.shapes, **released.settings}.items()},
+    }
 
 
 def config_from_dict(tree: dict[str, Any], problems: Sequence[str] = ()) -> RunConfig:
@@ -150,6 +175,7 @@ def _check(config: RunConfig) -> list[str]:
     choices: list[tuple[str, Any, Sequence[Any]]] = [
         ('task', config.task, TASKS),
         ('model.recipe', model.recipe, RECIPES),
+        ('model.version', model.version, VERSIONS),
         ('model.norm', model.norm, (None, *NORMS)),
         ('optim.name', optim.name, OPTIMIZERS),
         ('optim.schedule', optim.schedule, SCHEDULES),
@@ -221,7 +247,10 @@ def _check(config: RunConfig) -> list[str]:
             CompressionSpec.from_yaml(Path(model.compress))
         except ValueError as error:
             problems.append(f'model.compress: {error}')
-    if model.weights not in (None, AUTHORS) and not Path(model.weights).is_file():
+    if is_released(model.weights):
+        lines = differences(model.weights, config.task, vars(model), model.partial)
+        problems += [line if line.startswith('task ') else f'model.{line}' for line in lines]
+    elif model.weights not in (None, AUTHORS) and not Path(model.weights).is_file():
         problems.append(f'model.weights: no file {model.weights}')
     if model.norm == 'frozen' and not model.pretrained and model.weights is None:
         problems.append(
