@@ -13,11 +13,13 @@ import pytest
 import torch
 from torch import nn
 from torchvision.models import get_model, get_model_weights
+from torchvision.ops import FrozenBatchNorm2d
 
 from detection.data.sample import write_sample
-from detection.rcnn import RELEASED, build_detector
+from detection.rcnn import MOBILENET, RELEASED, build_detector
 from detection.rcnn.released import released_file
 from detection.training import detector_from_config, load_config, load_detector, save_checkpoint
+from norton_timm import count, deploy
 from norton_timm.checkpoints import surgery_of
 from norton_timm.compression import CompressionSpec, compress
 
@@ -58,6 +60,9 @@ def test_by_name_it_is_torchvisions_own(name: str, home: Path) -> None:
     assert meta['class_names'][1] == 'person'
     for part in ('min_size', 'max_size'):
         assert [*_listed(getattr(ours.transform, part))][-1] == [*_listed(getattr(theirs.transform, part))][-1]
+    assert ours.rpn.pre_nms_top_n() == theirs.rpn.pre_nms_top_n()
+    assert ours.rpn.post_nms_top_n() == theirs.rpn.post_nms_top_n()
+    assert ours.rpn.score_thresh == get_model(name, weights='DEFAULT').rpn.score_thresh
     image = [torch.rand(3, 96, 128)]
     ours.roi_heads.score_thresh = ours.rpn.score_thresh = 0.0
     for model in (ours, theirs):
@@ -234,4 +239,61 @@ def test_the_tools(tool, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     done = tool('eval_det.py', '--weights', name, '--data', data, '--workers', 0, '--device', 'cpu')
     assert done.code == 0 and 'AP' in json.loads((tmp_path / 'eval_val.json').read_text())['bbox'], done.err
     done = tool('demo_video.py', '--weights', name, '--headless', '--frames', 1, '--warmup', 0, '--imgsz', 64)
-    assert done.code == 0 and 'resnet50' in done.out, done.err
+    assert done.code == 0 and name in done.out, done.err
+
+
+@pytest.mark.parametrize('recipe', ['backbone', 'full'])
+def test_a_pyramid_of_three_levels_is_trained_and_compressed(recipe: str, home: Path, tmp_path: Path) -> None:
+    name = 'fasterrcnn_mobilenet_v3_large_320_fpn'
+    put(home, name)
+    config = load_config(None, [f'model.recipe={recipe}'], {'model.weights': name})
+    assert (config.task, config.model.backbone, config.model.min_size) == ('box', MOBILENET, (320,))
+    other = load_config(None, ['model.rcnn.rpn_score_thresh=0.1', 'model.max_size=500'], {'model.weights': name})
+    assert (other.model.rcnn['rpn_score_thresh'], other.model.max_size) == (0.1, 500)
+    assert other.model.rcnn['rpn_pre_nms_top_n_test'] == 150
+    assert load_config(None, [], {'model.weights': name}).model.rcnn['rpn_score_thresh'] == 0.05
+    meta = {'task': 'box', 'num_classes': 3, 'class_names': ['__background__', 'a', 'b'],
+            'label_to_category': {1: 1, 2: 2}, 'num_keypoints': 0, 'keypoint_names': [], 'skeleton': []}  # fmt: skip
+    model = detector_from_config(config, meta)
+    assert isinstance(model.backbone.body[0][1], FrozenBatchNorm2d) and model.transform.min_size == (320,)
+    assert (model.backbone.out_channels < 256) == (recipe == 'full')
+    box = torch.tensor([[8.0, 8.0, 40.0, 48.0]])
+    losses = model.train()([torch.rand(3, 64, 64)], [{'boxes': box, 'labels': torch.ones(1, dtype=torch.long)}])
+    sum(losses.values()).backward()
+    content = {'model': model.state_dict(), 'ema': None, 'config': config.to_dict(), 'meta': meta}
+    save_checkpoint(tmp_path / 'a.pt', {**content, 'surgery': surgery_of(model) if recipe == 'full' else None})
+    loaded, _ = load_detector(tmp_path / 'a.pt')
+    image = [torch.rand(3, 64, 64)]
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(image), model.eval()(image))
+
+
+def test_the_body_of_mobilenet_takes_what_it_has(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match='frozen_stages is 3, expected 0 to 2'):
+        build_detector('box', MOBILENET, frozen_stages=3)
+    with pytest.raises(ValueError, match='takes weights of whole detectors only'):
+        build_detector('box', MOBILENET, pretrained=True)
+    body = build_detector('box', MOBILENET, frozen_stages=1).backbone.body
+    assert [p.requires_grad for p in (body[13].block[0][0].weight, body[14].block[0][0].weight)] == [False, True]
+
+
+@pytest.mark.parametrize('name', ['fasterrcnn_resnet50_fpn', 'fasterrcnn_resnet50_fpn_v2'])
+def test_a_trained_detector_is_compressed_whole(name: str, home: Path) -> None:
+    put(home, name)
+    dense, small = (build_detector('box', 'resnet50', weights=name, recipe=r).eval() for r in ('backbone', 'full'))
+    macs = [count(model, [torch.rand(3, 128, 128)]).macs for model in (dense, small)]
+    parts = [sum(p.numel() for n, p in m.named_parameters() if 'backbone.body' not in n) for m in (dense, small)]
+    assert macs[1] < macs[0] and parts[1] < 0.4 * parts[0]
+    assert torch.equal(small.backbone.body.conv1.weight, dense.backbone.body.conv1.weight)
+    biases = [model.roi_heads.box_predictor.cls_score.bias for model in (dense, small)]
+    assert torch.equal(*biases)
+
+
+def test_version_2_keeps_its_outputs_when_deployed() -> None:
+    torch.manual_seed(0)
+    model = build_detector('mask', 'resnet10t', recipe='full', box_score_thresh=0.0, box_detections_per_img=5, **V2)
+    image = [torch.rand(3, 64, 64)]
+    fast = deploy(model.eval(), image, autotune=False)
+    assert not [n for n, m in fast.named_modules() if isinstance(m, nn.BatchNorm2d) and n.startswith('roi_heads')]
+    with torch.no_grad():
+        torch.testing.assert_close(fast(image), model(image), rtol=1e-3, atol=1e-3)

@@ -12,22 +12,20 @@ from typing import Any
 
 import cv2
 from torch import nn
-from torchvision.models import get_model
 from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights, KeypointRCNN_ResNet50_FPN_Weights
 
 from detection.demo.output import check_outputs
 from detection.demo.predictor import ModelFacts, Predictor
 from detection.demo.studio import ModelChoice, Studio
 from detection.demo.video import check_input, open_source
-from detection.rcnn import RELEASED, build_detector, is_released, take_thin_pictures
-from detection.tasks import TASKS, check_same_task
+from detection.rcnn import RELEASED, build_detector, is_released
+from detection.tasks import TASKS
 from detection.training import AUTHORS, load_authors_detector, load_detector
 from norton_timm.profiling import count_params
 
 DENSE = 'resnet50'
 BACKBONE = 'norton_resnet50.r078'  # where none is given
 OPTIONS = ('half', 'compile', 'deploy', 'imgsz', 'score', 'warmup', 'tracker')  # that go to the `Predictor`
-MOBILENETS = ('fasterrcnn_mobilenet_v3_large_fpn', 'fasterrcnn_mobilenet_v3_large_320_fpn')
 
 
 def coco_names(task: str) -> list[str]:
@@ -51,25 +49,16 @@ def load_model(weights: str, task: str | None = None, backbone: str = '') -> tup
         FileNotFoundError: neither a file nor a name that torchvision knows.
         ValueError: the file holds no detector, or one for another task or on another backbone.
     """
-    if weights in MOBILENETS and not Path(weights).exists():
-        known = 'box'
-        check_same_task(weights, known, task)
-        try:
-            model = take_thin_pictures(get_model(weights, weights='DEFAULT'))
-        except OSError as error:
-            raise ValueError(f'torchvision weights of {weights} cannot be downloaded: {error}') from error
-        return model, ModelFacts(weights, known, coco_names(known), params=count_params(model))
     if weights == AUTHORS:
         model, meta = load_authors_detector(task, backbone or BACKBONE)
     elif is_released(weights) or Path(weights).is_file():
         model, meta = load_detector(weights, task, backbone or None)
     else:
         raise FileNotFoundError(
-            f'no weights {weights}: expected a checkpoint of train_det.py, {AUTHORS}, or one of '
-            f'{", ".join((*RELEASED, *MOBILENETS))}'
+            f'no weights {weights}: expected a checkpoint of train_det.py, {AUTHORS}, or one of {", ".join(RELEASED)}'
         )
     facts = ModelFacts(
-        name=str(meta['config'].model.backbone),
+        name=weights if is_released(weights) else str(meta['config'].model.backbone),
         task=meta['task'],
         class_names=meta['class_names'],
         skeleton=meta['skeleton'] or None,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
 
 import norton_timm  # noqa: F401  (registers the compressed models with timm)
+from detection.rcnn.mobilenet import MOBILENET, MobileNetFeatures
 from detection.rcnn.restore import load_compressed
 from norton_timm.checkpoints import base_name, dense_name, is_saved
 
@@ -22,6 +23,8 @@ NORMS = ('train', 'frozen', 'sync')
 
 class BackboneWithFPN(nn.Module):
     """Features at strides 4, 8, 16 and 32 of a timm network, merged by an FPN, plus one max-pooled level.
+
+    A body with an attribute `pyramid` says itself which of its maps are merged.
 
     Forward maps images `(N, 3, H, W)` to an ordered dict `'0', '1', '2', '3', 'pool'` of maps
     `(N, out_channels, H / s, W / s)`, s = 4, 8, 16, 32, 64 (Lin et al., 2017, arXiv:1612.03144).
@@ -62,6 +65,8 @@ def pyramid_levels(body: nn.Module) -> list[int]:
             f'backbone {type(body).__name__} has no feature_info with channels() and reduction(): '
             'pass a timm model built with features_only=True'
         )
+    if hasattr(body, 'pyramid'):
+        return list(body.pyramid)  # type: ignore[arg-type]
     strides = list(info.reduction())
     missing = [s for s in STRIDES if s not in strides]
     if missing:
@@ -73,7 +78,8 @@ def create_features(name: str, *, pretrained: bool = False, weights: str | Path 
     """Build a timm model with `features_only=True`.
 
     Args:
-        name: any timm name with its tag, such as `norton_resnet50.r078`.
+        name: any timm name with its tag, such as `norton_resnet50.r078`; or `torchvision/mobilenet_v3_large`, see
+            `MobileNetFeatures`.
         pretrained: load the weights that timm knows for this tag.
         weights: a local file with the weights of the classification network, instead; a file of `norton_timm.save`
             brings its compression along.
@@ -87,6 +93,10 @@ def create_features(name: str, *, pretrained: bool = False, weights: str | Path 
         >>> body = create_features('norton_resnet50.r078')
         >>> maps = body(torch.rand(1, 3, 224, 224))
     """
+    if name == MOBILENET:
+        if pretrained or weights is not None or kwargs:
+            raise ValueError(f'{name} takes weights of whole detectors only, such as fasterrcnn_mobilenet_v3_large_fpn')
+        return MobileNetFeatures()
     if not timm.is_model(name.split('.')[0]):
         near = get_close_matches(name.split('.')[0], timm.list_models(), n=3)
         raise ValueError(
@@ -159,7 +169,10 @@ def freeze_stages(body: nn.Module, stages: int) -> None:
         return
     children = dict(body.named_children())
     names = [name.replace('.', '_') for name in body.feature_info.module_name()]  # type: ignore[union-attr, operator]
-    last = names[pyramid_levels(body)[stages - 1]]
+    levels = pyramid_levels(body)
+    if stages > len(levels):
+        raise ValueError(f'frozen_stages is {stages}, expected 0 to {len(levels)} for this backbone')
+    last = names[levels[stages - 1]]
     if last not in children:
         raise ValueError(f'frozen_stages needs a backbone whose children are its stages; {last!r} is not one')
     for name, child in children.items():

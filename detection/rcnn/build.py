@@ -112,7 +112,8 @@ def build_detector(
         version: torchvision's: 1, or 2 (Li et al., 2021, arXiv:2111.11429) with batch norm in FPN, box head and mask
             head, two convolutions in the RPN, and four convolutions before one fully connected layer in the box head;
             by default that of `weights` by name, else 1.
-        anchor_sizes: in pixels of the resized image, one for each of the five pyramid levels.
+        anchor_sizes: in pixels of the resized image, one for each of the five pyramid levels; a pyramid of fewer
+            levels (MobileNetV3) has all of them on each.
         **rcnn: further arguments of torchvision's classes, see `RCNN_OPTIONS`, e.g. `box_score_thresh`.
 
     Raises:
@@ -167,10 +168,10 @@ def build_detector(
         'mask_layers': mask_layers,
         'keypoint_layers': keypoint_layers,
         'version': version,
+        'anchor_sizes': anchor_sizes,
         'common': {
             'min_size': DEFAULT_MIN_SIZE[task] if min_size is None else min_size,
             'max_size': max_size,
-            'rpn_anchor_generator': AnchorGenerator(tuple((s,) for s in anchor_sizes), ((0.5, 1.0, 2.0),) * 5),
             **rcnn,
         },
     }
@@ -197,6 +198,12 @@ def _norm_layer(version: int) -> type[nn.BatchNorm2d] | None:
     return nn.BatchNorm2d if version == 2 else None
 
 
+def _anchors(sizes: Sequence[int], levels: int) -> AnchorGenerator:
+    """One size on each of five levels; where there are fewer levels all sizes on each, as in torchvision."""
+    by_level = [(s,) for s in sizes] if levels == len(sizes) else [tuple(sizes)] * levels
+    return AnchorGenerator(tuple(by_level), ((0.5, 1.0, 2.0),) * levels)
+
+
 def _assemble(
     task: str,
     fpn: nn.Module,
@@ -207,16 +214,18 @@ def _assemble(
     mask_layers: Sequence[int],
     keypoint_layers: Sequence[int],
     version: int,
+    anchor_sizes: Sequence[int],
     common: Mapping[str, Any],
 ) -> GeneralizedRCNN:
     """A dense R-CNN around a backbone with FPN; arguments as in `build_detector`."""
     mean, std = normalisation(fpn.body)
     norm_layer = _norm_layer(version)
+    anchors = _anchors(anchor_sizes, len(fpn.levels) + 1)
+    common = {'rpn_anchor_generator': anchors, **common}
     if version == 2:
-        anchors = common['rpn_anchor_generator'].num_anchors_per_location()[0]
         convs, size = [fpn_channels] * 4, (fpn_channels, ROI_SIZE, ROI_SIZE)
         common = {
-            'rpn_head': RPNHead(fpn_channels, anchors, conv_depth=2),
+            'rpn_head': RPNHead(fpn_channels, anchors.num_anchors_per_location()[0], conv_depth=2),
             'box_head': FastRCNNConvFCHead(size, convs, [box_head], norm_layer=norm_layer),
             **common,
         }

@@ -19,6 +19,7 @@ from torch import Tensor
 from torchvision.models import get_model_weights
 from tqdm import tqdm
 
+from detection.rcnn.mobilenet import MOBILENET
 from norton_timm.checkpoints import cache_folder
 
 
@@ -45,12 +46,23 @@ def _resnet50(task: str, version: int = 1) -> ReleasedDetector:
     return ReleasedDetector(task, shapes, {'anchor_sizes': (32, 64, 128, 256, 512)}, zero_eps=version == 1)
 
 
+def _mobilenet(**settings: Any) -> ReleasedDetector:
+    shapes = {'backbone': MOBILENET, 'version': 1, 'fpn_channels': 256, 'box_head': 1024}
+    return ReleasedDetector('box', shapes, {'anchor_sizes': (32, 64, 128, 256, 512), **settings})
+
+
 RELEASED = {
     'fasterrcnn_resnet50_fpn': _resnet50('box'),
     'fasterrcnn_resnet50_fpn_v2': _resnet50('box', 2),
     'maskrcnn_resnet50_fpn': _resnet50('mask'),
     'maskrcnn_resnet50_fpn_v2': _resnet50('mask', 2),
     'keypointrcnn_resnet50_fpn': _resnet50('keypoint'),
+    'fasterrcnn_mobilenet_v3_large_fpn': _mobilenet(rcnn={'rpn_score_thresh': 0.05}),
+    'fasterrcnn_mobilenet_v3_large_320_fpn': _mobilenet(
+        min_size=(320,),
+        max_size=640,
+        rcnn={'rpn_score_thresh': 0.05, 'rpn_pre_nms_top_n_test': 150, 'rpn_post_nms_top_n_test': 150},
+    ),
 }
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
 import norton_timm
+from detection.rcnn.mobilenet import MobileNetFeatures, is_mobilenet
 from detection.rcnn.released import RELEASED, is_released, released_file, with_usual_eps
 from norton_timm.checkpoints import (
     convert_state_dict,
@@ -171,7 +172,7 @@ def convert_detector_state_dict(path: str | Path) -> tuple[dict[str, Tensor], nn
     tensors = {_current_name(name): t for name, t in read.items()}
     if not is_detector(tensors):
         raise ValueError(f'{path} holds no detector: expected tensors under {BODY}')
-    backbone = convert_authors_checkpoint(path)
+    backbone = MobileNetFeatures() if is_mobilenet(tensors, BODY) else convert_authors_checkpoint(path)
     return _by_our_names(tensors, backbone), backbone
 
 

@@ -8,6 +8,7 @@ range, missing files.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -15,10 +16,10 @@ from typing import Any
 
 import timm
 
-from detection.rcnn import NORMS, RCNN_OPTIONS, RECIPES, RELEASED, VERSIONS, differences, is_released
+from detection.rcnn import MOBILENET, NORMS, RCNN_OPTIONS, RECIPES, RELEASED, VERSIONS, differences, is_released
 from detection.tasks import TASKS
 from norton_timm.compression import CompressionSpec
-from norton_timm.utils import AMP, Settings, brief, checked, outside, read_tree
+from norton_timm.utils import AMP, Settings, brief, checked, merge, outside, read_tree
 
 OPTIMIZERS = ('sgd', 'adamw')
 SCHEDULES = ('multistep', 'cosine')
@@ -136,9 +137,10 @@ def load_config(
     """
     tree, problems = read_tree(path, overrides, values)
     model = tree.get('model')
-    if isinstance(model, dict) and (follows := values_of_weights(model.get('weights'))):
-        settings = {key.removeprefix('model.'): value for key, value in follows.items() if key != 'task'}
-        tree = {'task': follows['task'], **tree, 'model': {**settings, **model}}
+    follows = values_of_weights(model.get('weights')) if isinstance(model, dict) else {}
+    if follows:
+        told, tree = tree, read_tree(None, (), follows)[0]
+        merge(tree, told)
     return config_from_dict(tree, problems)
 
 
@@ -156,7 +158,7 @@ def values_of_weights(weights: object) -> dict[str, Any]:
     released = RELEASED[str(weights)]
     return {
         'task': released.task,
-        **{f'model.{key}': value for key, value in {**released.shapes, **released.settings}.items()},
+        **{f'model.{key}': deepcopy(value) for key, value in {**released.shapes, **released.settings}.items()},
     }
 
 
@@ -238,7 +240,7 @@ def _check(config: RunConfig) -> list[str]:
             problems.append(f'model.{key} is {brief(layers)}, expected one width or more, at most {_MOST_LAYERS}')
     if model.min_size is not None and (not model.min_size or min(model.min_size) < 1 or max(model.min_size) > 2**15):
         problems.append(f'model.min_size is {list(model.min_size)}, expected pixels, at least 1')
-    if not timm.is_model(model.backbone.split('.')[0]):
+    if model.backbone != MOBILENET and not timm.is_model(model.backbone.split('.')[0]):
         near = get_close_matches(model.backbone.split('.')[0], timm.list_models(), n=1)
         hint = f'did you mean {near[0]}?' if near else 'expected a timm model name such as norton_resnet50.r078'
         problems.append(f'model.backbone {model.backbone!r} is unknown: {hint}')

@@ -13,7 +13,7 @@ from torch import Tensor
 from torchvision.models import detection as tv
 
 from detection.rcnn import BODY, convert_detector_state_dict, task_of, version_of
-from detection.training.config import load_config
+from detection.training.config import load_config, values_of_weights
 from detection.visual import COCO_SKELETON
 from norton_timm.checkpoints import surgery_of
 
@@ -42,7 +42,7 @@ def imported_checkpoint(path: str | Path) -> dict[str, Any]:
     state, backbone = convert_detector_state_dict(path)
     task = task_of(state)
     cfg = backbone.pretrained_cfg
-    model = {'task': task, 'model.version': version_of(state)}
+    model = {**values_of_weights(path), 'task': task, 'model.version': version_of(state)}
     name = '.'.join(filter(None, (cfg['architecture'], cfg.get('tag'))))
     surgery = None
     if name.startswith(('norton_', 'coring_')) and not cfg.get('tag'):  # widths that no name stands for
