@@ -132,6 +132,31 @@ def test_what_differs_is_told_before_the_download(monkeypatch: pytest.MonkeyPatc
     assert (config.task, config.model.backbone, config.model.version) == ('mask', 'resnet50', 2)
     with pytest.raises(ValueError, match=r'model\.version is 3, expected one of 1, 2'):
         load_config(None, ['model.version=3'])
+    with pytest.raises(ValueError, match='no file maskrcnn_resnet50_v2, did you mean maskrcnn_resnet50_fpn_v2'):
+        load_config(None, [], {'model.weights': 'maskrcnn_resnet50_v2'})
+
+
+def test_a_damaged_file_is_told(home: Path) -> None:
+    home.mkdir(parents=True)
+    file = home / 'fasterrcnn_resnet50_fpn_coco-258fb6c6.pth'
+    for content, told in ((b'half of it', 'cannot be read|can be read'), (None, 'holds no detector')):
+        if content is None:
+            torch.save({'fc.weight': torch.zeros(2, 2)}, file)
+        else:
+            file.write_bytes(content)
+        for read in (load_detector, lambda name: build_detector('box', 'resnet50', weights=name)):
+            with pytest.raises(ValueError, match=told) as error:
+                read('fasterrcnn_resnet50_fpn')
+            assert str(file) in str(error.value) and 'remove the file to get it again' in str(error.value)
+
+
+def test_a_detector_of_boxes_starts_one_for_keypoints(home: Path, caplog) -> None:
+    theirs = torch.load(put(home, 'fasterrcnn_resnet50_fpn'))
+    with pytest.raises(ValueError, match="task is 'keypoint', expected 'box'"):
+        build_detector('keypoint', 'resnet50', weights='fasterrcnn_resnet50_fpn')
+    model = build_detector('keypoint', 'resnet50', weights='fasterrcnn_resnet50_fpn', partial=True)
+    assert 'roi_heads.keypoint_head.0.weight' in caplog.text
+    assert torch.equal(model.roi_heads.box_head.fc6.weight, theirs['roi_heads.box_head.fc6.weight'])
 
 
 LAST = {
@@ -234,6 +259,7 @@ def test_the_tools(tool, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     content = torch.load(tmp_path / 'run' / 'checkpoint.pt')
     model = content['config']['model']
     assert (model['backbone'], model['version'], model['fpn_channels']) == ('resnet50', 2, 256)
+    assert list(model['anchor_sizes']) == [32, 64, 128, 256, 512]  # not those that the sample set is trained with
     for file in (data / 'annotations').glob('instances_*.json'):  # COCO's names
         file.write_text(file.read_text().replace('"ball"', '"sports ball"').replace('"box"', '"suitcase"'))
     done = tool('eval_det.py', '--weights', name, '--data', data, '--workers', 0, '--device', 'cpu')

@@ -114,6 +114,8 @@ def released_file(name: str, cache_dir: str | Path | None = None) -> Path:
     """
     url = get_model_weights(name).DEFAULT.url  # type: ignore[attr-defined]
     target = cache_folder(cache_dir) / url.rpartition('/')[2]
+    if target.is_file():  # perhaps in a folder that cannot be written
+        return target
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f'{target}.lock'):  # several processes of one training start at once
         if target.is_file():

@@ -132,9 +132,12 @@ def detector_content(path: str | Path) -> dict[str, Any] | None:
 def _released_tensors(name: str) -> dict[str, Tensor]:
     """The weights of one of torchvision's detectors, for the usual epsilon of batch norms."""
     file = released_file(name)
-    tensors = network_tensors(read_checkpoint(file))
+    try:
+        tensors = network_tensors(read_checkpoint(file))
+    except ValueError as error:
+        raise ValueError(f'{error}; remove the file to get it again') from None
     if not is_detector(tensors):
-        raise ValueError(f'{file} holds no detector: expected tensors under {BODY}')
+        raise ValueError(f'{file} holds no detector: expected tensors under {BODY}; remove the file to get it again')
     return with_usual_eps(tensors) if RELEASED[name].zero_eps else tensors
 
 

@@ -253,7 +253,8 @@ def _check(config: RunConfig) -> list[str]:
         lines = differences(model.weights, config.task, vars(model), model.partial)
         problems += [line if line.startswith('task ') else f'model.{line}' for line in lines]
     elif model.weights not in (None, AUTHORS) and not Path(model.weights).is_file():
-        problems.append(f'model.weights: no file {model.weights}')
+        named = get_close_matches(model.weights, RELEASED, n=1, cutoff=0.8)
+        problems.append(f'model.weights: no file {model.weights}' + (f', did you mean {named[0]}?' if named else ''))
     if model.norm == 'frozen' and not model.pretrained and model.weights is None:
         problems.append(
             "model.norm 'frozen' needs model.pretrained or model.weights: random statistics must be trained"
