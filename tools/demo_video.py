@@ -45,7 +45,7 @@ def parser() -> Parser:
     )
     p.add_argument('--random-weights', action='store_true', help='measure time without weights; the picture says so')
     p.add_argument('--task', choices=TASKS, help='of random weights (box if none) or `authors`; refuse other weights')
-    p.add_argument('--backbone', default='norton_resnet50.r078', help='of random weights or `authors`')
+    p.add_argument('--backbone', help='of random weights or `authors` (norton_resnet50.r078 if none); refuse others')
     p.add_argument('--compare', action='store_true', help='two --weights side by side: dense, then compressed')
     p.add_argument('--score', type=float, default=0.5, help='hide detections below it')
     p.add_argument('--imgsz', type=int, help='shorter image side inside the network, in pixels; none = as trained')

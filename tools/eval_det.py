@@ -1,4 +1,4 @@
-"""Evaluate a checkpoint of train_det.py, or of torchvision's reference training, with COCO's figures."""
+"""Evaluate a checkpoint of train_det.py, of torchvision's training, or a detector by name, with COCO's figures."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ def main() -> None:
         nargs='?',
         help='checkpoint.pt of a training run, or a detector as torchvision or the authors saved it',
     )
-    parser.add_argument('--weights', help='the same; `authors`: what they released for --task and --backbone')
+    parser.add_argument('--weights', help='the same; `authors`: what they released for --task and --backbone; or '
+                        'a name of torchvision, such as fasterrcnn_resnet50_fpn')  # fmt: skip
     parser.add_argument('--task', choices=('box', 'mask', 'keypoint'), help='refuse a checkpoint for another')
-    parser.add_argument('--backbone', default='norton_resnet50.r078', help='with --weights authors')
+    parser.add_argument('--backbone', help='refuse another; of `authors`: norton_resnet50.r078 by default')
     parser.add_argument('--data', help='folder in COCO layout, by default data/coco or the sample set')
     parser.add_argument('--images', help='folder of the pictures, where it is not found beside the annotations')
     parser.add_argument('--split', default='val', help='val, train, or any split with an annotation file')
@@ -41,8 +42,10 @@ def main() -> None:
     if (args.checkpoint is None) == (args.weights is None):
         raise ValueError('expected a checkpoint, or --weights: one of them')
     name = args.checkpoint or args.weights
-    authors = args.weights == AUTHORS
-    model, meta = load_authors_detector(args.task, args.backbone) if authors else load_detector(name, args.task)
+    if args.weights == AUTHORS:
+        model, meta = load_authors_detector(args.task, args.backbone or 'norton_resnet50.r078')
+    else:
+        model, meta = load_detector(name, args.task, args.backbone)
     source = find_data(args.data)
     pairs = meta['config'].data.keypoint_pairs() if meta['task'] == 'keypoint' else None
     dataset = CocoDataset(source.root, args.split, meta['task'], flip_pairs=pairs, images=args.images,

@@ -25,7 +25,8 @@ def main() -> None:
     parser.add_argument('--config', help='YAML file, instead of the one for this task and data')
     parser.add_argument('--backbone', help='timm name, such as norton_resnet50.r078')
     parser.add_argument('--weights', help='file to start from: of norton_timm.save or timm, or a whole detector; '
-                        '`authors`: what they released for --task and --backbone')  # fmt: skip
+                        '`authors`: what they released for --task and --backbone; or a name of torchvision, such as '
+                        'fasterrcnn_resnet50_fpn, which says task and backbone')  # fmt: skip
     parser.add_argument('--partial', action='store_true', help='layers that --weights lacks start at random')
     parser.add_argument('--output', help='folder for what is written, by default runs/TASK')
     parser.add_argument(
@@ -52,10 +53,11 @@ def main() -> None:
         same_run,
         save_predictions,
         training_sets,
+        values_of_weights,
     )
     from norton_timm.utils import check_not_written, choose_device, is_main, make_deterministic, process_group
 
-    if args.task is None and args.config is None:
+    if args.task is None and args.config is None and not values_of_weights(args.weights):
         raise ValueError('--task is missing, expected box, mask or keypoint')
     overrides = list(args.set) if args.epochs is None else ['optim.iterations=null', *args.set]
     values = {'task': args.task, 'data.root': args.data, 'model.backbone': args.backbone,
@@ -71,6 +73,8 @@ def main() -> None:
     source = find_data(config.data.root)
     if args.config is None:
         kind = 'sample_' if (source.root / 'sample.json').is_file() else ''
+        given = {key: value for key, value in values.items() if value is not None}
+        values = {**values_of_weights(config.model.weights), **given}
         config = load_config(CONFIGS / f'{kind}{config.task}.yaml', overrides, values)
     if args.check_data:
         splits = (config.data.train_split, config.data.val_split)

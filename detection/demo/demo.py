@@ -12,29 +12,20 @@ from typing import Any
 
 import cv2
 from torch import nn
-from torchvision.models import get_model
 from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights, KeypointRCNN_ResNet50_FPN_Weights
 
 from detection.demo.output import check_outputs
 from detection.demo.predictor import ModelFacts, Predictor
 from detection.demo.studio import ModelChoice, Studio
 from detection.demo.video import check_input, open_source
-from detection.rcnn import build_detector, take_thin_pictures
-from detection.tasks import TASKS, check_same_task
+from detection.rcnn import RELEASED, build_detector, is_released
+from detection.tasks import TASKS
 from detection.training import AUTHORS, load_authors_detector, load_detector
 from norton_timm.profiling import count_params
 
 DENSE = 'resnet50'
+BACKBONE = 'norton_resnet50.r078'  # where none is given
 OPTIONS = ('half', 'compile', 'deploy', 'imgsz', 'score', 'warmup', 'tracker')  # that go to the `Predictor`
-TORCHVISION_TASKS = {
-    'fasterrcnn_resnet50_fpn': 'box',
-    'fasterrcnn_resnet50_fpn_v2': 'box',
-    'fasterrcnn_mobilenet_v3_large_fpn': 'box',
-    'fasterrcnn_mobilenet_v3_large_320_fpn': 'box',
-    'maskrcnn_resnet50_fpn': 'mask',
-    'maskrcnn_resnet50_fpn_v2': 'mask',
-    'keypointrcnn_resnet50_fpn': 'keypoint',
-}
 
 
 def coco_names(task: str) -> list[str]:
@@ -50,29 +41,24 @@ def load_model(weights: str, task: str | None = None, backbone: str = '') -> tup
         weights: a checkpoint of ``tools/train_det.py``, a file of torchvision's reference training, torchvision's name,
             or ``authors``.
         task: what the detector should be for; None takes any.
-        backbone: tag of the authors' detector.
+        backbone: timm's name of the backbone that it should have; empty takes any, and of the authors' detectors
+            `BACKBONE`.
 
     Raises:
-        ConnectionError: the authors' detector cannot be downloaded now.
+        ConnectionError: the authors' or torchvision's detector cannot be downloaded now.
         FileNotFoundError: neither a file nor a name that torchvision knows.
-        ValueError: the file holds no detector, or one for another task, or the download failed.
+        ValueError: the file holds no detector, or one for another task or on another backbone.
     """
-    if weights in TORCHVISION_TASKS and not Path(weights).exists():
-        known = TORCHVISION_TASKS[weights]
-        check_same_task(weights, known, task)
-        try:
-            model = take_thin_pictures(get_model(weights, weights='DEFAULT'))
-        except OSError as error:
-            raise ValueError(f'torchvision weights of {weights} cannot be downloaded: {error}') from error
-        return model, ModelFacts(weights, known, coco_names(known), params=count_params(model))
-    if weights != AUTHORS and not Path(weights).is_file():
+    if weights == AUTHORS:
+        model, meta = load_authors_detector(task, backbone or BACKBONE)
+    elif is_released(weights) or Path(weights).is_file():
+        model, meta = load_detector(weights, task, backbone or None)
+    else:
         raise FileNotFoundError(
-            f'no weights {weights}: expected a checkpoint of train_det.py, {AUTHORS}, or one of '
-            f'{", ".join(TORCHVISION_TASKS)}'
+            f'no weights {weights}: expected a checkpoint of train_det.py, {AUTHORS}, or one of {", ".join(RELEASED)}'
         )
-    model, meta = load_authors_detector(task, backbone) if weights == AUTHORS else load_detector(weights, task)
     facts = ModelFacts(
-        name=str(meta['config'].model.backbone),
+        name=weights if is_released(weights) else str(meta['config'].model.backbone),
         task=meta['task'],
         class_names=meta['class_names'],
         skeleton=meta['skeleton'] or None,
@@ -129,9 +115,8 @@ def check_options(args: argparse.Namespace) -> None:
 def choose_models(args: argparse.Namespace) -> list[tuple[nn.Module, ModelFacts]]:
     """The models the user asked for: one, or with ``--compare`` the dense and the compressed one."""
     if args.random_weights:
-        return [
-            random_model(args.task or 'box', n) for n in ([DENSE, args.backbone] if args.compare else [args.backbone])
-        ]
+        small = args.backbone or BACKBONE
+        return [random_model(args.task or 'box', n) for n in ([DENSE, small] if args.compare else [small])]
     return distinct([load_model(w, args.task, args.backbone) for w in args.weights], args.weights)
 
 
@@ -140,7 +125,7 @@ def make_studio(args: argparse.Namespace, options: dict[str, Any]) -> Studio:
     if args.random_weights:
         first = args.task or 'box'
         tasks = [first, *(t for t in TASKS if t != first)]
-        names = dict.fromkeys([args.backbone, DENSE])
+        names = dict.fromkeys([args.backbone or BACKBONE, DENSE])
 
         def random_predictor(task: str, name: str) -> Predictor:
             return Predictor(*random_model(task, name), **options)

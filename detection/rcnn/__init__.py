@@ -3,14 +3,16 @@ from our files and those of torchvision's reference training, and prepares them 
 """
 
 from detection.rcnn.backbone import NORMS, create_features
-from detection.rcnn.build import RCNN_OPTIONS, build_detector
+from detection.rcnn.build import RCNN_OPTIONS, VERSIONS, build_detector
 from detection.rcnn.compression import RECIPES, compress_detector
 from detection.rcnn.export import DetectionAgreement, OneImage, exportable
-from detection.rcnn.restore import BODY, convert_detector_state_dict, is_detector, restore, task_of
+from detection.rcnn.mobilenet import MOBILENET
+from detection.rcnn.released import RELEASED, differences, is_released
+from detection.rcnn.restore import BODY, convert_detector_state_dict, is_detector, restore, task_of, version_of
 from detection.rcnn.transform import take_thin_pictures
 
 __all__ = [
-    'BODY', 'NORMS', 'RCNN_OPTIONS', 'RECIPES', 'DetectionAgreement', 'OneImage', 'build_detector',
-    'compress_detector', 'convert_detector_state_dict', 'create_features', 'exportable', 'is_detector', 'restore',
-    'take_thin_pictures', 'task_of',
+    'BODY', 'MOBILENET', 'NORMS', 'RCNN_OPTIONS', 'RECIPES', 'RELEASED', 'VERSIONS', 'DetectionAgreement', 'OneImage',
+    'build_detector', 'compress_detector', 'convert_detector_state_dict', 'create_features', 'differences',
+    'exportable', 'is_detector', 'is_released', 'restore', 'take_thin_pictures', 'task_of', 'version_of',
 ]  # fmt: skip

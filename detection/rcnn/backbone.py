@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
 
 import norton_timm  # noqa: F401  (registers the compressed models with timm)
+from detection.rcnn.mobilenet import MOBILENET, MobileNetFeatures
 from detection.rcnn.restore import load_compressed
 from norton_timm.checkpoints import base_name, dense_name, is_saved
 
@@ -22,6 +24,8 @@ NORMS = ('train', 'frozen', 'sync')
 class BackboneWithFPN(nn.Module):
     """Features at strides 4, 8, 16 and 32 of a timm network, merged by an FPN, plus one max-pooled level.
 
+    A body with an attribute `pyramid` says itself which of its maps are merged.
+
     Forward maps images `(N, 3, H, W)` to an ordered dict `'0', '1', '2', '3', 'pool'` of maps
     `(N, out_channels, H / s, W / s)`, s = 4, 8, 16, 32, 64 (Lin et al., 2017, arXiv:1612.03144).
 
@@ -29,17 +33,20 @@ class BackboneWithFPN(nn.Module):
         body: a timm `features_only` model, or any module that returns a list of maps and has a `feature_info` with
             `channels()` and `reduction()`. All widths are read from there.
         out_channels: width of every pyramid level.
+        norm_layer: normalisation after each convolution of the FPN; None for none.
     """
 
     parts_stay = True  # body and FPN stay modules in a fused network, so that each can be timed
 
-    def __init__(self, body: nn.Module, out_channels: int = 256) -> None:
+    def __init__(
+        self, body: nn.Module, out_channels: int = 256, norm_layer: Callable[..., nn.Module] | None = None
+    ) -> None:
         super().__init__()
         self.levels = pyramid_levels(body)
         channels = body.feature_info.channels()  # type: ignore[union-attr, operator]
         self.body = body
         self.fpn = FeaturePyramidNetwork(
-            [channels[i] for i in self.levels], out_channels, extra_blocks=LastLevelMaxPool()
+            [channels[i] for i in self.levels], out_channels, LastLevelMaxPool(), norm_layer
         )
         self.out_channels = out_channels
         self.channels_first = str(getattr(body, 'output_fmt', 'NCHW')).endswith('NCHW')
@@ -58,6 +65,8 @@ def pyramid_levels(body: nn.Module) -> list[int]:
             f'backbone {type(body).__name__} has no feature_info with channels() and reduction(): '
             'pass a timm model built with features_only=True'
         )
+    if hasattr(body, 'pyramid'):
+        return list(body.pyramid)  # type: ignore[arg-type]
     strides = list(info.reduction())
     missing = [s for s in STRIDES if s not in strides]
     if missing:
@@ -69,7 +78,8 @@ def create_features(name: str, *, pretrained: bool = False, weights: str | Path 
     """Build a timm model with `features_only=True`.
 
     Args:
-        name: any timm name with its tag, such as `norton_resnet50.r078`.
+        name: any timm name with its tag, such as `norton_resnet50.r078`; or `torchvision/mobilenet_v3_large`, see
+            `MobileNetFeatures`.
         pretrained: load the weights that timm knows for this tag.
         weights: a local file with the weights of the classification network, instead; a file of `norton_timm.save`
             brings its compression along.
@@ -83,6 +93,10 @@ def create_features(name: str, *, pretrained: bool = False, weights: str | Path 
         >>> body = create_features('norton_resnet50.r078')
         >>> maps = body(torch.rand(1, 3, 224, 224))
     """
+    if name == MOBILENET:
+        if pretrained or weights is not None or kwargs:
+            raise ValueError(f'{name} takes weights of whole detectors only, such as fasterrcnn_mobilenet_v3_large_fpn')
+        return MobileNetFeatures()
     if not timm.is_model(name.split('.')[0]):
         near = get_close_matches(name.split('.')[0], timm.list_models(), n=3)
         raise ValueError(
@@ -111,6 +125,7 @@ def build_backbone(
     norm: str = 'train',
     frozen_stages: int = 0,
     out_channels: int = 256,
+    norm_layer: Callable[..., nn.Module] | None = None,
 ) -> BackboneWithFPN:
     """A backbone with an FPN; its batch norms are trained, frozen or synchronised.
 
@@ -122,6 +137,7 @@ def build_backbone(
             statistics between processes.
         frozen_stages: 0 to 4, number of pyramid levels that keep their weights, with all layers before them.
         out_channels: width of the FPN.
+        norm_layer: see `BackboneWithFPN`; these norms are always trained.
     """
     if isinstance(backbone, str):
         body = create_features(backbone, pretrained=pretrained, weights=weights)
@@ -129,7 +145,7 @@ def build_backbone(
         raise ValueError('pretrained and weights go with a backbone given by name; load the weights of a module first')
     else:
         body = backbone
-    fpn = BackboneWithFPN(body, out_channels)
+    fpn = BackboneWithFPN(body, out_channels, norm_layer)
     set_training(fpn, norm, frozen_stages)
     return fpn
 
@@ -153,7 +169,10 @@ def freeze_stages(body: nn.Module, stages: int) -> None:
         return
     children = dict(body.named_children())
     names = [name.replace('.', '_') for name in body.feature_info.module_name()]  # type: ignore[union-attr, operator]
-    last = names[pyramid_levels(body)[stages - 1]]
+    levels = pyramid_levels(body)
+    if stages > len(levels):
+        raise ValueError(f'frozen_stages is {stages}, expected 0 to {len(levels)} for this backbone')
+    last = names[levels[stages - 1]]
     if last not in children:
         raise ValueError(f'frozen_stages needs a backbone whose children are its stages; {last!r} is not one')
     for name, child in children.items():

@@ -8,16 +8,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN, KeypointRCNN, MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.keypoint_rcnn import KeypointRCNNHeads, KeypointRCNNPredictor
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.models.detection.rpn import RPNHead
 
 from detection.rcnn.backbone import build_backbone, normalisation, set_training
 from detection.rcnn.compression import RECIPES, compress_detector, read_spec, recipe_spec
+from detection.rcnn.released import RELEASED, differences, is_released
 from detection.rcnn.restore import detector_content, restore, start_from, state_of, task_of
 from detection.rcnn.transform import take_thin_pictures
 from detection.tasks import TASKS, check_same_task
@@ -35,6 +38,7 @@ DEFAULT_MIN_SIZE: dict[str, tuple[int, ...]] = {
     'keypoint': (640, 672, 704, 736, 768, 800),
 }
 ROI_SIZE = 7
+VERSIONS = (1, 2)
 # torchvision passes unknown names on to its image transform, which ignores them: so we check them here
 RCNN_OPTIONS = tuple(
     name
@@ -69,6 +73,7 @@ def build_detector(
     box_head: int = 1024,
     mask_layers: Sequence[int] = (256, 256, 256, 256),
     keypoint_layers: Sequence[int] = (512,) * 8,
+    version: int | None = None,
     anchor_sizes: Sequence[int] = (32, 64, 128, 256, 512),
     **rcnn: object,
 ) -> GeneralizedRCNN:
@@ -88,8 +93,9 @@ def build_detector(
         pretrained: backbone weights that timm knows for this name; `'authors'`: the whole detector that the authors of
             the compression released for this task and tag; else the start is random.
         weights: a file to start from instead: weights of the backbone as timm reads them, a network of
-            `norton_timm.save` (with its compression), or a checkpoint of train_det.py, heads included. If that has
-            other classes, the last layers start at random.
+            `norton_timm.save` (with its compression), or a checkpoint of train_det.py, heads included; or the name of
+            a detector that torchvision trained on COCO (see `RELEASED`), downloaded once. If that has other classes,
+            the last layers start at random.
         partial: a checkpoint of a whole detector may lack other layers too, which then start at random, or be for
             another task, e.g. the mask head is missing where the file is of a detector of boxes.
         norm: `'train'`, `'frozen'` or `'sync'` batch norm in the backbone; by default frozen if there are backbone
@@ -103,12 +109,16 @@ def build_detector(
         box_head: width of the two fully connected layers of the box head.
         mask_layers: widths of the convolutions of the mask head.
         keypoint_layers: widths of the convolutions of the keypoint head.
-        anchor_sizes: in pixels of the resized image, one for each of the five pyramid levels.
+        version: torchvision's: 1, or 2 (Li et al., 2021, arXiv:2111.11429) with batch norm in FPN, box head and mask
+            head, two convolutions in the RPN, and four convolutions before one fully connected layer in the box head;
+            by default that of `weights` by name, else 1.
+        anchor_sizes: in pixels of the resized image, one for each of the five pyramid levels; a pyramid of fewer
+            levels (MobileNetV3) has all of them on each.
         **rcnn: further arguments of torchvision's classes, see `RCNN_OPTIONS`, e.g. `box_score_thresh`.
 
     Raises:
         ValueError: an argument is not one of the choices; the message lists them.
-        ConnectionError: the authors' detector cannot be downloaded now.
+        ConnectionError: the authors' or torchvision's detector cannot be downloaded now.
 
     Example:
         >>> model = build_detector('box', 'norton_resnet50.r078').eval()
@@ -130,6 +140,15 @@ def build_detector(
         raise ValueError(f'anchor_sizes has {len(anchor_sizes)} entries, expected 5 (one for each pyramid level)')
     if pretrained not in (True, False, 'authors'):
         raise ValueError(f"pretrained is {pretrained!r}, expected True, False or 'authors'")
+    if version not in (None, *VERSIONS):
+        raise ValueError(f'version is {version!r}, expected one of {", ".join(map(str, VERSIONS))}')
+    if is_released(weights):
+        shapes = {'backbone': backbone, 'fpn_channels': fpn_channels, 'box_head': box_head, 'mask_layers': mask_layers,
+                  'keypoint_layers': keypoint_layers, **({} if version is None else {'version': version})}  # fmt: skip
+        if problems := differences(weights, task, shapes, partial):
+            raise ValueError('; '.join(problems))
+        version = version or RELEASED[str(weights)].shapes['version']
+    version = version or 1
     authors = pretrained == 'authors'
     if authors:
         if weights is not None or not isinstance(backbone, str):
@@ -148,15 +167,17 @@ def build_detector(
         'box_head': box_head,
         'mask_layers': mask_layers,
         'keypoint_layers': keypoint_layers,
+        'version': version,
+        'anchor_sizes': anchor_sizes,
         'common': {
             'min_size': DEFAULT_MIN_SIZE[task] if min_size is None else min_size,
             'max_size': max_size,
-            'rpn_anchor_generator': AnchorGenerator(tuple((s,) for s in anchor_sizes), ((0.5, 1.0, 2.0),) * 5),
             **rcnn,
         },
     }
     if content is None:
-        fpn = build_backbone(backbone, pretrained=bool(pretrained), weights=weights, out_channels=fpn_channels)
+        fpn = build_backbone(backbone, pretrained=bool(pretrained), weights=weights, out_channels=fpn_channels,
+                             norm_layer=_norm_layer(version))  # fmt: skip
         model = _assemble(task, fpn, num_classes, num_keypoints, **options)
         made: Mapping[str, Any] = {}
     else:
@@ -164,11 +185,23 @@ def build_detector(
         model = _start(content, str(backbone), num_classes, num_keypoints, weights, task, options, partial)
     if compress is not None and str(compress) != str(made.get('compress')):
         model = compress_detector(model, read_spec(compress), fresh=not pretrained and weights is None)
-    spec = recipe_spec(task, recipe)
+    spec = recipe_spec(task, recipe, version)
     if spec is not None and recipe != made.get('recipe'):
         model = compress_detector(model, spec, fresh=content is None)
     set_training(model.backbone, norm, frozen_stages)
+    if norm == 'sync':  # those of version 2 as well
+        model.backbone.fpn, model.roi_heads = map(convert_sync_batchnorm, (model.backbone.fpn, model.roi_heads))
     return model
+
+
+def _norm_layer(version: int) -> type[nn.BatchNorm2d] | None:
+    return nn.BatchNorm2d if version == 2 else None
+
+
+def _anchors(sizes: Sequence[int], levels: int) -> AnchorGenerator:
+    """One size on each of five levels; where there are fewer levels all sizes on each, as in torchvision."""
+    by_level = [(s,) for s in sizes] if levels == len(sizes) else [tuple(sizes)] * levels
+    return AnchorGenerator(tuple(by_level), ((0.5, 1.0, 2.0),) * levels)
 
 
 def _assemble(
@@ -180,10 +213,22 @@ def _assemble(
     box_head: int,
     mask_layers: Sequence[int],
     keypoint_layers: Sequence[int],
+    version: int,
+    anchor_sizes: Sequence[int],
     common: Mapping[str, Any],
 ) -> GeneralizedRCNN:
     """A dense R-CNN around a backbone with FPN; arguments as in `build_detector`."""
     mean, std = normalisation(fpn.body)
+    norm_layer = _norm_layer(version)
+    anchors = _anchors(anchor_sizes, len(fpn.levels) + 1)
+    common = {'rpn_anchor_generator': anchors, **common}
+    if version == 2:
+        convs, size = [fpn_channels] * 4, (fpn_channels, ROI_SIZE, ROI_SIZE)
+        common = {
+            'rpn_head': RPNHead(fpn_channels, anchors.num_anchors_per_location()[0], conv_depth=2),
+            'box_head': FastRCNNConvFCHead(size, convs, [box_head], norm_layer=norm_layer),
+            **common,
+        }
     common = {
         'image_mean': mean,
         'image_std': std,
@@ -195,7 +240,7 @@ def _assemble(
         return take_thin_pictures(FasterRCNN(fpn, **common))
     if task == 'mask':
         head = {
-            'mask_head': MaskRCNNHeads(fpn_channels, tuple(mask_layers), 1),
+            'mask_head': MaskRCNNHeads(fpn_channels, tuple(mask_layers), 1, norm_layer=norm_layer),
             'mask_predictor': MaskRCNNPredictor(mask_layers[-1], mask_layers[-1], num_classes),
         }
         return take_thin_pictures(MaskRCNN(fpn, **head, **common))
@@ -238,14 +283,14 @@ def _start(
     partial: bool,
 ) -> GeneralizedRCNN:
     """A detector with the weights, and the compression, of another run."""
-    fpn_channels = options['fpn_channels']
+    fpn_channels, norm_layer = options['fpn_channels'], _norm_layer(options['version'])
     if content.get('surgery') is None or content['config']['task'] != task:
-        fpn = build_backbone(backbone, out_channels=fpn_channels)
+        fpn = build_backbone(backbone, out_channels=fpn_channels, norm_layer=norm_layer)
         model = _assemble(task, fpn, num_classes, num_keypoints, **options)
         start_from(model, state_of(content), str(path), partial)
         return model
     meta = content['meta']
-    fpn = build_backbone(dense_name(backbone), out_channels=fpn_channels)
+    fpn = build_backbone(dense_name(backbone), out_channels=fpn_channels, norm_layer=norm_layer)
     model = _assemble(task, fpn, meta['num_classes'], meta['num_keypoints'] or num_keypoints, **options)
     try:
         restore(model, content)

@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 
 RECIPES = ('backbone', 'full', 'light')
 _FOLDER = Path(__file__).parent / 'recipes'
+_FULLY_CONNECTED = 'roi_heads.box_head.5'  # of version 2, after four convolutions and a Flatten
 _SIDE = 64  # pixels; channels do not depend on the size, and 800 pixels would take a hundred times as long
 # with these settings every part of a detector runs, and briefly, with any weights
 _BRIEF: dict[str, Any] = {
@@ -31,9 +32,23 @@ _BRIEF: dict[str, Any] = {
 }
 
 
-def recipe_spec(task: str, recipe: str) -> CompressionSpec | None:
-    """The spec of a recipe for FPN, RPN and heads of a task's detector; None for `'backbone'`: they stay dense."""
-    return None if recipe == 'backbone' else CompressionSpec.from_yaml(_FOLDER / f'{task}.{recipe}.yaml')
+def recipe_spec(task: str, recipe: str, version: int = 1) -> CompressionSpec | None:
+    """The spec of a recipe for FPN, RPN and heads of a task's detector; None for `'backbone'`: they stay dense.
+
+    The recipes name the layers of version 1. In version 2 the convolutions of the box head become as narrow as those of
+    the RPN, which read the same maps, and its one fully connected layer stands for both.
+    """
+    if recipe == 'backbone':
+        return None
+    spec = CompressionSpec.from_yaml(_FOLDER / f'{task}.{recipe}.yaml')
+    if version == 1:
+        return spec
+    rates, low_rank = dict(spec.rates), dict(spec.low_rank)  # type: ignore[arg-type]
+    rates['roi_heads.box_head.?.0'] = rates['rpn.head.conv.*']
+    if 'roi_heads.box_head.fc7' in rates:
+        rates[_FULLY_CONNECTED] = rates.pop('roi_heads.box_head.fc7')
+    low_rank[_FULLY_CONNECTED] = low_rank.pop('roi_heads.box_head.fc6')
+    return dataclasses.replace(spec, rates=rates, low_rank=low_rank)
 
 
 def read_spec(source: CompressionSpec | str | os.PathLike[str]) -> CompressionSpec:

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
 import norton_timm
+from detection.rcnn.mobilenet import MobileNetFeatures, is_mobilenet
+from detection.rcnn.released import RELEASED, is_released, released_file, with_usual_eps
 from norton_timm.checkpoints import (
     convert_state_dict,
     network_tensors,
@@ -107,9 +109,15 @@ def _key(tensor: str, places: Mapping[str, str | None]) -> str | None:
 def detector_content(path: str | Path) -> dict[str, Any] | None:
     """A checkpoint of train_det.py or of torchvision's reference training; None where the file is something else.
 
+    Args:
+        path: the file, or a name in `RELEASED`, whose file is downloaded once.
+
     Raises:
+        ConnectionError: it cannot be downloaded now.
         FileNotFoundError: there is no such file.
     """
+    if is_released(path):
+        return {'model': _released_tensors(str(path))}
     if not Path(path).is_file():
         raise FileNotFoundError(f'no file with backbone weights at {path}')
     try:
@@ -119,6 +127,18 @@ def detector_content(path: str | Path) -> dict[str, Any] | None:
     if not is_detector(content):
         return None
     return content if isinstance(content.get('model'), dict) else {'model': content}
+
+
+def _released_tensors(name: str) -> dict[str, Tensor]:
+    """The weights of one of torchvision's detectors, for the usual epsilon of batch norms."""
+    file = released_file(name)
+    try:
+        tensors = network_tensors(read_checkpoint(file))
+    except ValueError as error:
+        raise ValueError(f'{error}; remove the file to get it again') from None
+    if not is_detector(tensors):
+        raise ValueError(f'{file} holds no detector: expected tensors under {BODY}; remove the file to get it again')
+    return with_usual_eps(tensors) if RELEASED[name].zero_eps else tensors
 
 
 def is_detector(content: Mapping[str, Any]) -> bool:
@@ -138,17 +158,24 @@ def convert_detector_state_dict(path: str | Path) -> tuple[dict[str, Tensor], nn
 
     Names of torchvision's first version become those of today.
 
+    Args:
+        path: the file, or a name in `RELEASED`.
+
     Returns:
         The state dict of the whole detector, the backbone still under `backbone.body.`, and the backbone as
         `norton_timm.convert_authors_checkpoint` returns it.
 
     Raises:
+        ConnectionError: It cannot be downloaded now.
         ValueError: The file cannot be read safely, holds no detector, or its backbone does not fit.
     """
-    tensors = {_current_name(name): t for name, t in network_tensors(read_checkpoint(Path(path))).items()}
+    named = is_released(path)
+    read = _released_tensors(str(path)) if named else network_tensors(read_checkpoint(Path(path)))
+    path = released_file(str(path)) if named else path
+    tensors = {_current_name(name): t for name, t in read.items()}
     if not is_detector(tensors):
         raise ValueError(f'{path} holds no detector: expected tensors under {BODY}')
-    backbone = convert_authors_checkpoint(path)
+    backbone = MobileNetFeatures() if is_mobilenet(tensors, BODY) else convert_authors_checkpoint(path)
     return _by_our_names(tensors, backbone), backbone
 
 
@@ -157,6 +184,11 @@ def _by_our_names(tensors: Mapping[str, Tensor], backbone: nn.Module) -> dict[st
     body = {name.removeprefix(BODY): t for name, t in tensors.items() if name.startswith(BODY)}
     rest = {name: t for name, t in tensors.items() if not name.startswith(BODY)}
     return {**{BODY + name: t for name, t in convert_state_dict(body, backbone).items()}, **rest}
+
+
+def version_of(tensors: Mapping[str, Any]) -> int:
+    """Torchvision's version of the detector that has these tensors: 2 has batch norms in its FPN."""
+    return 2 if 'backbone.fpn.inner_blocks.0.1.weight' in tensors else 1
 
 
 def state_of(content: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -9,7 +9,15 @@ from detection.training.checkpoint import (
     same_run,
     save_checkpoint,
 )
-from detection.training.config import AUTHORS, DataConfig, ModelConfig, OptimConfig, RunConfig, load_config
+from detection.training.config import (
+    AUTHORS,
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    load_config,
+    values_of_weights,
+)
 from detection.training.engine import DetectorTrainer
 from detection.training.loader import train_loader, training_sets
 from detection.training.optim import build_optimizer
@@ -19,5 +27,5 @@ __all__ = [
     'AUTHORS', 'DataConfig', 'DetectorTrainer', 'ModelConfig', 'OptimConfig', 'RunConfig', 'build_optimizer',
     'describe_data', 'describe_run', 'detector_from_config', 'format_table', 'import_detector',
     'load_authors_detector', 'load_config', 'load_detector', 'same_run', 'save_checkpoint', 'save_predictions',
-    'train_loader', 'training_sets',
+    'train_loader', 'training_sets', 'values_of_weights',
 ]  # fmt: skip

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
-from detection.rcnn import build_detector, is_detector, restore
+from detection.rcnn import RELEASED, build_detector, differences, is_detector, is_released, restore
 from detection.tasks import check_same_task
 from detection.training.config import AUTHORS, RunConfig, config_from_dict
 from detection.training.imported import imported_checkpoint
@@ -149,32 +149,43 @@ def same_run(path: str | Path, config: RunConfig) -> bool:
         return False
 
 
-def load_detector(path: str | Path, task: str | None = None) -> tuple[GeneralizedRCNN, dict[str, Any]]:
+def load_detector(
+    path: str | Path, task: str | None = None, backbone: str | None = None
+) -> tuple[GeneralizedRCNN, dict[str, Any]]:
     """Rebuild a trained detector, with averaged weights if the run kept them, in evaluation mode.
 
     Args:
         path: a checkpoint of train_det.py, or a file of the authors or of torchvision's reference training as it is,
-            see `imported_checkpoint`.
+            see `imported_checkpoint`; or the name of a detector that torchvision trained on COCO, downloaded once.
         task: what the detector should be for; None takes any.
+        backbone: timm's name of the backbone that it should have; None takes any.
 
     Returns:
         The detector and a dict with `task`, `class_names`, `label_to_category`, `num_classes`, `num_keypoints`,
         `keypoint_names`, `skeleton`, `iteration`, `results` and `config` (a `RunConfig`).
 
     Raises:
+        ConnectionError: torchvision's detector cannot be downloaded now; the message says where to put the file.
         FileNotFoundError: there is no such file.
-        ValueError: it is no checkpoint, does not fit its own configuration, or is for another task.
+        ValueError: it is no checkpoint, does not fit its own configuration, is for another task, or has another
+            backbone.
 
     Example:
         >>> model, meta = load_detector('runs/keypoint/checkpoint.pt')
         >>> output = model([image])[0]  # image: (3, H, W) in 0..1
     """
-    content = _read(path)
-    if 'config' not in content and is_detector(content):
+    if is_released(path):  # what does not fit is told before the download
+        check_same_task(path, RELEASED[str(path)].task, task)
+        if problems := differences(path, RELEASED[str(path)].task, {'backbone': backbone} if backbone else {}):
+            raise ValueError(problems[0])
+        content, model, config = _imported(path)
+    elif 'config' not in (content := _read(path)) and is_detector(content):
         content, model, config = _imported(path)
     else:
         model, config = _rebuilt(_complete(content, path), path, 'its own configuration')
     check_same_task(path, config.task, task)
+    if backbone is not None and config.model.backbone != backbone:
+        raise ValueError(f'{path} is a detector on {config.model.backbone}, expected one on {backbone}')
     facts = {'config': config, 'iteration': content.get('iteration'), 'results': content.get('results')}
     meta = {**content['meta'], **facts}
     return model, meta
@@ -194,11 +205,7 @@ def load_authors_detector(task: str | None, backbone: str) -> tuple[GeneralizedR
     Example:
         >>> model, meta = load_authors_detector('box', 'norton_resnet50.r078')
     """
-    path = released_detector(str(task), backbone)
-    model, meta = load_detector(path, task)
-    if meta['config'].model.backbone != backbone:
-        raise ValueError(f'{path} is a detector on {meta["config"].model.backbone}, expected one on {backbone}')
-    return model, meta
+    return load_detector(released_detector(str(task), backbone), task, backbone)
 
 
 def import_detector(path: str | Path) -> dict[str, Any]:

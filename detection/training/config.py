@@ -8,6 +8,7 @@ range, missing files.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -15,10 +16,10 @@ from typing import Any
 
 import timm
 
-from detection.rcnn import NORMS, RCNN_OPTIONS, RECIPES
+from detection.rcnn import MOBILENET, NORMS, RCNN_OPTIONS, RECIPES, RELEASED, VERSIONS, differences, is_released
 from detection.tasks import TASKS
 from norton_timm.compression import CompressionSpec
-from norton_timm.utils import AMP, Settings, brief, checked, outside, read_tree
+from norton_timm.utils import AMP, Settings, brief, checked, merge, outside, read_tree
 
 OPTIMIZERS = ('sgd', 'adamw')
 SCHEDULES = ('multistep', 'cosine')
@@ -61,7 +62,8 @@ class ModelConfig:
     recipe: str = 'backbone'
     compress: str | None = None  # YAML file of a CompressionSpec, to compress the backbone (or all) on the fly
     pretrained: bool = False
-    weights: str | None = None  # a file, or `authors`: the detector that they released for this task and backbone
+    # a file; `authors`: the detector that they released for this task and backbone; or the name of torchvision's
+    weights: str | None = None
     partial: bool = False  # weights of a whole detector may lack layers, which then start at random
     norm: str | None = None
     frozen_stages: int = 0
@@ -71,6 +73,7 @@ class ModelConfig:
     box_head: int = 1024
     mask_layers: tuple[int, ...] = (256, 256, 256, 256)
     keypoint_layers: tuple[int, ...] = (512,) * 8
+    version: int = 1  # torchvision's: 2 has batch norm in FPN and heads, and convolutions in the box head
     anchor_sizes: tuple[int, ...] = (32, 64, 128, 256, 512)
     # further arguments of torchvision's R-CNN classes, e.g. rpn_post_nms_top_n_train
     rcnn: dict[str, Any] = field(default_factory=dict)
@@ -132,7 +135,31 @@ def load_config(
     Example:
         >>> config = load_config('configs/detection/keypoint_strong.yaml', ['optim.lr=0.01'])
     """
-    return config_from_dict(*read_tree(path, overrides, values))
+    tree, problems = read_tree(path, overrides, values)
+    model = tree.get('model')
+    follows = values_of_weights(model.get('weights')) if isinstance(model, dict) else {}
+    if follows:
+        told, tree = tree, read_tree(None, (), follows)[0]
+        merge(tree, told)
+    return config_from_dict(tree, problems)
+
+
+def values_of_weights(weights: object) -> dict[str, Any]:
+    """What a name of torchvision in `model.weights` says: its task and the detector's shapes, by dotted key.
+
+    `load_config` takes them where a file, `values` and `overrides` say nothing. Other weights give an empty dict.
+
+    Example:
+        >>> values_of_weights('maskrcnn_resnet50_fpn')['model.backbone']
+        'resnet50'
+    """
+    if not is_released(weights):
+        return {}
+    released = RELEASED[str(weights)]
+    return {
+        'task': released.task,
+        **{f'model.{key}': deepcopy(value) for key, value in {**released.shapes, **released.settings}.items()},
+    }
 
 
 def config_from_dict(tree: dict[str, Any], problems: Sequence[str] = ()) -> RunConfig:
@@ -150,6 +177,7 @@ def _check(config: RunConfig) -> list[str]:
     choices: list[tuple[str, Any, Sequence[Any]]] = [
         ('task', config.task, TASKS),
         ('model.recipe', model.recipe, RECIPES),
+        ('model.version', model.version, VERSIONS),
         ('model.norm', model.norm, (None, *NORMS)),
         ('optim.name', optim.name, OPTIMIZERS),
         ('optim.schedule', optim.schedule, SCHEDULES),
@@ -212,7 +240,7 @@ def _check(config: RunConfig) -> list[str]:
             problems.append(f'model.{key} is {brief(layers)}, expected one width or more, at most {_MOST_LAYERS}')
     if model.min_size is not None and (not model.min_size or min(model.min_size) < 1 or max(model.min_size) > 2**15):
         problems.append(f'model.min_size is {list(model.min_size)}, expected pixels, at least 1')
-    if not timm.is_model(model.backbone.split('.')[0]):
+    if model.backbone != MOBILENET and not timm.is_model(model.backbone.split('.')[0]):
         near = get_close_matches(model.backbone.split('.')[0], timm.list_models(), n=1)
         hint = f'did you mean {near[0]}?' if near else 'expected a timm model name such as norton_resnet50.r078'
         problems.append(f'model.backbone {model.backbone!r} is unknown: {hint}')
@@ -221,8 +249,12 @@ def _check(config: RunConfig) -> list[str]:
             CompressionSpec.from_yaml(Path(model.compress))
         except ValueError as error:
             problems.append(f'model.compress: {error}')
-    if model.weights not in (None, AUTHORS) and not Path(model.weights).is_file():
-        problems.append(f'model.weights: no file {model.weights}')
+    if is_released(model.weights):
+        lines = differences(model.weights, config.task, vars(model), model.partial)
+        problems += [line if line.startswith('task ') else f'model.{line}' for line in lines]
+    elif model.weights not in (None, AUTHORS) and not Path(model.weights).is_file():
+        named = get_close_matches(model.weights, RELEASED, n=1, cutoff=0.8)
+        problems.append(f'model.weights: no file {model.weights}' + (f', did you mean {named[0]}?' if named else ''))
     if model.norm == 'frozen' and not model.pretrained and model.weights is None:
         problems.append(
             "model.norm 'frozen' needs model.pretrained or model.weights: random statistics must be trained"

@@ -12,8 +12,8 @@ from typing import Any
 from torch import Tensor
 from torchvision.models import detection as tv
 
-from detection.rcnn import BODY, convert_detector_state_dict, task_of
-from detection.training.config import load_config
+from detection.rcnn import BODY, convert_detector_state_dict, task_of, version_of
+from detection.training.config import load_config, values_of_weights
 from detection.visual import COCO_SKELETON
 from norton_timm.checkpoints import surgery_of
 
@@ -33,7 +33,8 @@ def imported_checkpoint(path: str | Path) -> dict[str, Any]:
     are called, so they are numbered.
 
     Args:
-        path: `{'model': tensors, ...}` or the tensors alone, by either version of torchvision's names.
+        path: `{'model': tensors, ...}` or the tensors alone, by either version of torchvision's names; or the name of
+            one of torchvision's detectors.
 
     Raises:
         ValueError: the file cannot be read safely, or holds no such detector.
@@ -41,6 +42,7 @@ def imported_checkpoint(path: str | Path) -> dict[str, Any]:
     state, backbone = convert_detector_state_dict(path)
     task = task_of(state)
     cfg = backbone.pretrained_cfg
+    model = {**values_of_weights(path), 'task': task, 'model.version': version_of(state)}
     name = '.'.join(filter(None, (cfg['architecture'], cfg.get('tag'))))
     surgery = None
     if name.startswith(('norton_', 'coring_')) and not cfg.get('tag'):  # widths that no name stands for
@@ -48,7 +50,7 @@ def imported_checkpoint(path: str | Path) -> dict[str, Any]:
         surgery['layers'] = {BODY + layer: facts for layer, facts in surgery.get('layers', {}).items()}
     return {
         'model': state, 'ema': None, 'iteration': None, 'results': None, 'meta': _meanings(state, task, path),
-        'config': load_config(None, [], {'task': task, 'model.backbone': name}).to_dict(), 'surgery': surgery,
+        'config': load_config(None, [], {**model, 'model.backbone': name}).to_dict(), 'surgery': surgery,
     }  # fmt: skip
 
 
