@@ -71,17 +71,18 @@ def set_normalisation(model: nn.Module, mean: Sequence[float] | None, std: Seque
     model.pretrained_cfg = {**known, 'mean': tuple(mean), 'std': tuple(std)}  # type: ignore[assignment]
 
 
-def set_input_size(model: nn.Module, size: int | None) -> None:
+def set_input_size(model: nn.Module, size: int | tuple[int, int] | None) -> None:
     """Record in a timm model's configuration the size of its images, for which files saved of it are evaluated.
 
     Args:
         model: the network.
-        size: pixels a side; None leaves the model's own.
+        size: pixels a side, or (height, width); None leaves the model's own.
     """
     known: Any = getattr(model, 'pretrained_cfg', None) or {}
     if size is not None:
         channels = next(iter(known.get('input_size') or (3,)))
-        model.pretrained_cfg = {**known, 'input_size': (channels, size, size)}  # type: ignore[assignment]
+        height, width = (size, size) if isinstance(size, int) else size
+        model.pretrained_cfg = {**known, 'input_size': (channels, height, width)}  # type: ignore[assignment]
 
 
 def load_weights(model: nn.Module, path: Path) -> None:

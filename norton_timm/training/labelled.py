@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from norton_timm.training.data import Preprocessing
+from norton_timm.training.label_free import resized
 from norton_timm.training.loop import evaluate
-from norton_timm.training.shrink import resized
 from norton_timm.training.sources import open_test_split
 
 _BATCH = 64

@@ -40,10 +40,3 @@ def sizes_for(dense: nn.Module, image: Tensor, budget: Mapping[str, float]) -> l
             break
         found.insert(0, size)
     return found
-
-
-def set_size(model: nn.Module, size: tuple[int, int]) -> None:
-    """Note the size of images that a network reads where timm and our tools look for it."""
-    cfg = getattr(model, 'pretrained_cfg', None)
-    if cfg is not None:
-        model.pretrained_cfg = {**cfg, 'input_size': (3, *size)}  # type: ignore[assignment]

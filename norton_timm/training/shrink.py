@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from norton_timm.compression import Activations, CompressionReport, CompressionSpec, compress
 from norton_timm.inference import deploy
+from norton_timm.models import set_input_size
 from norton_timm.profiling import channels_last, compare_latency, count, ready_to_run, synchronise, take_turns
 from norton_timm.search import find_spec
 from norton_timm.training.label_free import (
@@ -31,7 +32,7 @@ from norton_timm.training.label_free import (
     scores,
     tune_without_labels,
 )
-from norton_timm.training.resolution import NEAR, lower_resolution, set_size, sizes_for
+from norton_timm.training.resolution import NEAR, lower_resolution, sizes_for
 
 log = logging.getLogger(__name__)
 
@@ -221,7 +222,7 @@ def shrink(
         lap('tuning')
         rows.append(row('compressed and tuned', model, image, tuned.after))
     if size != full:
-        set_size(model, size)
+        set_input_size(model, size)
     lower = lower_resolution(full, rows[-1].macs / rows[0].macs)
     if lower is not None:
         small = resized(example_input, lower)
